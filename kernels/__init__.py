@@ -1,0 +1,16 @@
+"""Raw tensors in, raw tensors out. Each backend offers the same functions; `reference` defines them.
+
+    reference   plain torch: the definition, the oracle, the fallback
+    cpu         native code (csrc/), if its library was built
+
+This package never imports sparselottery: a kernel can be read, tested and timed with nothing around it.
+"""
+
+from . import cpu, reference
+
+__all__ = ["backends", "cpu", "reference"]
+
+
+def backends() -> dict[str, str]:
+    """What runs here, for each device: the native code in use, or why the reference runs instead."""
+    return {"cpu": cpu.status()}

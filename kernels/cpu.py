@@ -1,0 +1,172 @@
+"""The functions of `reference`, native: packs arguments for csrc/, in place of which the reference is used elsewhere.
+
+One shared library per instruction-set level is built by setup.py; the best one that this processor runs is loaded. The
+plan of a pattern (csrc/plan.h) is a flat int32 tensor; strips and tiles are sized here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .reference import is_packed, leading_dim, pack, saved_features, unpack
+
+# What torch calls the processor's capability -> the levels of setup.py that run on it, best first.
+LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
+
+_HALF = (torch.bfloat16, torch.float16)  # computed in fp32
+_ROW_MAJOR, _BATCH_MINOR, _PACKED = 0, 1, 2  # Layout in csrc/chain.cpp
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The native library, and in words which one it is or why there is none."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = Path(__file__).resolve().parent
+    for level in LEVELS.get(capability, ("base",)):
+        for path in sorted(folder.glob(f"_native_{level}.*")):
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError as error:
+                return None, f"torch reference: {path.name} does not load ({error})"
+            library.sparselottery_plan.restype = ctypes.c_int64
+            return library, f"native, {level} (processor: {capability})"
+    return None, "torch reference: no native library was built (was there a C++ compiler at install time?)"
+
+
+_LIBRARY, _STATUS = _load()
+
+
+def available() -> bool:
+    return _LIBRARY is not None
+
+
+def status() -> str:
+    return _STATUS
+
+
+def supports(dtype: torch.dtype, plans: list[Tensor]) -> bool:
+    """Can the native chain run on this dtype and on these plans?"""
+    native = dtype in (torch.float32, torch.float64, *_HALF)
+    return native and _LIBRARY is not None and all(plan.numel() for plan in plans)
+
+
+def tile_shape(out_features: int, in_features: int, nnz: int) -> tuple[int, int]:
+    """(strip, block) of the plan: blocks as small as L1 likes, but wide enough for 8 entries a row segment."""
+    size = out_features * in_features
+    narrowest = 32 if nnz > 0.6 * size else 64
+    return 256, min(max(8 * size // max(nnz, 1) // 16 * 16, narrowest), 512)
+
+
+def plan(crow_indices: Tensor, col_indices: Tensor, in_features: int, tile: tuple[int, int] | None = None) -> Tensor:
+    """The plan of a valid CSR pattern as a flat int32 tensor; `tile` = (strip, block) overrides its tiling."""
+    out_features = crow_indices.numel() - 1
+    strip, block = tile or tile_shape(out_features, in_features, col_indices.numel())
+    crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
+    words = ctypes.POINTER(ctypes.c_int32)()
+    count = _LIBRARY.sparselottery_plan(
+        out_features, in_features, _pointer(crow_indices), _pointer(col_indices), strip, block, ctypes.byref(words)
+    )
+    if count < 0:
+        raise MemoryError("no memory for the plan")
+    out = torch.empty(count, dtype=torch.int32)
+    ctypes.memmove(out.data_ptr(), words, 4 * count)
+    _LIBRARY.sparselottery_free(words)
+    return out
+
+
+def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
+    """As reference.chain_forward."""
+    if x.dtype in _HALF:
+        wide = [v.float() for v in values], [None if b is None else b.float() for b in biases]
+        y, saved = chain_forward(_widen(x), *wide, crow_indices, col_indices, plans, False, save)
+        y = y.to(x.dtype)
+        return unpack(pack(y), len(y)) if batch_minor else y, saved.to(x.dtype)
+    values, biases = [v.contiguous() for v in values], [None if b is None else b.contiguous() for b in biases]
+    x, x_stride, x_layout = _layout(x)
+    batch, out_features = x.shape[0], crow_indices[-1].shape[0] - 1
+    ld, size = leading_dim(batch), x.element_size()
+    y = x.new_empty((out_features, ld) if batch_minor else (batch, out_features))
+    packed = x.new_empty(sum(saved_features(x, crow_indices)) * ld)
+    single = batch == 1 and not save and x_layout == _ROW_MAJOR and not batch_minor
+    args = [size == 8, torch.get_num_threads(), len(values), batch, ld, x.data_ptr(), x_stride, x_layout]
+    args += [y.data_ptr(), y.stride(0), _PACKED if batch_minor else _ROW_MAJOR, 0]
+    at, ld_in = packed.data_ptr(), ld
+    if x_layout == _PACKED:
+        at, ld_in = x.data_ptr(), x_stride
+    for layer, (value, bias, crow) in enumerate(zip(values, biases, crow_indices, strict=True)):
+        args += [plans[layer].data_ptr(), crow.data_ptr(), col_indices[layer].data_ptr(), value.data_ptr()]
+        args += [0 if bias is None else bias.data_ptr(), 0 if single and not layer else at, ld_in, 0, 0, 0]
+        if layer == 0 and x_layout == _PACKED:
+            at = packed.data_ptr()
+        else:
+            at += (x.shape[1] if layer == 0 else crow_indices[layer - 1].shape[0] - 1) * ld * size
+        ld_in = ld
+    _call(_LIBRARY.sparselottery_chain_forward, args)
+    return (unpack(y, batch) if batch_minor else y), packed if save else x.new_empty(0)
+
+
+def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
+    """As reference.chain_backward."""
+    if x.dtype in _HALF:
+        wide = gy.float(), _widen(x), saved.float(), [v.float() for v in values]
+        gx, gvalues, gbias = chain_backward(*wide, crow_indices, col_indices, plans, need_x, need_values, need_bias)
+        gx = gx.to(x.dtype)
+        gx = unpack(pack(gx), len(gx)) if need_x and is_packed(x) else gx
+        return gx, [g.to(x.dtype) for g in gvalues], [g.to(x.dtype) for g in gbias]
+    values = [v.contiguous() for v in values]
+    gy, gy_stride, gy_layout = _layout(gy)
+    batch, out_features, in_features = gy.shape[0], gy.shape[1], x.shape[1]
+    ld, size, packed_x = leading_dim(batch), gy.element_size(), is_packed(x)
+    shape = ((in_features, ld) if packed_x else (batch, in_features)) if need_x else 0
+    gx = gy.new_empty(shape)
+    # Packed gradients: of y unless it comes packed, then of each hidden layer.
+    widths = [0 if gy_layout == _PACKED else out_features] + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
+    scratch = gy.new_empty(sum(widths) * ld)
+    args = [size == 8, torch.get_num_threads(), len(values), batch, ld, gy.data_ptr(), gy_stride, gy_layout]
+    args += [gx.data_ptr(), gx.stride(0), _PACKED if packed_x else _ROW_MAJOR, scratch.data_ptr()]
+    at, ginput = saved.data_ptr(), scratch.data_ptr() + widths[0] * ld * size
+    gvalues, gbias = [], []
+    for layer, (value, crow) in enumerate(zip(values, crow_indices, strict=True)):
+        gvalues.append(gy.new_empty(value.shape if need_values[layer] else 0))
+        gbias.append(gy.new_empty(crow.shape[0] - 1 if need_bias[layer] else 0))
+        args += [plans[layer].data_ptr(), crow.data_ptr(), col_indices[layer].data_ptr(), value.data_ptr(), 0]
+        args += (x.data_ptr(), x.stride(1)) if packed_x and layer == 0 else (at, ld)
+        args += [gvalues[-1].data_ptr(), gbias[-1].data_ptr(), ginput if layer else 0]
+        if layer or not packed_x:
+            at += (widths[layer] if layer else in_features) * ld * size
+        if layer:
+            ginput += widths[layer] * ld * size
+    _call(_LIBRARY.sparselottery_chain_backward, args)
+    return (unpack(gx, batch) if need_x and packed_x else gx), gvalues, gbias
+
+
+def _widen(x: Tensor) -> Tensor:
+    """x in fp32, packed if and only if x is."""
+    return x.float() if is_packed(x) else x.float().contiguous()
+
+
+_ARGS = 12  # fields of csrc/chain.cpp's Args; those of its layers follow
+
+
+def _call(function, args: list[int]) -> None:
+    block = (ctypes.c_int64 * len(args))(*args)
+    address = ctypes.addressof(block)
+    function(ctypes.c_void_p(address), ctypes.c_void_p(address + 8 * _ARGS))
+
+
+def _layout(x: Tensor) -> tuple[Tensor, int, int]:
+    """x, or a copy where its strides are none we read; its leading stride; its layout."""
+    if is_packed(x):
+        return x, x.stride(1), _PACKED
+    if x.stride(1) == 1:
+        return x, x.stride(0), _ROW_MAJOR
+    if x.stride(0) == 1:
+        return x, x.stride(1), _BATCH_MINOR
+    return x.contiguous(), x.shape[1], _ROW_MAJOR
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,271 @@
+// The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward and backward, each in one parallel region.
+//
+// Work is handed out by strips of output rows (and tiles of the batch), so nothing is written by two threads.
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+
+#include "pack.h"
+#include "plan.h"
+#include "tile.h"
+
+namespace {
+
+enum Layout : int64_t { ROW_MAJOR = 0, BATCH_MINOR = 1, PACKED = 2 };
+
+struct Layer {  // mirrored in cpu.py
+    const int32_t *plan, *crow_indices, *col_indices;
+    const void *values, *bias;  // bias: null if none
+    void* input;                // packed input of the layer; written by forward, read by backward
+    int64_t ld_input;
+    void *gvalues, *gbias;  // null where not needed
+    void* ginput;           // backward of hidden layers: packed gradient of the input
+};
+
+struct Args {  // mirrored in cpu.py
+    int64_t is_double, threads, layers, batch, ld;  // ld: of all packed buffers but a PACKED x or gy
+    const void* x;
+    int64_t x_stride, x_layout;  // forward: x -> layer[0].input unless PACKED
+    void* y;                     // forward: the output; backward: gx, or null
+    int64_t y_stride, y_layout;
+    void* packed_gy;  // backward: gy (in x) is packed to here unless PACKED
+};
+
+class Scratch {  // per thread, grows, lives as long as the thread
+  public:
+    ~Scratch() { std::free(memory_); }
+    template <class T>
+    T* get(size_t count) {
+        if (count * sizeof(T) > size_) {
+            std::free(memory_);
+            size_ = (count * sizeof(T) + 4095) / 4096 * 4096;
+            memory_ = std::aligned_alloc(64, size_);
+            if (!memory_) std::abort();
+        }
+        return static_cast<T*>(memory_);
+    }
+
+  private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+thread_local Scratch scratch;
+
+struct BatchTile {
+    int64_t begin, groups;  // columns [begin, begin + groups * kLanes)
+};
+
+template <class T>
+constexpr int kMaxGroups = 8 * kWidth<T> / kLanes ? 8 * kWidth<T> / kLanes : 1;
+
+// The batch in equal tiles of at most 8 vectors.
+template <class T>
+struct Batches {
+    explicit Batches(int64_t batch) : groups(padded(batch) / kLanes), count((groups + kMaxGroups<T> - 1) / kMaxGroups<T>) {}
+    BatchTile operator[](int64_t i) const {
+        const int64_t begin = groups * i / count;
+        return {begin * kLanes, groups * (i + 1) / count - begin};
+    }
+    int64_t groups, count;
+};
+
+// f(std::integral_constant<int, R>) for a tile of `groups` lane groups.
+template <class T, int G = 1, class F>
+INLINE void with_registers(int64_t groups, F f) {
+    if constexpr (G < kMaxGroups<T>)
+        if (groups != G) return with_registers<T, G + 1>(groups, f);
+    f(std::integral_constant<int, G * kLanes / kWidth<T>>());
+}
+
+template <class T>
+void pack_input(const Args& a, void* packed, int64_t features) {
+    constexpr int64_t chunk = 64;
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < (features + chunk - 1) / chunk; ++c) {
+        const int64_t to = std::min(features, (c + 1) * chunk);
+        (a.x_layout == ROW_MAJOR ? pack<T> : repack<T>)(static_cast<const T*>(a.x), a.x_stride, a.batch, c * chunk, to,
+                                                        static_cast<T*>(packed), a.ld);
+    }
+}
+
+template <class T>
+void forward_layer(const Args& a, const Layer& layer, const Layer* next) {
+    const Schedule s = read_plan(layer.plan).forward;
+    const Batches<T> batches(a.batch);
+    const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
+    const bool row_major = !next && a.y_layout == ROW_MAJOR;
+    T* packed = static_cast<T*>(next ? next->input : a.y);
+    const int64_t ld = layer.ld_input, ld_out = next ? next->ld_input : a.y_stride;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < s.strips * batches.count; ++item) {
+        const int64_t strip = item % s.strips, row0 = strip * s.strip;
+        const int64_t height = std::min<int64_t>(s.strip, s.rows - row0);
+        const BatchTile tile = batches[item / s.strips];
+        const int64_t width = tile.groups * kLanes;
+        const T* x = static_cast<const T*>(layer.input) + tile.begin;
+        const int64_t ldy = row_major ? width : ld_out;
+        T* y = row_major ? scratch.get<T>(s.strip * width) : packed + row0 * ld_out + tile.begin;
+        for (int64_t r = 0; r < height; ++r) std::fill_n(y + r * ldy, width, bias ? bias[row0 + r] : T(0));
+        with_registers<T>(tile.groups, [&](auto R) {
+            for (int64_t b = 0; b < s.blocks; ++b)
+                spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld, ld, y, ldy);
+        });
+        if (next)
+            for (int64_t r = 0; r < height; ++r)
+                for (int64_t n = 0; n < width; ++n) y[r * ldy + n] = y[r * ldy + n] < 0 ? T(0) : y[r * ldy + n];
+        if (next && tile.begin + width == padded(a.batch))
+            for (int64_t r = 0; r < height; ++r) std::fill(y + r * ldy + width, y + r * ldy + ld_out - tile.begin, T(0));
+        if (row_major)
+            unpack<T>(y, ldy, height, std::min(width, a.batch - tile.begin),
+                      static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);
+    }
+}
+
+// Σ values * x[columns], in scalar chains: they keep up with memory, and gathers are no faster.
+template <class T, class Index>
+__attribute__((noinline)) T dot(const T* values, const Index* columns, int64_t n, const T* x) {
+    T chains[4] = {};
+    const T* const end = values + n;
+    for (; values + 4 <= end; values += 4, columns += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            chains[i] += values[i] * x[columns[i]];
+            keep_scalar(chains[i]);
+        }
+    for (; values < end; ++values, ++columns) chains[0] += *values * x[*columns];
+    return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+}
+
+// One sample, nothing saved: a sparse dot product per output.
+template <class T>
+void forward_single(const Args& a, const Layer* layers) {
+    for (int64_t l = 0; l < a.layers; ++l) {
+        const Layer& layer = layers[l];
+        const Plan plan = read_plan(layer.plan);
+        const bool hidden = l + 1 < a.layers;
+        const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
+        const T* x = static_cast<const T*>(l ? layer.input : a.x);
+        T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y);
+#pragma omp for schedule(static)
+        for (int32_t r = 0; r < plan.out_features; ++r) {
+            const int32_t begin = layer.crow_indices[r], n = layer.crow_indices[r + 1] - begin;
+            const T total = (bias ? bias[r] : T(0)) + (plan.columns ? dot(values + begin, plan.columns + begin, n, x)
+                                                                    : dot(values + begin, layer.col_indices + begin, n, x));
+            y[r] = hidden && total < 0 ? T(0) : total;
+        }
+    }
+}
+
+template <class T>
+void forward(const Args& a, const Layer* layers) {
+    if (a.batch == 1 && !layers[0].input) {
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+        forward_single<T>(a, layers);
+        return;
+    }
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        if (a.x_layout != PACKED) pack_input<T>(a, layers[0].input, read_plan(layers[0].plan).in_features);
+        for (int64_t l = 0; l < a.layers; ++l)
+            forward_layer<T>(a, layers[l], l + 1 < a.layers ? layers + l + 1 : nullptr);
+    }
+}
+
+template <class T>
+void bias_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, int64_t width) {
+    T* gbias = static_cast<T*>(layer.gbias);
+#pragma omp for schedule(static) nowait
+    for (int32_t r = 0; r < s.rows; ++r) {
+        Vec<T> total = {};
+        for (int64_t n = 0; n < width; n += kWidth<T>) total += load<T>(gy + r * ld + n);
+        gbias[r] = sum<T>(total);
+    }
+}
+
+// gvalues alone, strips of W: each thread owns the values of its rows.
+template <class T>
+void values_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, const Batches<T>& batches) {
+    const T* x = static_cast<const T*>(layer.input);
+    T* gvalues = static_cast<T*>(layer.gvalues);
+    const int64_t ldx = layer.ld_input;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < s.strips; ++strip)
+        for (int64_t i = 0; i < batches.count; ++i) {
+            const BatchTile tile = batches[i];
+            with_registers<T>(tile.groups, [&](auto R) {
+                for (int64_t b = 0; b < s.blocks; ++b)
+                    sddmm_tile<T, R>(s, s.tiles + strip * s.blocks + b, gy + strip * s.strip * ld + tile.begin, ld,
+                                     x + b * s.block * ldx + tile.begin, ldx, gvalues, i > 0);
+            });
+        }
+}
+
+// gx, and gvalues with it where wanted, by strips of Wᵀ.
+template <class T>
+void input_gradient(const Args& a, const Schedule& s, const Layer& layer, bool hidden, const T* gy, int64_t ld,
+                    const Batches<T>& batches) {
+    const T* values = static_cast<const T*>(layer.values);
+    T* gvalues = static_cast<T*>(layer.gvalues);
+    const bool row_major = !hidden && a.y_layout == ROW_MAJOR;
+    T* packed = static_cast<T*>(hidden ? layer.ginput : a.y);
+    const int64_t ld_out = hidden ? a.ld : a.y_stride;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < s.strips; ++strip)
+        for (int64_t i = 0; i < batches.count; ++i) {
+            const BatchTile tile = batches[i];
+            const int64_t row0 = strip * s.strip, height = std::min<int64_t>(s.strip, s.rows - row0);
+            const int64_t width = tile.groups * kLanes, ldgx = row_major ? width : ld_out;
+            T* gx = row_major ? scratch.get<T>(s.strip * width) : packed + row0 * ld_out + tile.begin;
+            const T* x = static_cast<const T*>(layer.input) + row0 * layer.ld_input + tile.begin;
+            for (int64_t r = 0; r < height; ++r) std::fill_n(gx + r * ldgx, width, T(0));
+            with_registers<T>(tile.groups, [&](auto R) {
+                for (int64_t b = 0; b < s.blocks; ++b) {
+                    const Tile* t = s.tiles + strip * s.blocks + b;
+                    const T* in = gy + b * s.block * ld + tile.begin;
+                    if (gvalues)
+                        fused_tile<T, R>(s, t, values, in, ld, x, layer.ld_input, gx, ldgx, gvalues, i > 0);
+                    else
+                        spmm_tile<T, R, true>(s, t, values, in, ld, gx, ldgx);
+                }
+            });
+            if (hidden)
+                for (int64_t r = 0; r < height; ++r)
+                    for (int64_t n = 0; n < width; ++n)
+                        gx[r * ldgx + n] = x[r * layer.ld_input + n] > 0 ? gx[r * ldgx + n] : T(0);
+            if (row_major)
+                unpack<T>(gx, ldgx, height, std::min(width, a.batch - tile.begin),
+                          static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);
+        }
+}
+
+template <class T>
+void backward(const Args& a, const Layer* layers) {
+    const Batches<T> batches(a.batch);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        const T* gy = static_cast<const T*>(a.x_layout == PACKED ? a.x : a.packed_gy);
+        int64_t ld = a.x_layout == PACKED ? a.x_stride : a.ld;
+        if (a.x_layout != PACKED) pack_input<T>(a, a.packed_gy, read_plan(layers[a.layers - 1].plan).out_features);
+        for (int64_t l = a.layers - 1; l >= 0; --l) {
+            const Layer& layer = layers[l];
+            const Plan plan = read_plan(layer.plan);
+            if (layer.gbias) bias_gradient<T>(plan.forward, layer, gy, ld, padded(a.batch));
+            if (l || a.y)
+                input_gradient<T>(a, plan.transpose, layer, l > 0, gy, ld, batches);
+            else if (layer.gvalues)
+                values_gradient<T>(plan.forward, layer, gy, ld, batches);
+            gy = static_cast<const T*>(layer.ginput);
+            ld = a.ld;
+        }
+    }
+}
+
+}  // namespace
+
+EXPORT void sparselottery_chain_forward(const Args* args, const Layer* layers) {
+    args->is_double ? forward<double>(*args, layers) : forward<float>(*args, layers);
+}
+
+EXPORT void sparselottery_chain_backward(const Args* args, const Layer* layers) {
+    args->is_double ? backward<double>(*args, layers) : backward<float>(*args, layers);
+}

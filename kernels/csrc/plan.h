@@ -1,0 +1,39 @@
+// The schedule of one sparse matrix W (O, I), compiled once from its CSR indices and read by every kernel.
+//
+// W is cut into strips of rows, and strips into tiles of `block` columns, so that the `block` packed input rows that a
+// tile reads stay in L1 while the strip's output rows are accumulated. A segment is what one row owns inside a tile.
+// Segments of a tile are grouped in buckets of equal length: the inner loop's trip count is then constant over a bucket
+// and its end is predicted. The same is held for Wᵀ, whose entries say where their value stands in CSR order.
+#pragma once
+#include <cstdint>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+constexpr int kSlack = 256;  // zeros after each array, for kernels that look ahead
+
+struct Tile {  // where its buckets, segments and entries begin; the next tile's beginnings are its ends
+    int32_t bucket, segment, entry;
+};
+
+struct Bucket {
+    int32_t length, count;  // entries per segment, number of segments
+};
+
+struct Schedule {  // of W or of Wᵀ: `rows` x `cols`
+    int32_t rows, cols, strip, block, strips, blocks;
+    const Tile* tiles;             // [strips * blocks + 1], strip-major
+    const Bucket* buckets;
+    const uint16_t* segment_row;   // within the strip
+    const int32_t* segment_value;  // W: index of the segment's first value, the others follow
+    const uint16_t* entry_col;     // within the block
+    const int32_t* entry_value;    // Wᵀ: index of the entry's value
+};
+
+struct Plan {
+    int32_t out_features, in_features, nnz;
+    const uint16_t* columns;  // col_indices in half the bytes, null where in_features does not fit
+    Schedule forward, transpose;
+};
+
+// A plan is stored as a flat int32 array; this reads it in place.
+Plan read_plan(const int32_t* words);

@@ -1,0 +1,110 @@
+"""Every op in plain torch: the definition, the oracle of the tests, and the fallback of every device.
+
+Axes: N batch, I in, O out, nnz surviving weights. A pattern is CSR: `crow_indices (O+1,) int32`,
+`col_indices (nnz,) int32`, ascending within a row. All functions are differentiable by autograd to any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
+    """The row of each value: int64 (nnz,)."""
+    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
+    return torch.repeat_interleave(rows, crow_indices.diff(), output_size=nnz)
+
+
+def to_dense(values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int) -> Tensor:
+    """W (O, I): `values` (nnz,) at the pattern, zeros elsewhere."""
+    rows = row_indices(crow_indices, values.numel())
+    dense = values.new_zeros(crow_indices.numel() - 1, in_features)
+    return dense.index_put((rows, col_indices.long()), values)
+
+
+def spmm(x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """y = x Wᵀ: (N, I) -> (N, O)."""
+    return x @ to_dense(values, crow_indices, col_indices, x.shape[1]).t()
+
+
+def sddmm(gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """(gyᵀ x) at the pattern: (N, O), (N, I) -> (nnz,)."""
+    return (gy.t() @ x)[row_indices(crow_indices, col_indices.numel()), col_indices]
+
+
+# Packed activations: batch-minor (features, ld), ld >= N a multiple of the widest vector, columns N.. are zero.
+
+LANES = 16
+
+
+def leading_dim(batch: int) -> int:
+    """Columns of a packed activation: N rounded up to LANES, and off the powers of two that crowd cache sets."""
+    groups = (batch + LANES - 1) // LANES
+    return LANES * (groups + groups // 16)
+
+
+def is_packed(x: Tensor) -> bool:
+    """Can x (N, I) be read as a packed activation where it stands? Decided by sizes and strides alone."""
+    return x.stride(0) == 1 and x.stride(1) % LANES == 0 and x.shape[0] % LANES == 0 and x.stride(1) >= x.shape[0]
+
+
+def pack(x: Tensor) -> Tensor:
+    """(N, I) -> packed (I, ld)."""
+    packed = x.new_zeros(x.shape[1], leading_dim(x.shape[0]))
+    packed[:, : x.shape[0]] = x.t()
+    return packed
+
+
+def unpack(packed: Tensor, batch: int) -> Tensor:
+    """Packed (I, ld) -> its (N, I) view."""
+    return packed[:, :batch].t()
+
+
+def saved_features(x: Tensor, crow_indices: list[Tensor]) -> list[int]:
+    """Features of the packed activations a chain saves: x unless it is packed itself, then each hidden layer's."""
+    return ([] if is_packed(x) else [x.shape[1]]) + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
+
+
+# A chain is the one fused op: h_l = h_{l-1} W_lᵀ + b_l, with a ReLU between layers and none after the last.
+
+
+def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
+    """(N, I) -> y (N, O) and, if `save`, the packed inputs of all layers in one 1-D tensor (see `saved_features`).
+
+    y is the view of a packed activation if `batch_minor`, else contiguous.
+    """
+    saved, h = [], x
+    for layer, bias in enumerate(biases):
+        if save and (layer or not is_packed(x)):
+            saved.append(pack(h).flatten())
+        h = spmm(h, values[layer], crow_indices[layer], col_indices[layer])
+        h = h if bias is None else h + bias
+        h = torch.relu(h) if layer + 1 < len(values) else h
+    saved = torch.cat(saved) if saved else x.new_empty(0)
+    return (unpack(pack(h), x.shape[0]) if batch_minor else h.contiguous()), saved
+
+
+def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
+    """gx (N, I), [gvalues (nnz,)], [gbias (O,)]: the gradients of `chain_forward`; empty where not needed.
+
+    gx is the view of a packed activation where x is one, else contiguous.
+    """
+    batch, ld = gy.shape[0], leading_dim(gy.shape[0])
+    features = saved_features(x, crow_indices)
+    inputs = [unpack(s.view(-1, ld), batch) for s in saved.split([ld * f for f in features])] if batch else []
+    inputs = [x] * (len(values) - len(inputs)) + inputs
+    gvalues, gbias = [gy.new_empty(0) for _ in values], [gy.new_empty(0) for _ in values]
+    for layer in reversed(range(len(values))):
+        h, index = inputs[layer], (crow_indices[layer], col_indices[layer])
+        if need_values[layer]:
+            gvalues[layer] = sddmm(gy, h, *index)
+        if need_bias[layer]:
+            gbias[layer] = gy.sum(0)
+        if layer or need_x:
+            gy = gy @ to_dense(values[layer], *index, h.shape[1])
+        if layer:
+            gy = gy * (h > 0)
+    if not need_x:
+        return gy.new_empty(0), gvalues, gbias
+    return (unpack(pack(gy), batch) if is_packed(x) else gy.contiguous()), gvalues, gbias

@@ -1,0 +1,48 @@
+"""Builds the native CPU library, once per instruction-set level; everything else is in pyproject.toml.
+
+Each level is an *optional* extension: where it does not compile, the install succeeds and plain torch runs instead.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Level -> (flags, bytes per vector). The vector length is the level's own: wider than the registers is 12 times slower.
+LEVELS = {"base": ([], 16)}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = (["-march=x86-64-v3"], 32)
+    LEVELS["avx512"] = (["-march=x86-64-v4", "-mprefer-vector-width=512"], 64)
+
+CSRC = Path("kernels/csrc")
+OPENMP = ([], []) if sys.platform == "darwin" else (["-fopenmp"], ["-fopenmp"])
+
+
+def extension(level: str) -> Extension:
+    flags, vector_bytes = LEVELS[level]
+    return Extension(
+        f"sparselottery.kernels._native_{level}",
+        sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
+        depends=sorted(str(path) for path in CSRC.glob("*.h")),
+        define_macros=[("VECTOR_BYTES", str(vector_bytes))],
+        extra_compile_args=["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-psabi", *flags, *OPENMP[0]],
+        extra_link_args=OPENMP[1],
+        language="c++",
+        optional=True,
+    )
+
+
+class BuildPerLevel(build_ext):
+    """Keeps the objects of each level apart: they come from the same sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
+
+setup(ext_modules=[extension(level) for level in LEVELS], cmdclass={"build_ext": BuildPerLevel})
