@@ -1,0 +1,115 @@
+"""Whole models: dense to masked and back, by parameter name.
+
+Masks are keyed by the name that the weight has in the dense model ("fc1.weight"), whatever the model is now.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .nn import MaskedLinear, MaskedSequential
+
+
+def convert(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` that stores and multiplies only the surviving weights; `model` is left as it is.
+
+    masks: bool tensors keyed by parameter name. Each named nn.Linear (or, in a converted model, MaskedLinear) becomes
+    a MaskedLinear of its weights at the mask; layers not named stay as they are. Each nn.Sequential with masked layers
+    in it becomes a MaskedSequential.
+    Raises ValueError if a name is not the weight of a linear layer or a mask has the wrong shape, TypeError if a mask
+    is not boolean.
+    """
+    linears = {_weight_name(name): module for name, module in _linears(model)}
+    for name, mask in masks.items():
+        if name not in linears:
+            raise ValueError(f"masks: expected names among {list(linears)}, got {name!r}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {mask.dtype}")
+        shape = (linears[name].out_features, linears[name].in_features)
+        if tuple(mask.shape) != shape:
+            raise ValueError(f"masks[{name!r}]: expected shape {shape}, got {tuple(mask.shape)}")
+    replaced = {}
+    for name, mask in masks.items():
+        module = linears[name]
+        dense = module.to_dense() if isinstance(module, MaskedLinear) else module
+        replaced[module] = MaskedLinear.from_dense(dense, mask)
+    return _rebuild(model, replaced)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of a converted model with plain nn.Linear layers again, zeros where pruned; `model` is left as it is."""
+    return _rebuild(model, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLinear)})
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the dense model, as clones: zeros where a converted model has pruned."""
+    return {name: tensor.detach().clone() for name, tensor in to_dense(model).state_dict().items()}
+
+
+def load_dense_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a `dense_state` in place: a masked layer takes the values at its mask.
+
+    Raises ValueError, with nothing changed, if names or shapes differ from those of the model.
+    """
+    expected = {name: tensor.shape for name, tensor in to_dense(model).state_dict().items()}
+    if expected.keys() != state.keys():
+        missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        raise ValueError(f"state: expected the names of the model; missing {missing}, unexpected {extra}")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise ValueError(f"state[{name!r}]: expected shape {tuple(shape)}, got {tuple(state[name].shape)}")
+    model.load_state_dict(dict(state))
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The bool masks of all masked layers, keyed by weight name."""
+    return {_weight_name(name): module.mask for name, module in _linears(model) if isinstance(module, MaskedLinear)}
+
+
+def prunable(model: nn.Module) -> dict[str, Tensor]:
+    """The dense weights (detached) of all nn.Linear and MaskedLinear layers, keyed by name, in module order."""
+    return {_weight_name(name): module.weight.detach() for name, module in _linears(model)}
+
+
+def explain(model: nn.Module) -> list[dict]:
+    """A row for each masked layer: layer, shape, density, nnz, bytes (values and indices), dense_bytes, execution."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLinear):
+            tensors = (module.values, module.crow_indices, module.col_indices)
+            rows.append(
+                {
+                    "layer": name,
+                    "shape": (module.out_features, module.in_features),
+                    "density": module.density,
+                    "nnz": module.nnz,
+                    "bytes": sum(t.numel() * t.element_size() for t in tensors),
+                    "dense_bytes": module.out_features * module.in_features * module.values.element_size(),
+                    "execution": module.execution,
+                }
+            )
+    return rows
+
+
+def _weight_name(module_name: str) -> str:
+    return f"{module_name}.weight" if module_name else "weight"
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear or isinstance(module, MaskedLinear):
+            yield name, module
+
+
+def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A deep copy with some modules replaced (shared ones stay shared) and the Sequential classes to match."""
+    model = copy.deepcopy(model, {id(old): new for old, new in replaced.items()})
+    for module in model.modules():
+        if type(module) in (nn.Sequential, MaskedSequential):
+            masked = any(isinstance(child, MaskedLinear) for child in module)
+            module.__class__ = MaskedSequential if masked else nn.Sequential
+    return model

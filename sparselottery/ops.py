@@ -1,0 +1,198 @@
+"""The algebra, on torch tensors, dispatched by device.
+
+    op      equation                                   gradients
+    spmm    y = x Wᵀ + b                               gx = spmm(gy, Wᵀ)   gvalues = sddmm(gy, x)   gb = Σ gy
+    sddmm   gvalues = (gyᵀ x) at the pattern           by the reference
+    chain   spmm, ReLU, spmm, ReLU, ..., spmm          the same, from the back
+
+x (N, I), y (N, O), values (nnz,), W (O, I) sparse. Two torch ops carry all of it, `torch.ops.sparselottery.chain` and
+`chain_backward`: an spmm is a chain of one, an sddmm is its gradient. Second derivatives run on the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .kernels import cpu, reference
+from .pattern import Pattern
+
+_LIB = torch.library.Library("sparselottery", "DEF")
+_LIB.define(
+    "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
+    "bool batch_minor, bool save) -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "chain_backward(Tensor gy, Tensor x, Tensor saved, Tensor[] values, Tensor[] crow_indices, "
+    "Tensor[] col_indices, Tensor[] plans, bool need_x, bool[] need_values, bool[] need_bias) "
+    "-> (Tensor, Tensor[], Tensor[])"
+)
+_CHAIN, _CHAIN_BACKWARD = torch.ops.sparselottery.chain.default, torch.ops.sparselottery.chain_backward.default
+
+
+def compile_plan(pattern: Pattern) -> Tensor:
+    """The native kernels' schedule for a pattern: an opaque int32 tensor, empty where no native kernel runs."""
+    if pattern.crow_indices.device.type == "cpu" and cpu.available() and all(pattern.shape):
+        return cpu.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+    return pattern.crow_indices.new_empty(0)
+
+
+def chain(
+    x: Tensor,
+    values: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    crow_indices: Sequence[Tensor],
+    col_indices: Sequence[Tensor],
+    plans: Sequence[Tensor],
+    batch_minor: bool = False,
+) -> Tensor:
+    """spmm(... relu(spmm(x)) ...): (N, I) -> (N, O), differentiable in x, values and biases.
+
+    Layers are in order. With `batch_minor`, or where x is batch-minor itself, y has strides (1, ld): the next masked
+    layer reads it without repacking. Under autocast everything is computed from inputs rounded to the autocast dtype.
+    Raises TypeError if x and the values differ in dtype.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values = _autocast(x, dtype), [_autocast(v, dtype) for v in values]
+        biases = [None if b is None else _autocast(b, dtype) for b in biases]
+    if x.dtype != values[0].dtype:
+        raise TypeError(f"x: expected {values[0].dtype}, the dtype of the values, got {x.dtype}")
+    for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
+        for name, tensor, shape in (("values", value, col.shape), ("bias", bias, (crow.shape[0] - 1,))):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    batch_minor = batch_minor or reference.is_packed(x)
+    if torch._C._are_functorch_transforms_active():
+        return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
+    indices, grad = (crow_indices, col_indices, plans), torch.is_grad_enabled()
+    if torch.compiler.is_compiling():  # a list with None in it gets no gradients
+        biases = [x.new_zeros(c.shape[0] - 1) if b is None else b for b, c in zip(biases, crow_indices, strict=True)]
+        return _CHAIN(x, values, biases, *indices, batch_minor, grad)[0]
+    if grad:
+        return _Chain.apply(x, indices, batch_minor, *values, *biases)
+    return (_chain_cpu if _untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _untraced(x: Tensor) -> bool:
+    """Is x an ordinary CPU tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
+    return type(x) is Tensor and x.is_cpu and not torch._C._len_torch_dispatch_stack()
+
+
+class _Chain(torch.autograd.Function):
+    """The eager path: forward(x, (crow_indices, col_indices, plans), batch_minor, *values, *biases).
+
+    Does what the op's registered autograd does, in a third of the time per call.
+    """
+
+    @staticmethod
+    def forward(ctx, x, indices, batch_minor, *params):
+        layers = len(params) // 2
+        values, biases = params[:layers], params[layers:]
+        args = x, values, biases, *indices, batch_minor, any(ctx.needs_input_grad)
+        if _untraced(x):
+            y, saved = _chain_cpu(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, saved = _CHAIN(*args)
+        _save(ctx, x, values, biases, indices, saved)
+        return y.data if batch_minor else y  # not a view: it may be modified in place
+
+    @staticmethod
+    def backward(ctx, gy):
+        needs = ctx.needs_input_grad
+        gx, gvalues, gbiases = _backward(ctx, gy, needs[0], needs[3 : 3 + ctx.layers], needs[3 + ctx.layers :])
+        return gx, None, None, *gvalues, *gbiases
+
+
+def _save(ctx, x, values, biases, indices, saved):
+    ctx.save_for_backward(x, saved, *values, *biases)
+    ctx.indices, ctx.layers = indices, len(values)
+
+
+def _backward(ctx, gy, need_x, need_values, need_biases):
+    x, saved, *params = ctx.saved_tensors
+    values, biases = params[: ctx.layers], params[ctx.layers :]
+    if torch.is_grad_enabled() or (saved.numel() == 0 and reference.saved_features(x, ctx.indices[0])):
+        return _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases)
+    op = _chain_backward_cpu if _untraced(gy) else _CHAIN_BACKWARD
+    gx, gvalues, gbiases = op(gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases)
+    gvalues = [g if need else None for g, need in zip(gvalues, need_values, strict=True)]
+    gbiases = [g if need else None for g, need in zip(gbiases, need_biases, strict=True)]
+    return gx if need_x else None, gvalues, gbiases
+
+
+def _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases):
+    """The same gradients by torch ops: for create_graph=True, or where forward was told not to save."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # aliases: the gradient stops here, wherever x comes from and whatever is shared
+        x, values = x.view_as(x), [v.view_as(v) for v in values]
+        biases = [None if b is None else b.view_as(b) for b in biases]
+        y, _ = reference.chain_forward(x, values, biases, *ctx.indices, batch_minor=False, save=False)
+    inputs, needs = [x, *values, *biases], [need_x, *need_values, *need_biases]
+    needed = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, needed, gy, create_graph=create_graph))
+    gx, *rest = [next(grads) if need else None for need in needs]
+    return gx, rest[: ctx.layers], rest[ctx.layers :]
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, biases, crow_indices, col_indices, plans, _batch_minor, _save_inputs = inputs
+    _save(ctx, x, values, biases, (crow_indices, col_indices, plans), output[1])
+    ctx.set_materialize_grads(False)
+    ctx.needs = x.requires_grad, [v.requires_grad for v in values], [b is not None and b.requires_grad for b in biases]
+
+
+def _op_backward(ctx, gy, _gsaved):
+    gx, gvalues, gbiases = _backward(ctx, gy, *ctx.needs)
+    return gx, gvalues, gbiases, [None] * ctx.layers, [None] * ctx.layers, [None] * ctx.layers, None, None
+
+
+def _chain_cpu(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
+    backend = cpu if x.shape[0] and cpu.supports(x.dtype, plans) else reference
+    return backend.chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save)
+
+
+def _chain_backward_cpu(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
+    backend = cpu if x.shape[0] and cpu.supports(x.dtype, plans) else reference
+    return backend.chain_backward(
+        gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias
+    )
+
+
+def _chain_fake(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
+    batch, ld = x.shape[0], reference.leading_dim(x.shape[0])
+    saved = x.new_empty(sum(reference.saved_features(x, crow_indices)) * ld if save else 0)
+    out_features = crow_indices[-1].shape[0] - 1
+    if batch_minor:
+        return reference.unpack(x.new_empty(out_features, ld), batch), saved
+    return x.new_empty(batch, out_features), saved
+
+
+def _chain_backward_fake(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
+    batch, features = x.shape
+    gvalues = [v.new_empty(v.shape if need else 0) for v, need in zip(values, need_values, strict=True)]
+    gbias = [gy.new_empty(c.shape[0] - 1 if need else 0) for c, need in zip(crow_indices, need_bias, strict=True)]
+    if not need_x:
+        return gy.new_empty(0), gvalues, gbias
+    if reference.is_packed(x):
+        return reference.unpack(x.new_empty(features, reference.leading_dim(batch)), batch), gvalues, gbias
+    return x.new_empty(batch, features), gvalues, gbias
+
+
+_LIB.impl("chain", _chain_cpu, "CPU")
+_LIB.impl("chain", reference.chain_forward, "CompositeExplicitAutograd")
+_LIB.impl("chain_backward", _chain_backward_cpu, "CPU")
+_LIB.impl("chain_backward", reference.chain_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("sparselottery::chain", _chain_fake)
+torch.library.register_fake("sparselottery::chain_backward", _chain_backward_fake)
+torch.library.register_autograd("sparselottery::chain", _op_backward, setup_context=_setup_context)

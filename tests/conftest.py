@@ -1,0 +1,41 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """The same random numbers and threads for every test."""
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that nobody writes reads as NaN: the floats that torch.empty and its relatives return from Python."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.fill_(math.nan)
+        return tensor
+
+    return allocate_poisoned

@@ -1,0 +1,22 @@
+import json
+import platform
+
+import torch
+
+from sparselottery import info
+from sparselottery.kernels import cpu
+
+
+def test_info_says_what_runs():
+    torch.set_num_threads(1)
+    facts = info()
+    assert facts["python"] == platform.python_version()
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == "1"
+    assert facts["cpu"] == cpu.status()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_info_says_why_native_code_does_not_run(monkeypatch):
+    monkeypatch.setattr(cpu, "_STATUS", "torch reference: no native library was built")
+    assert info()["cpu"] == "torch reference: no native library was built"

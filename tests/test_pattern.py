@@ -1,0 +1,138 @@
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given
+
+from sparselottery import Pattern
+
+MASK = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
+masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=9)).map(torch.from_numpy)
+
+
+def int32(*items):
+    return torch.tensor(items, dtype=torch.int32)
+
+
+def test_the_miniature_of_the_docstring():
+    pattern = Pattern.from_mask(MASK)
+    assert torch.equal(pattern.crow_indices, int32(0, 2, 2, 4))
+    assert torch.equal(pattern.col_indices, int32(0, 3, 1, 2))
+    assert pattern.crow_indices.dtype == pattern.col_indices.dtype == torch.int32
+    assert (pattern.shape, pattern.nnz, pattern.density) == ((3, 4), 4, 4 / 12)
+    assert pattern.row_indices().tolist() == [0, 0, 2, 2]
+    values = torch.tensor([1.0, 2, 3, 4])
+    assert pattern.scatter(values).tolist() == [[1, 0, 0, 2], [0, 0, 0, 0], [0, 3, 4, 0]]
+    assert pattern.validate() is pattern
+
+
+@given(masks)
+def test_is_the_csr_of_scipy(mask):
+    pattern, csr = Pattern.from_mask(mask), scipy.sparse.csr_matrix(mask.numpy())
+    np.testing.assert_array_equal(pattern.crow_indices, csr.indptr)
+    np.testing.assert_array_equal(pattern.col_indices, csr.indices)
+    assert pattern.validate().nnz == csr.nnz
+    assert torch.equal(pattern.mask(), mask)
+    assert pattern.density == (csr.nnz / mask.numel() if mask.numel() else 0)
+
+
+@given(masks, st.randoms(use_true_random=False))
+def test_gather_inverts_scatter(mask, random):
+    pattern = Pattern.from_mask(mask)
+    values = torch.tensor([random.random() for _ in range(pattern.nnz)], dtype=torch.float64)
+    dense = pattern.scatter(values)
+    assert dense.dtype == values.dtype
+    assert torch.equal(pattern.gather(dense), values)
+    assert torch.equal(dense[~mask], torch.zeros_like(dense[~mask]))
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
+def test_masks_of_any_strides(layout):
+    mask = {
+        "strided": torch.stack([MASK, ~MASK], 2)[..., 0],
+        "transposed": MASK.t(),
+        "expanded": MASK[0].expand(5, 4),
+    }[layout]
+    assert not mask.is_contiguous()
+    assert torch.equal(Pattern.from_mask(mask).mask(), mask)
+
+
+def test_is_differentiable_both_ways():
+    pattern = Pattern.from_mask(MASK)
+    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    dense = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pattern.scatter, values)
+    assert torch.autograd.gradcheck(pattern.gather, dense)
+
+
+@pytest.mark.parametrize("mask", [MASK.float(), MASK.int(), MASK.to(torch.uint8)])
+def test_a_mask_is_bool(mask):
+    with pytest.raises(TypeError, match=f"mask: expected a bool tensor, got {mask.dtype}"):
+        Pattern.from_mask(mask)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4)])
+def test_a_mask_is_a_matrix(shape):
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        Pattern.from_mask(torch.ones(shape, dtype=torch.bool))
+
+
+def test_more_columns_than_int32_counts_are_refused():
+    with pytest.raises(ValueError, match=f"at most {2**31 - 1}"):
+        Pattern.from_mask(torch.zeros(0, 1, dtype=torch.bool).expand(0, 2**31))
+
+
+@pytest.mark.parametrize(
+    ("crow_indices", "col_indices", "message"),
+    [
+        (int32(0, 2, 2, 4).long(), int32(0, 3, 1, 2), "crow_indices: expected a 1-D int32 tensor, got torch.int64"),
+        (int32(0, 2, 2, 4), torch.tensor([0.0, 3, 1, 2]), "col_indices: expected a 1-D int32 tensor, got torch.float"),
+        (int32(0, 2, 2, 4)[None], int32(0, 3, 1, 2), "crow_indices: expected a 1-D"),
+        (int32(0, 2, 4), int32(0, 3, 1, 2), "crow_indices: expected length 4, got 3"),
+        (int32(), int32(), "crow_indices: expected length 4, got 0"),
+        (int32(1, 2, 2, 4), int32(0, 3, 1, 2), "from 0 to nnz = 4, got 1 to 4"),
+        (int32(0, 2, 2, 5), int32(0, 3, 1, 2), "from 0 to nnz = 4, got 0 to 5"),
+        (int32(0, 3, 2, 4), int32(0, 3, 1, 2), "crow_indices: expected a non-decreasing"),
+        (int32(0, 5, 2, 4), int32(0, 3, 1, 2), "crow_indices: expected a non-decreasing"),
+        (int32(0, 2, 2, 4), int32(0, 4, 1, 2), r"col_indices: expected values in \[0, 4\), got 0 to 4"),
+        (int32(0, 2, 2, 4), int32(0, 3, -1, 2), r"col_indices: expected values in \[0, 4\), got -1 to 3"),
+        (int32(0, 2, 2, 4), int32(3, 0, 1, 2), "col_indices: expected strictly ascending"),
+        (int32(0, 2, 2, 4), int32(0, 3, 1, 1), "col_indices: expected strictly ascending"),
+    ],
+)
+def test_validate_names_what_is_wrong(crow_indices, col_indices, message):
+    with pytest.raises(ValueError, match=message):
+        Pattern(crow_indices, col_indices, (3, 4)).validate()
+
+
+@given(masks, st.data())
+def test_validate_accepts_only_patterns_of_masks(mask, data):
+    """Any one changed index either gives the pattern of another mask or is refused."""
+    pattern = Pattern.from_mask(mask)
+    name = data.draw(st.sampled_from(["crow_indices", "col_indices"]))
+    tensors = {"crow_indices": pattern.crow_indices.clone(), "col_indices": pattern.col_indices.clone()}
+    if not len(tensors[name]):
+        return
+    tensors[name][data.draw(st.integers(0, len(tensors[name]) - 1))] += data.draw(st.integers(-3, 3))
+    changed = Pattern(**tensors, shape=pattern.shape)
+    try:
+        changed.validate()
+    except ValueError:
+        return
+    again = Pattern.from_mask(changed.mask())
+    assert torch.equal(again.crow_indices, changed.crow_indices)
+    assert torch.equal(again.col_indices, changed.col_indices)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3,), (3, 4, 1)])
+def test_gather_takes_its_own_shape(shape):
+    with pytest.raises(ValueError, match=r"dense: expected shape \(3, 4\), got"):
+        Pattern.from_mask(MASK).gather(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,), (4, 1), ()])
+def test_scatter_takes_nnz_values(shape):
+    with pytest.raises(ValueError, match=r"values: expected shape \(4,\), got"):
+        Pattern.from_mask(MASK).scatter(torch.zeros(shape))

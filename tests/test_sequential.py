@@ -1,0 +1,178 @@
+"""MaskedSequential: fused runs and batch-minor activations give what its children give one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparselottery import MaskedLinear, MaskedSequential
+from sparselottery.kernels import cpu, reference
+
+
+def layer(in_features, out_features, bias=True):
+    return MaskedLinear(in_features, out_features, torch.rand(out_features, in_features) < 0.4, bias)
+
+
+def shared():
+    twin = layer(12, 12)
+    return [layer(30, 12), nn.ReLU(), twin, nn.ReLU(), twin]
+
+
+CHILDREN = {
+    "nothing": lambda: [],
+    "one layer": lambda: [layer(30, 20)],
+    "two": lambda: [layer(30, 20), nn.ReLU(), layer(20, 10)],
+    "two, the ReLU in place": lambda: [layer(30, 20), nn.ReLU(inplace=True), layer(20, 10)],
+    "four": lambda: [layer(30, 9), nn.ReLU(), layer(9, 20, False), nn.ReLU(), layer(20, 7), nn.ReLU(), layer(7, 5)],
+    "a ReLU first and last": lambda: [nn.ReLU(), layer(30, 20), nn.ReLU()],
+    "two ReLUs between": lambda: [layer(30, 20), nn.ReLU(), nn.ReLU(), layer(20, 10)],
+    "no ReLU between": lambda: [layer(30, 20), layer(20, 10)],
+    "other activations": lambda: [layer(30, 20), nn.Tanh(), layer(20, 10), nn.GELU(), layer(10, 5)],
+    "in place": lambda: [layer(30, 20), nn.LeakyReLU(0.1, True), layer(20, 10), nn.ELU(inplace=True)],
+    "a dense layer between": lambda: [layer(30, 20), nn.ReLU(), nn.Linear(20, 10), nn.ReLU(), layer(10, 5)],
+    "a norm between": lambda: [layer(30, 20), nn.BatchNorm1d(20), nn.ReLU(), layer(20, 10), nn.LayerNorm(10)],
+    "dropout and identity": lambda: [nn.Dropout(0.0), layer(30, 20), nn.Dropout(0.0), nn.Identity(), layer(20, 10)],
+    "nested": lambda: [MaskedSequential(layer(30, 20), nn.ReLU()), nn.Sequential(nn.ReLU(), layer(20, 10))],
+    "a shared layer": shared,
+    "softmax at the end": lambda: [layer(30, 20), nn.Tanh(), layer(20, 10), nn.Softmax(1)],
+}  # fmt: skip
+
+
+def results(model, x):
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same(got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("batch", [2, 16, 17, 256])
+@pytest.mark.parametrize("name", CHILDREN)
+def test_equals_its_children_one_by_one(name, batch):
+    children = [child.double() for child in CHILDREN[name]()]
+    x = torch.randn(batch, 30, dtype=torch.float64)
+    fused, plain = MaskedSequential(*children), nn.Sequential(*children)
+    assert_same(results(fused, x), results(plain, x))
+    fused.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x))
+        torch.testing.assert_close(fused(x[:1]), plain(x[:1]))
+        assert fused(x[:0]).shape == plain(x[:0]).shape
+    assert list(fused.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(30,), (1, 30), (2, 3, 30), (2, 0, 30)])
+@pytest.mark.parametrize("name", ["two", "no ReLU between", "other activations", "in place"])
+def test_inputs_of_any_dimension(name, shape):
+    children = CHILDREN[name]()
+    x = torch.randn(shape)
+    assert_same(results(MaskedSequential(*children), x), results(nn.Sequential(*children), x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    children = [child.to(dtype) for child in CHILDREN["four"]()]
+    x = torch.randn(17, 30, dtype=dtype)
+    y = MaskedSequential(*children)(x)
+    assert y.dtype == dtype
+    truth = nn.Sequential(*copy.deepcopy(children)).double()(x.double()).detach()
+    torch.testing.assert_close(y.double(), truth, rtol=0, atol=4 * torch.finfo(dtype).eps * float(truth.abs().max()))
+
+
+def calls(monkeypatch):
+    """The number of layers of each kernel call from now on."""
+    made = []
+    for module in (cpu, reference):
+        forward = module.chain_forward
+        monkeypatch.setattr(module, "chain_forward", lambda *a, f=forward: made.append(len(a[1])) or f(*a))
+    return made
+
+
+def test_a_run_is_one_call(monkeypatch):
+    model, made = MaskedSequential(*CHILDREN["four"]()), calls(monkeypatch)
+    model(torch.randn(4, 30))
+    model[1:](torch.randn(4, 9))
+    assert made == [4, 3]
+
+
+HOOKS = {
+    "forward": lambda module, seen: module.register_forward_hook(lambda *_: seen.append(1)),
+    "forward pre": lambda module, seen: module.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "backward": lambda module, seen: module.register_full_backward_hook(lambda *_: seen.append(1)),
+    "backward pre": lambda module, seen: module.register_full_backward_pre_hook(lambda *_: seen.append(1)),
+}
+
+
+@pytest.mark.parametrize("child", range(3))
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_a_child_is_called_until_removed(monkeypatch, kind, child):
+    model, seen = MaskedSequential(*CHILDREN["two"]()), []
+    x = torch.randn(16, 30, requires_grad=True)
+    expected = model(x)
+    made = calls(monkeypatch)
+    hook = HOOKS[kind](model[child], seen)
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert (seen, made) == ([1], [1, 1])
+    hook.remove()
+    model(x)
+    assert (seen, made) == ([1], [1, 1, 2])
+
+
+def test_a_hook_on_every_module_is_called():
+    model, seen = MaskedSequential(*CHILDREN["two"]()), []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        model(torch.randn(4, 30))
+    assert seen == [*model, model]
+
+
+def test_layers_that_do_not_fit_are_named():
+    model = MaskedSequential(layer(30, 20), nn.ReLU(), layer(21, 10))
+    with pytest.raises(ValueError, match="21"):
+        model(torch.randn(4, 30))
+
+
+@pytest.mark.parametrize("child", [0, 2])
+def test_layers_of_two_dtypes_are_refused(child):
+    model = MaskedSequential(layer(30, 20), nn.ReLU(), layer(20, 10))
+    model[child].double()
+    with pytest.raises(TypeError, match=r"expected torch.float\d\d.*got torch.float\d\d"):
+        model(torch.randn(4, 30))
+
+
+@pytest.mark.parametrize("batch", [1, 17])
+def test_a_sample_that_is_not_a_number_stays_one(batch):
+    model = MaskedSequential(MaskedLinear(3, 3), nn.ReLU(), MaskedLinear(3, 3))
+    x = torch.randn(batch, 3)
+    x[0, 0] = torch.nan
+    for grad in (True, False):
+        y = model.requires_grad_(grad)(x)
+        assert y[0].isnan().all()
+        assert y[1:].isfinite().all()
+
+
+def test_frozen_layers_get_no_gradient():
+    children = CHILDREN["four"]()
+    plain = results(nn.Sequential(*children), x := torch.randn(17, 30))
+    model = MaskedSequential(*children)
+    whole = dict(zip([name for name, _ in model.named_parameters()], plain[2:], strict=True))
+    for frozen in whole:
+        model.zero_grad()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name != frozen)
+        model(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if name == frozen:
+                assert parameter.grad is None
+            else:
+                torch.testing.assert_close(parameter.grad, whole[name])
