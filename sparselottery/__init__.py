@@ -1,0 +1,24 @@
+"""Lottery tickets that train and infer faster: only the surviving weights are stored and multiplied."""
+
+from .convert import convert, explain, to_dense
+from .export import export
+from .info import info
+from .lottery import find_ticket, prune
+from .nn import MaskedLinear, MaskedSequential
+from .pattern import Pattern
+from .ticket import Ticket
+
+__version__ = "0.1.0"
+__all__ = [
+    "MaskedLinear",
+    "MaskedSequential",
+    "Pattern",
+    "Ticket",
+    "convert",
+    "explain",
+    "export",
+    "find_ticket",
+    "info",
+    "prune",
+    "to_dense",
+]

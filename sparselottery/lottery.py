@@ -1,0 +1,285 @@
+"""Iterative magnitude pruning (Frankle & Carbin, arXiv 1803.03635, section 1; rewinding: arXiv 1903.01611).
+
+With theta_k the weights at step k and m = ones, repeat:  w = train(m * theta_k);  m = prune(w, m).
+The ticket is (theta_k, m).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .convert import dense_state, masks_of, prunable
+from .masks import Masks, at_random, by_magnitude, check, pools, prune_pools
+from .ticket import Ticket, atomic, json_copy
+
+METHODS = ("magnitude", "random")
+
+
+def prune(
+    model: nn.Module,
+    fraction: float,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    method: str = "magnitude",
+    scope: str = "layer",
+    rates: Mapping[str, float] | None = None,
+    output_fraction: float | None = None,
+    ignore: Sequence[str] = (),
+    generator: torch.Generator | None = None,
+) -> Masks:
+    """Masks with `fraction` of the surviving weights gone; the model and the given masks are left as they are.
+
+    Exactly round(fraction * survivors) weights go, per layer or over all of them; ties are broken by index, and a
+    weight that is pruned stays pruned. Biases are never pruned. Give the result to `convert`.
+
+    Args:
+        fraction: in [0, 1), of the weights that survive now, not of all of them.
+        masks: what survives now, bool tensors keyed by parameter name ("fc1.weight"); layers not named are whole.
+            None: the masks that the model was converted with; all True if it was not.
+        method: "magnitude" removes the smallest |w|, "random" any.
+        scope: "layer" takes `fraction` of each layer, "global" of all layers together.
+        rates: fractions of single layers, by name or fnmatch pattern (the first that matches counts). Such a layer
+            is pruned on its own in either scope.
+        output_fraction: the rate of the last linear layer; the paper takes half of `fraction` (App. G.4).
+        ignore: names or patterns of layers to leave as they are.
+        generator: for "random"; None uses torch's.
+    Returns a mask for every linear layer, in module order.
+    Raises ValueError or TypeError for a model without linear layers, weights that are not finite, a fraction outside
+    [0, 1), an unknown method, scope, name or pattern, and a mask that is not boolean or not of its weight's shape.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    weights = prunable(model)
+    masks = _complete(weights, masks_of(model) if masks is None else masks)
+    chosen = pools(list(weights), fraction, scope=scope, rates=rates, output_fraction=output_fraction, ignore=ignore)
+    score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
+    return prune_pools(masks, chosen, score)
+
+
+def find_ticket(
+    model: nn.Module,
+    train: Callable[..., Mapping[str, Any] | None],
+    *,
+    rounds: int,
+    fraction: float = 0.2,
+    rewind_step: int = 0,
+    reset: bool = True,
+    scope: str = "layer",
+    rates: Mapping[str, float] | None = None,
+    output_fraction: float | None = None,
+    ignore: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+) -> Ticket:
+    """Find a lottery ticket of `model`: prune it `rounds` times, training before each pruning and after the last.
+
+    Round 0 trains the whole net; each further round r prunes `fraction` of what is left, puts the survivors back to
+    their initial values and trains again, so `rounds + 1` trainings in all. `rounds=1` is one-shot pruning.
+
+        def train(model):
+            optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-3)
+            for x, y in batches:
+                ...
+            return {"accuracy": accuracy(model)}
+
+        ticket = find_ticket(model, train, rounds=7, output_fraction=0.1, out="runs/lenet")
+        sparse_model = ticket.apply(model)
+
+    Every training gets a new model, converted so that only the survivors are stored and multiplied, and starts from
+    the same weights, biases, buffers and random state (torch, `random`, numpy), so data order repeats if it follows
+    from them. `model` itself and the caller's random state are left as they are, but for one draw of torch's generator:
+    the seed of all trainings.
+
+    Args:
+        model: any module with nn.Linear layers. If it is converted already, its pruned weights stay pruned.
+        train: trains the model that it is given, in place, with an optimiser that it makes itself. It may return a
+            JSON-able mapping (accuracies, curves), which goes into the round's record.
+            With `rewind_step=k > 0` it is called as `train(model, start=0, stop=k)` once, to reach theta_k, and as
+            `train(model, start=k, stop=None)` in each round: to skip the first k steps of data and schedule.
+        rounds: how often to prune, at least 1.
+        fraction, scope, rates, output_fraction, ignore: how to prune, by magnitude: see `prune`.
+        rewind_step: k, the step whose weights the survivors go back to; 0 is the initialisation.
+        reset: False trains on from the pruned weights instead, and goes back to theta_k only in the ticket that is
+            returned ("continued training", paper App. B).
+        out: a folder for the run. A run that was interrupted, even killed, goes on where it stopped when called again,
+            losing at most the round in flight and ending as if it had never stopped; with more `rounds`, a finished
+            one goes on too. It holds settings.json, theta.safetensors (theta_k), for each round round-00.json (its
+            record) and round-00.safetensors (a Ticket: its trained weights and mask), and ticket.safetensors.
+        settings: JSON-able; whatever else decides the result (learning rate, data). Kept in the folder and in the
+            ticket's recipe; going on in the folder of a run with other settings is refused.
+        on_round: called with each round's record when it is done, or found done: round, density, nnz, total, seconds
+            (of the training) and what `train` returned.
+    Returns the ticket: theta_k at the last mask. The trained weights are in `out`.
+    Raises ValueError or TypeError, before any training, for arguments that `prune` would refuse, `rounds < 1`,
+    `rewind_step < 0`, or an `out` of another run or with a damaged file in it; and after a training that returned
+    something else than the above or altered the masks.
+    """
+    _check_count("rounds", rounds, 1)
+    _check_count("rewind_step", rewind_step, 0)
+    weights = prunable(model)
+    masks = _complete(weights, masks_of(model))
+    how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
+    chosen = pools(list(weights), fraction, **how)
+    recipe = {"fraction": fraction, **how, "rewind_step": rewind_step, "reset": reset, "settings": settings}
+    recipe |= {"layers": {name: list(weight.shape) for name, weight in weights.items()}}
+    files = _Files(out)
+    recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, ()))}))
+
+    theta = files.load("theta")
+    if theta is None:
+        theta = Ticket(dense_state(model), masks, recipe)
+        if rewind_step:
+            theta, _ = _train(model, theta, train, {"start": 0, "stop": rewind_step})
+        files.save("theta", theta)
+
+    steps = {"start": rewind_step, "stop": None} if rewind_step else {}
+    start = theta
+    for number in range(rounds + 1):
+        name = f"round-{number:02d}"
+        trained = files.load(name)
+        if trained is None:
+            trained, record = _train(model, start, train, steps)
+            record = {"round": number, **record}
+            files.save_record(name, record)
+            files.save(name, trained)  # last: the round is done when this file is there
+        else:
+            record = files.load_record(name)
+        if on_round is not None:
+            on_round(record)
+        if number < rounds:
+            masks = prune_pools(trained.masks, chosen, by_magnitude(trained.weights, trained.masks))
+            start = Ticket((theta if reset else trained).weights, masks, recipe)
+
+    ticket = Ticket(theta.weights, trained.masks, {**recipe, "rounds": rounds})
+    files.save("ticket", ticket)
+    return ticket
+
+
+def _train(model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any]) -> tuple[Ticket, dict[str, Any]]:
+    """The ticket after one training from `start`, and what to record of it."""
+    with _random_state_kept():
+        current = start.apply(model)
+        _seed(start.recipe["seed"])
+        began = perf_counter()
+        result = train(current, **steps)
+        seconds = perf_counter() - began
+    trained = Ticket.from_model(current, start.recipe)
+    if trained.masks.keys() != start.masks.keys() or any(
+        not torch.equal(mask, start.masks[name]) for name, mask in trained.masks.items()
+    ):
+        raise ValueError("train: expected it to leave the masks as they are, but it altered them")
+    total = sum(mask.numel() for mask in start.masks.values())
+    record = {"density": start.density, "nnz": start.nnz, "total": total, "seconds": seconds}
+    result = json_copy("train", {} if result is None else result)
+    if not isinstance(result, dict) or {"round", *record} & result.keys():
+        raise ValueError(f"train: expected None or a mapping without {['round', *record]}, got {result!r}")
+    return trained, {**record, **result}
+
+
+def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
+    """A mask for every weight: the given one, else all True."""
+    if not weights:
+        raise ValueError("model: expected at least one nn.Linear layer, got none")
+    check(masks, weights)
+    return {
+        name: masks[name].to(weight.device) if name in masks else torch.ones_like(weight, dtype=torch.bool)
+        for name, weight in weights.items()
+    }
+
+
+def _check_count(what: str, value: int, least: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{what}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{what}: expected at least {least}, got {value}")
+
+
+def _seed(seed: int) -> None:
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+        seed_one(seed)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Every global generator is afterwards as it was before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class _Files:
+    """The folder of a run, each file written atomically; without a folder nothing is found and nothing kept."""
+
+    def __init__(self, out: str | os.PathLike[str] | None) -> None:
+        self.folder = None if out is None else Path(out)
+
+    def settings(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The recipe this folder was begun with: `recipe` itself if that is now; ValueError if another."""
+        if self.folder is None:
+            return recipe
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "settings.json"
+        if not path.exists():
+            self._write_json(path, recipe)
+            return recipe
+        found = self._read_json(path)
+        before, now = _flat({**found, "seed": None}), _flat({**recipe, "seed": None})
+        different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if different:
+            changes = ", ".join(f"{key}: expected {before.get(key)!r}, got {now.get(key)!r}" for key in different)
+            raise ValueError(f"{path} is of a run with other settings (use another folder): {changes}")
+        return found
+
+    def load(self, name: str) -> Ticket | None:
+        if self.folder is None or not (self.folder / f"{name}.safetensors").exists():
+            return None
+        return Ticket.load(self.folder / f"{name}.safetensors")
+
+    def save(self, name: str, ticket: Ticket) -> None:
+        if self.folder is not None:
+            ticket.save(self.folder / f"{name}.safetensors")
+
+    def load_record(self, name: str) -> dict[str, Any]:
+        return self._read_json(self.folder / f"{name}.json")
+
+    def save_record(self, name: str, record: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self._write_json(self.folder / f"{name}.json", record)
+
+    @staticmethod
+    def _read_json(path: Path) -> dict[str, Any]:
+        try:
+            contents = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: expected a JSON file of a run: {error}") from None
+        if not isinstance(contents, dict):
+            raise ValueError(f"{path}: expected a JSON object of a run, got {type(contents).__name__}")
+        return contents
+
+    @staticmethod
+    def _write_json(path: Path, contents: dict[str, Any]) -> None:
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in nested.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

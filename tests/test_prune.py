@@ -1,0 +1,78 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from sparselottery import convert
+from sparselottery.convert import masks_of
+from sparselottery.lottery import prune
+from sparselottery.masks import survivors
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def test_prune_takes_its_masks_from_the_model():
+    model = net()
+    masks = prune(model, 0.5)
+    assert {name: survivors({name: mask}) for name, mask in masks.items()} == {"0.weight": 48, "3.weight": 18}
+    converted = convert(model, masks)
+    again = prune(converted, 0.5)
+    assert survivors(again) == 33
+    assert all(not (again[name] & ~mask).any() for name, mask in masks.items())
+    assert all(torch.equal(again[name], mask) for name, mask in prune(model, 0.5, masks).items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in masks_of(converted).items())
+
+
+def test_prune_of_a_layer_that_is_not_in_the_masks():
+    masks = prune(net(), 0.5, {"0.weight": torch.zeros(12, 8, dtype=torch.bool)})
+    assert [survivors({name: mask}) for name, mask in masks.items()] == [0, 18]
+
+
+def test_prune_passes_its_arguments_on():
+    model = net()
+    masks = prune(model, 0.5, rates={"0.*": 0.25}, output_fraction=0.75)
+    assert [survivors({name: mask}) for name, mask in masks.items()] == [72, 9]
+    assert survivors(prune(model, 0.5, ignore=["0.weight"])) == 96 + 18
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    masks = prune(model, 96 / 132, scope="global")
+    assert [survivors({name: mask}) for name, mask in masks.items()] == [0, 36]
+
+
+def test_prune_at_random_ignores_the_weights_and_follows_the_generator():
+    first, second = (prune(net(n), 0.5, method="random", generator=torch.Generator().manual_seed(7)) for n in (0, 1))
+    assert all(torch.equal(second[name], mask) for name, mask in first.items())
+    assert [survivors({name: mask}) for name, mask in first.items()] == [48, 18]
+    assert not torch.equal(first["0.weight"], prune(net(), 0.5)["0.weight"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1, exclude_max=True), max_size=6))
+def test_a_pruned_weight_never_returns(fractions):
+    model, masks = net(), None
+    for fraction in fractions:
+        pruned = prune(model, fraction, masks)
+        if masks is not None:
+            assert all(not (pruned[name] & ~mask).any() for name, mask in masks.items())
+        masks = pruned
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "error", "message"),
+    [
+        (nn.ReLU(), {}, ValueError, "model: expected at least one nn.Linear layer"),
+        (net(), {"method": "hessian"}, ValueError, "method: expected one of .*'hessian'"),
+        (net(), {"scope": "row"}, ValueError, "scope: expected one of .*'row'"),
+        (net(), {"fraction": 1}, ValueError, "fraction: expected"),
+        (net(), {"masks": {"0.weight": torch.ones(12, 8)}}, TypeError, "expected a bool tensor"),
+        (net(), {"masks": {"0.weight": torch.ones(8, 12) > 0}}, ValueError, r"expected shape \(12, 8\), got \(8, 12\)"),
+        (net(), {"masks": {"9.weight": torch.ones(8, 12) > 0}}, ValueError, r"expected names among .*got '9\.weight'"),
+    ],
+)
+def test_prune_refuses(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        prune(model, **{"fraction": 0.2, **arguments})
