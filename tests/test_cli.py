@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from functools import partial
+
+import pytest
+import scipy.sparse
+import torch
+from torch import nn
+
+from sparselottery import cli, convert
+from sparselottery.lab import experiment
+from sparselottery.lab.data import ENVIRONMENT
+from sparselottery.ticket import Ticket
+
+FIND = ["find", "--rounds", "2", "--iterations", "60"]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """--threads is for the process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick_timing(monkeypatch):
+    monkeypatch.setattr(experiment, "interleaved_ms", partial(experiment.interleaved_ms, bursts=1, burst_ms=0.1))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run, for reading."""
+    out = tmp_path_factory.mktemp("runs")
+    assert cli.main([*FIND, "--out", str(out)]) == 0
+    (folder,) = out.iterdir()
+    return folder
+
+
+def fails(capsys, *argv: object) -> str:
+    """What the command says on stderr when it exits with 2: one line."""
+    assert cli.main([str(arg) for arg in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparselottery: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_find_prints_a_row_per_round_and_where_the_ticket_is(tmp_path, capsys):
+    assert cli.main([*FIND, "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    head, columns, *rounds, _, ticket, explain, export = capsys.readouterr().out.splitlines()
+    assert str(folder) in head
+    assert columns.split("  ")[:4] == ["round", "weights %", "test %", "stops at"]
+    assert [row.split()[:2] for row in rounds] == [["0", "100.0"], ["1", "80.2"], ["2", "64.3"]]
+    assert {len(row) for row in rounds} == {len(columns)}
+    assert all(row.split()[6].endswith("x") for row in rounds)
+    assert f"{folder}/ticket.safetensors (64.3% of the weights" in ticket
+    assert f"sparselottery explain {folder}" in explain
+    assert f"sparselottery export {folder} --out" in export
+    assert Ticket.load(folder / "ticket.safetensors").density == pytest.approx(0.643, abs=1e-3)
+
+
+def test_find_again_prints_the_finished_rounds(tmp_path, capsys, monkeypatch):
+    cli.main([*FIND, "--out", str(tmp_path)])
+    first = capsys.readouterr().out
+    monkeypatch.setattr(experiment, "train", None)
+    assert cli.main([*FIND, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_find_passes_every_option_on(tmp_path, capsys):
+    options = "--rounds 2 --iterations 40 --fraction 0.5 --batch 30 --seed 3 --one-shot --reinit --threads 1"
+    assert cli.main(["find", *options.split(), "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    settings = json.loads((folder / "settings.json").read_text())["settings"]
+    assert settings == settings | {"rounds": 2, "iterations": 40, "fraction": 0.5, "batch": 30, "seed": 3}
+    assert settings == settings | {"one_shot": True, "reinit": True, "continued": False, "data": "digits"}
+    rows = capsys.readouterr().out.splitlines()[1:4]
+    assert rows[0].endswith("reinit test %  reinit stops at")
+    assert [row.split()[0] for row in rows[1:]] == ["0", "1"]
+
+
+@pytest.mark.parametrize("option", [["--rewind-step", "20"], ["--continued"]])
+def test_find_resets_otherwise(tmp_path, option):
+    assert cli.main([*FIND, *option, "--out", str(tmp_path)]) == 0
+
+
+def test_find_draws_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    cli.main([*FIND, "--out", str(tmp_path)])
+    plain = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    cli.main([*FIND, "--out", str(tmp_path)])
+    fancy = capsys.readouterr().out
+    assert "round 0 of 2" in fancy
+    assert all(line in fancy for line in plain)  # not wrapped to the terminal's width
+
+
+def test_find_without_the_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    assert "train-images-idx3-ubyte" in fails(capsys, "find", "--data", "mnist", "--out", tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--fraction=1.5", "fraction"),
+        ("--rounds=0", "rounds"),
+        ("--iterations=0", "iterations"),
+        ("--batch=2000", "batch"),
+        ("--rewind-step=60", "start"),
+    ],
+)
+def test_find_with_a_value_that_makes_no_sense(tmp_path, capsys, option, message):
+    assert message in fails(capsys, *FIND, option, "--out", tmp_path)
+
+
+def test_find_on_a_damaged_run(tmp_path, capsys):
+    cli.main([*FIND, "--out", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    path = folder / "round-01.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    capsys.readouterr()
+    assert str(path) in fails(capsys, *FIND, "--out", tmp_path)
+
+
+def test_find_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "train", interrupt)
+    assert cli.main([*FIND, "--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_explain(run_folder, capsys):
+    assert cli.main(["explain", str(run_folder)]) == 0
+    title, header, *layers = capsys.readouterr().out.splitlines()
+    assert "round-02.safetensors: 64.3% of the weights" in title
+    assert header.split()[:3] == ["layer", "shape", "density"]
+    assert [layer.split()[:2] for layer in layers] == [["fc1", "300x64"], ["fc2", "100x300"], ["fc3", "10x100"]]
+
+
+def test_explain_of_another_net(tmp_path, capsys):
+    model = convert(nn.Sequential(nn.Linear(2, 2)), {"0.weight": torch.eye(2, dtype=torch.bool)})
+    Ticket.from_model(model).save(tmp_path / "round-00.safetensors")
+    assert "fc1" in fails(capsys, "explain", tmp_path)
+
+
+@pytest.mark.parametrize("command", [["explain"], ["export", "--out", "x"]])
+def test_no_run_there(tmp_path, capsys, command):
+    assert "round-NN.safetensors" in fails(capsys, *command, tmp_path / "nothing")
+
+
+def test_export_npz(run_folder, tmp_path, capsys):
+    out = tmp_path / "trained"
+    assert cli.main(["export", str(run_folder), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    trained = Ticket.load(run_folder / "round-02.safetensors")
+    matrix = scipy.sparse.load_npz(out / "fc1.weight.npz")
+    assert (torch.from_numpy(matrix.toarray()) == trained.weights["fc1.weight"]).all()
+
+
+def test_export_safetensors_of_a_round(run_folder, tmp_path):
+    out = tmp_path / "trained.safetensors"
+    assert cli.main(["export", str(run_folder), "--format", "safetensors", "--round", "1", "--out", str(out)]) == 0
+    assert Ticket.load(out).density == Ticket.load(run_folder / "round-01.safetensors").density
+
+
+def test_export_of_a_round_that_is_not_there(run_folder, tmp_path, capsys):
+    assert "round 7" in fails(capsys, "export", run_folder, "--round", 7, "--out", tmp_path / "x")
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert f"torch   {torch.__version__}" in capsys.readouterr().out
+
+
+def test_bench(capsys):
+    assert cli.main(["bench", "--shape", "4,8,6", "2,3,5", "--density", "0.5", "0.1", "--threads", "1"]) == 0
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert "1 threads" in title
+    assert header.count("speed-up") == 2
+    assert [row.split()[:2] for row in rows] == [["4x8x6", "0.5"], ["4x8x6", "0.1"], ["2x3x5", "0.5"], ["2x3x5", "0.1"]]
+
+
+def test_bench_of_no_density(capsys):
+    assert "density" in fails(capsys, "bench", "--shape", "4,8,6", "--density", "2")
+
+
+@pytest.mark.parametrize("argv", ["", "bench --shape 4,8", "bench --shape 4,8,0", "find --data x", "find --threads 0"])
+def test_usage(argv, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(argv.split())
+    assert exit_info.value.code == 2
+    assert "usage: sparselottery" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    error = fails(capsys, *FIND, "--out", tmp_path)
+    assert error == "sparselottery: sklearn.datasets is not installed: pip install 'sparselottery[lab]'\n"
+
+
+def test_python_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparselottery", "info"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("sparselottery", run_name="__main__")
+    assert exit_info.value.code == 0
+    assert "torch" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sparselottery.convert import convert, dense_state, masks_of
+from sparselottery.lab import training
+from sparselottery.lab.controls import reinit
+from sparselottery.lab.data import Dataset
+from sparselottery.lab.models import lenet_300_100
+
+factory = partial(lenet_300_100, 6, 3, hidden=(16, 8))
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    """Three Gaussian clouds."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 6, generator=generator) + 6 * F.one_hot(y, 6)
+    return Dataset("clouds", 3, x[:60], y[:60], x[60:75], y[60:75], x[75:], y[75:])
+
+
+@given(count=st.integers(1, 40), batch=st.integers(1, 40), start=st.integers(0, 60), seed=st.integers(0, 3))
+def test_batches(count, batch, start, seed):
+    x = torch.arange(count)
+    if batch > count:
+        with pytest.raises(ValueError, match=f"the {count} training images, got {batch}"):
+            next(training.batches(x, x, batch, seed))
+        return
+    all_of = list(islice(training.batches(x, x * 2, batch, seed), start + 5))
+    assert all(torch.equal(y, 2 * x) and len(x) == batch for x, y in all_of)
+    per_epoch = count // batch
+    for epoch in range(0, len(all_of), per_epoch):
+        seen = torch.cat([x for x, _ in all_of[epoch : epoch + per_epoch]]).tolist()
+        assert len(seen) == len(set(seen))
+    later = list(islice(training.batches(x, x * 2, batch, seed, start), 5))
+    assert all(torch.equal(a, b) for a, b in zip((x for x, _ in later), (x for x, _ in all_of[start:]), strict=True))
+
+
+def test_epochs_and_seeds_differ():
+    x = torch.arange(50)
+    epochs = [batch.tolist() for batch, _ in islice(training.batches(x, x, 50, seed=0), 2)]
+    other = next(training.batches(x, x, 50, seed=1))[0].tolist()
+    assert epochs[0] != epochs[1] != other != epochs[0]
+
+
+def test_a_step_is_one_of_adam_on_the_cross_entropy(data):
+    ours, plain = reinit(factory, 0), reinit(factory, 0)
+    step, optimizer = training.stepper(ours, 1e-2), torch.optim.Adam(plain.parameters(), lr=1e-2)
+    for x, y in islice(training.batches(data.train_x, data.train_y, 10, seed=0), 5):
+        step(x, y)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_learns_in_place_and_keeps_the_mask(data):
+    dense = reinit(factory, 0)
+    masks = {"fc1.weight": torch.rand(16, 6, generator=torch.Generator().manual_seed(0)) < 0.5}
+    model = convert(dense, masks)
+    record = training.train(model, data, iterations=200, batch=20, eval_every=50)
+    assert record["curves"]["val_loss"][0] > 0.5 > record["curves"]["val_loss"][-1]
+    assert record["final_test_accuracy"] > 0.9
+    assert torch.equal(masks_of(model)["fc1.weight"], masks["fc1.weight"])
+    assert training.evaluate(model, data.test_x, data.test_y)[1] == record["final_test_accuracy"]
+    assert model.training
+
+
+def test_the_same_twice(data):
+    states, curves = [], []
+    for _ in range(2):
+        model = reinit(factory, 0)
+        curves.append(training.train(model, data, iterations=30, batch=20, eval_every=10)["curves"])
+        states.append(dense_state(model))
+    assert curves[0] == curves[1]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("start", "iterations", "evaluated"),
+    [(0, 50, [0, 20, 40, 50]), (0, 40, [0, 20, 40]), (13, 50, [13, 20, 40, 50]), (0, 7, [0, 7])],
+)
+def test_when_it_evaluates(data, start, iterations, evaluated):
+    seen = []
+    record = training.train(
+        reinit(factory, 0), data, iterations=iterations, batch=20, eval_every=20, start=start, on_eval=seen.append
+    )
+    assert record["curves"]["iteration"] == seen == evaluated
+    assert {len(curve) for curve in record["curves"].values()} == {len(evaluated)}
+
+
+def test_early_stop_is_the_first_minimum_of_the_validation_loss(data, monkeypatch):
+    values = iter([(9, 0), (0, 0.1), (3, 0), (0, 0.2), (1, 0), (0, 0.3), (1, 0), (0, 0.4)])  # val, test, val, ...
+    monkeypatch.setattr(training, "evaluate", lambda *_: next(values))
+    record = training.train(reinit(factory, 0), data, iterations=30, batch=20, eval_every=10)
+    assert (record["early_stop_iteration"], record["early_stop_test_accuracy"]) == (20, 0.3)
+    assert record["final_test_accuracy"] == 0.4
+    assert record["curves"]["iteration"] == [0, 10, 20, 30]  # it trained to the end
+
+
+def test_seconds_and_medians(data, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(training, "perf_counter", lambda: next(clock))  # a second from one look to the next
+    record = training.train(reinit(factory, 0), data, iterations=32, batch=20, eval_every=10)
+    assert (record["train_seconds"], record["eval_seconds"]) == (4, 5)
+    assert (record["train_step_ms"], record["eval_ms"]) == (100, 1000)
+
+
+def test_evaluate_in_parts_in_evaluation_mode(data, monkeypatch):
+    model = nn.Sequential(reinit(factory, 0), nn.Dropout(0.9))
+    logits = model[0](data.val_x)
+    expected = F.cross_entropy(logits, data.val_y).item(), (logits.argmax(1) == data.val_y).float().mean().item()
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 4)
+    assert training.evaluate(model, data.val_x, data.val_y) == pytest.approx(expected)
+    assert model.training
+    assert model[1].training
+
+
+def test_divergence_is_an_error(data):
+    with pytest.raises(ValueError, match="diverged"):
+        training.train(reinit(factory, 0), data, iterations=20, batch=20, lr=1e30, eval_every=10)
+
+
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"start": 5}, {"start": -1}, {"eval_every": 0}, {"batch": 0}])
+def test_wrong_arguments(data, wrong):
+    with pytest.raises(ValueError, match="expected"):
+        training.train(reinit(factory, 0), data, **{"iterations": 5, "batch": 20, **wrong})
