@@ -1,0 +1,107 @@
+"""Draws speed-up against density from the CSV files alone, losing rows included: `python -m benchmarks.plot [DIR]`."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks import results
+
+PANELS = {  # file -> columns that name a panel
+    "linear": ("op", "batch", "in_features", "out_features"),
+    "batch1": ("in_features", "out_features"),
+    "mlp_step": ("net", "batch"),
+}
+LABELS = {
+    "nn_linear": "nn.Linear (MKL)",
+    "onednn": "oneDNN packed",
+    "torch_csr": "torch.sparse CSR",
+    "scipy_csr": "scipy CSR",
+    "sparseprop": "SparseProp",
+    "masked_dense": "w * mask",
+    "dense": "unpruned",
+}
+TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+
+
+def main(folder: Path) -> None:
+    for name, keys in PANELS.items():
+        source = folder / f"{name}.csv"
+        if source.exists():
+            draw(source, keys, folder / f"{name}.svg")
+            print(f"{source} -> {folder / name}.svg")
+
+
+def draw(source: Path, keys: tuple[str, ...], target: Path) -> None:
+    """A panel for each combination of `keys`, a line for each implementation, written atomically as SVG."""
+    head, rows = results.read(source)
+    panels = sorted(dict.fromkeys(tuple(row[key] for key in keys) for row in rows), key=lambda panel: panel[0])
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = max(7, 3.6 * columns), 3.2 * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for impl in LABELS:
+            points = sorted(
+                (row["density"], row["speedup"])
+                for row in rows
+                if row["impl"] == impl and tuple(row[key] for key in keys) == panel
+            )
+            if points:
+                draw_line(axis, LABELS[impl], points, f"C{list(LABELS).index(impl)}")
+        decorate(axis, ", ".join(f"{value:g}" if isinstance(value, float) else value for value in panel))
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"times faster with {results.OURS}")
+    drawn = [line for axis in axes.flat for line in axis.get_lines()]
+    handles = {line.get_label(): line for line in drawn if line.get_label() in LABELS.values()}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+    figure.suptitle(f"{head['machine']}, fp32\n{head['versions']}, {head['date']}", fontsize=8)
+    part = target.with_name(target.name + ".tmp")
+    with plt.rc_context({"svg.hashsalt": results.OURS}):
+        figure.savefig(part, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    os.replace(part, target)
+
+
+def draw_line(axis: Axes, label: str, points: list[tuple[float, float]], color: str) -> None:
+    axis.plot(*zip(*points, strict=True), marker=".", markersize=5, linewidth=1.2, label=label, color=color)
+    density = crossover(points)
+    if density is not None:
+        axis.plot(density, 1, marker="o", markersize=6, color=color, markerfacecolor="none")
+        axis.annotate(f"{density:.0%}", (density, 1), xytext=(0, -11), textcoords="offset points", color=color,
+                      fontsize=7, ha="center")  # fmt: skip
+
+
+def crossover(points: list[tuple[float, float]]) -> float | None:
+    """The lowest density where the speed-up falls through 1, on straight lines of the log-log plot; None if nowhere."""
+    for (left, fast), (right, slow) in pairwise(points):
+        if fast >= 1 > slow:
+            share = math.log(fast) / math.log(fast / slow)
+            return left * (right / left) ** share
+    return None
+
+
+def decorate(axis: Axes, title: str) -> None:
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", title=title, xlabel="density")
+    axis.title.set_fontsize(9)
+    axis.set_xticks(TICKS, [f"{tick:.0%}" for tick in TICKS], fontsize=7)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    for formatted in (axis.xaxis, axis.yaxis):
+        formatted.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3, linewidth=0.5)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else results.FOLDER)

@@ -1,0 +1,86 @@
+"""Prints each bar of the project beside the measured rows: `python -m benchmarks.report [DIR]`.
+
+A bar is reached when the statistic (the geometric mean or the minimum over the rows it names) is at or above it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+from benchmarks import results
+
+SPARSE_PEERS = ("torch_csr", "scipy_csr", "sparseprop")
+MEASURED = ("impl", "ms", "speedup", "rounds", "rejected")  # the other columns name the case
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`statistic` of the speed-up, in the cases of `file` that match `where`, over the fastest of `impls` in each."""
+
+    what: str
+    bar: float | None
+    aim: float | None
+    file: str
+    impls: tuple[str, ...]
+    where: dict[str, object]
+    statistic: Callable[[Sequence[float]], float] = geometric_mean
+
+    def speedups(self, rows: Sequence[dict]) -> list[float]:
+        """Our speed-up in each case, over the fastest of `impls`."""
+        cases: dict[tuple, float] = {}
+        for row in rows:
+            if row["impl"] in self.impls and all(row[key] == value for key, value in self.where.items()):
+                case = tuple(value for key, value in row.items() if key not in MEASURED)
+                cases[case] = min(row["speedup"], cases.get(case, math.inf))
+        return list(cases.values())
+
+
+DENSE, ONEDNN, MASKED = ("nn_linear",), ("onednn",), ("masked_dense",)
+BOTH, FORWARD = {"op": "forward+backward"}, {"op": "forward"}
+MLP, LENET = {"net": "mlp-2048"}, {"net": "lenet-300-100"}
+BARS = [
+    Bar("linear fwd+bwd vs nn.Linear, 50 % pruned", 1.7, None, "linear", DENSE, {**BOTH, "density": 0.5}),
+    Bar("linear fwd+bwd vs nn.Linear, 80 %", 4, None, "linear", DENSE, {**BOTH, "density": 0.2}),
+    Bar("linear fwd+bwd vs nn.Linear, 90 %", 8, 12, "linear", DENSE, {**BOTH, "density": 0.1}),
+    Bar("linear fwd+bwd vs nn.Linear, 95 %", 12, None, "linear", DENSE, {**BOTH, "density": 0.05}),
+    Bar("linear fwd+bwd vs nn.Linear, worst case", 0.95, None, "linear", DENSE, BOTH, min),
+    Bar("linear fwd vs nn.Linear, 90 %", None, 15, "linear", DENSE, {**FORWARD, "density": 0.1}),
+    Bar("linear fwd vs oneDNN packed, 90 %", 4.5, None, "linear", ONEDNN, {**FORWARD, "density": 0.1}),
+    Bar("linear fwd+bwd vs best sparse peer, 80-98 %", 2, None, "linear", SPARSE_PEERS, BOTH),
+    Bar("batch 1, 4096x4096 vs nn.Linear, 90 %", 9, None, "batch1", DENSE, {"density": 0.1}),
+    Bar("MLP step vs w*mask, 90 %", 7, None, "mlp_step", MASKED, {**MLP, "density": 0.1}),
+    Bar("MLP step vs w*mask, 95 %", 13, 18, "mlp_step", MASKED, {**MLP, "density": 0.05}),
+    Bar("Lenet step vs w*mask, 90 %", 2.2, None, "mlp_step", MASKED, {**LENET, "density": 0.1}),
+    Bar("Lenet step vs w*mask, 95 %", 2.8, 5, "mlp_step", MASKED, {**LENET, "density": 0.05}),
+]
+
+
+def main(folder: Path) -> None:
+    paths = [folder / f"{name}.csv" for name in dict.fromkeys(bar.file for bar in BARS)]
+    files = {path.stem: results.read(path) for path in paths if path.exists()}
+    for name, (head, rows) in files.items():
+        impls = dict.fromkeys(row["impl"] for row in rows)
+        print(f"{name}.csv: {len(rows)} rows; {'; '.join(head.values())}\n    measured: {', '.join(impls)}")
+    print(f"\n{'':44} {'bar':>6} {'aim':>6} {'here':>7}   {'lowest..highest':>17}")
+    for bar in BARS:
+        speedups = bar.speedups(files[bar.file][1]) if bar.file in files else []
+        if not speedups:
+            print(f"{bar.what:44} {_times(bar.bar):>6} {_times(bar.aim):>6}   no rows")
+            continue
+        here = bar.statistic(speedups)
+        verdict = "aim" if bar.aim and here >= bar.aim else "bar" if bar.bar and here >= bar.bar else "short"
+        spread = f"{min(speedups):.2f}..{max(speedups):.2f} of {len(speedups)}"
+        print(f"{bar.what:44} {_times(bar.bar):>6} {_times(bar.aim):>6} {here:>6.2f}x   {spread:>17}  {verdict}")
+
+
+def _times(factor: float | None) -> str:
+    return "" if factor is None else f"{factor:g}x"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else results.FOLDER)

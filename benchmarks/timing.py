@@ -1,0 +1,110 @@
+"""The one timing core: candidates that compute the same thing are checked, then timed in turn, in one process.
+
+Interleaving makes drift of the machine (clock, neighbours) hit all candidates alike, so that ratios of the medians
+hold where absolute times do not. A candidate whose result is wrong raises before anything is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from torch import Tensor
+
+MIN_SAMPLE = 1e-3  # seconds; shorter calls are repeated within a sample
+MIN_ROUNDS = 5  # clean ones, whatever the budget
+WARM_UP = 5  # calls; the first ones also pay for autotuning
+STALL = 1.5  # a sample this many times the lower quartile of its candidate is a stall: its whole round is dropped
+PATIENCE = 4  # give up after this many times the budget and MIN_ROUNDS
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`run` is timed; `read` returns what the last run left, as tensors comparable to the truth."""
+
+    run: Callable[[], object]
+    read: Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds and calls per sample of each candidate, over `rounds` clean rounds; `rejected` had stalls."""
+
+    seconds: dict[str, float]
+    calls: dict[str, int]
+    rounds: int
+    rejected: int
+
+
+def race(candidates: dict[str, Candidate], truth: Sequence[Tensor], tolerance: float, budget: float) -> Timing:
+    """Check every candidate against `truth`, then time them in turn for about `budget` seconds.
+
+    Raises AssertionError if a result is wrong, RuntimeError if the machine is too busy for MIN_ROUNDS clean rounds.
+    """
+    for name, candidate in candidates.items():
+        candidate.run()
+        check(name, candidate.read(), truth, tolerance)
+    gc.collect()
+    gc.disable()
+    try:
+        calls = {name: _calls(candidate.run) for name, candidate in candidates.items()}
+        rounds = _rounds(candidates, calls, budget)
+    finally:
+        gc.enable()
+    clean = clean_rounds(rounds)
+    if len(clean) < MIN_ROUNDS:
+        raise RuntimeError(f"the machine is too busy: only {len(clean)} of {len(rounds)} rounds had no stall")
+    seconds = {name: median(r[name] for r in clean) for name in candidates}
+    return Timing(seconds, calls, len(clean), len(rounds) - len(clean))
+
+
+def check(name: str, got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> None:
+    """Raise AssertionError unless ||got - truth|| <= tolerance ||truth||, tensor by tensor (NaN fails)."""
+    for index, (actual, expected) in enumerate(zip(got, truth, strict=True)):
+        if actual.shape != expected.shape:
+            raise AssertionError(f"{name}: result {index} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
+        if not actual.is_contiguous():
+            raise AssertionError(f"{name}: result {index} is not row-major")
+        error = float((actual.double() - expected).norm())
+        if not error <= tolerance * float(expected.norm()):
+            raise AssertionError(f"{name}: result {index} is wrong by {error:.3g} (norm {float(expected.norm()):.3g})")
+
+
+def clean_rounds(rounds: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The rounds in which no candidate stalled (a competing process makes OpenMP spin for about 8 ms)."""
+    limit = {name: STALL * quantiles([r[name] for r in rounds], n=4)[0] for name in rounds[0]}
+    return [r for r in rounds if all(sample <= limit[name] for name, sample in r.items())]
+
+
+def _calls(run: Callable[[], object]) -> int:
+    """Calls in a sample, so that it lasts MIN_SAMPLE; warms up on the way."""
+    best = min(_sample(run, 1) for _ in range(WARM_UP))
+    return max(1, math.ceil(MIN_SAMPLE / best))
+
+
+def _sample(run: Callable[[], object], calls: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _rounds(candidates: dict[str, Candidate], calls: dict[str, int], budget: float) -> list[dict[str, float]]:
+    """Time all candidates once a round, back and forth, so that none always follows the same other."""
+    rounds: list[dict[str, float]] = []
+    order = list(candidates)
+    start = time.perf_counter()
+    while True:
+        rounds.append({name: _sample(candidates[name].run, calls[name]) for name in order})
+        order.reverse()
+        spent = time.perf_counter() - start
+        if spent < budget or len(rounds) < MIN_ROUNDS:
+            continue
+        exhausted = spent >= PATIENCE * budget and len(rounds) >= PATIENCE * MIN_ROUNDS
+        if exhausted or len(clean_rounds(rounds)) >= MIN_ROUNDS:
+            return rounds
