@@ -1,0 +1,42 @@
+# demo   find a lottery ticket on handwritten digits (under two minutes, offline once installed)
+# test   the test suite            bench  all measurements, their plots and the table of bars
+# lint   ruff                      clean  everything that was built, but not .venv
+#
+# The first target creates .venv. A smaller torch, without CUDA, on Linux:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
+
+.PHONY: demo test bench peers lint clean
+
+demo: .venv/lab.stamp
+	$(BIN)/sparselottery find
+
+test: .venv/test.stamp
+	$(BIN)/pytest
+
+bench: .venv/test.stamp
+	-$(MAKE) peers
+	$(BIN)/pytest benchmarks/ --benchmark-only
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.report
+
+# SparseProp, an optional peer. Its setup.py calls whatever pip and python3 come first: they must be ours.
+peers: .venv/test.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install $(PIP_ARGS) --no-build-isolation pybind11 sparseprop
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info kernels/_native_* .venv/*.stamp .benchmarks .hypothesis .pytest_cache .ruff_cache
+
+# Installs the extra of that name, editable, and builds the native library; again whenever a source of it changes.
+.venv/%.stamp: $(BUILT_FROM)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[$*]'
+	touch $@
