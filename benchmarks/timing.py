@@ -1,7 +1,9 @@
 """The one timing core: candidates that compute the same thing are checked, then timed in turn, in one process.
 
 Interleaving makes drift of the machine (clock, neighbours) hit all candidates alike, so that ratios of the medians
-hold where absolute times do not. A candidate whose result is wrong raises before anything is timed.
+hold where absolute times do not. Before each sample its candidate runs once untimed: what is measured is a call among
+its like, as in a training loop, not one in caches that the other candidates have filled. A candidate whose result is
+wrong raises before anything is timed.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from statistics import median, quantiles
 
 from torch import Tensor
 
-MIN_SAMPLE = 1e-3  # seconds; shorter calls are repeated within a sample
-MIN_ROUNDS = 5  # clean ones, whatever the budget
+MIN_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+MIN_ROUNDS = 5  # clean samples of each candidate, whatever the budget
 WARM_UP = 5  # calls; the first ones also pay for autotuning
-STALL = 1.5  # a sample this many times the lower quartile of its candidate is a stall: its whole round is dropped
+STALL = 1.5  # a sample this many times the lower quartile of its candidate is a stall, and dropped
 PATIENCE = 4  # give up after this many times the budget and MIN_ROUNDS
 
 
@@ -32,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds and calls per sample of each candidate, over `rounds` clean rounds; `rejected` had stalls."""
+    """Median seconds and calls per sample of each candidate, over `rounds` rounds; `rejected` samples were stalls."""
 
     seconds: dict[str, float]
     calls: dict[str, int]
@@ -55,11 +57,11 @@ def race(candidates: dict[str, Candidate], truth: Sequence[Tensor], tolerance: f
         rounds = _rounds(candidates, calls, budget)
     finally:
         gc.enable()
-    clean = clean_rounds(rounds)
-    if len(clean) < MIN_ROUNDS:
-        raise RuntimeError(f"the machine is too busy: only {len(clean)} of {len(rounds)} rounds had no stall")
-    seconds = {name: median(r[name] for r in clean) for name in candidates}
-    return Timing(seconds, calls, len(clean), len(rounds) - len(clean))
+    clean = clean_samples(rounds)
+    if (fewest := min(map(len, clean.values()))) < MIN_ROUNDS:
+        raise RuntimeError(f"the machine is too busy: only {fewest} of {len(rounds)} samples were no stalls")
+    seconds = {name: median(samples) for name, samples in clean.items()}
+    return Timing(seconds, calls, len(rounds), len(rounds) * len(clean) - sum(map(len, clean.values())))
 
 
 def check(name: str, got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> None:
@@ -74,10 +76,11 @@ def check(name: str, got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: 
             raise AssertionError(f"{name}: result {index} is wrong by {error:.3g} (norm {float(expected.norm()):.3g})")
 
 
-def clean_rounds(rounds: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """The rounds in which no candidate stalled (a competing process makes OpenMP spin for about 8 ms)."""
-    limit = {name: STALL * quantiles([r[name] for r in rounds], n=4)[0] for name in rounds[0]}
-    return [r for r in rounds if all(sample <= limit[name] for name, sample in r.items())]
+def clean_samples(rounds: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """Each candidate's samples that are no stalls (a competing process makes OpenMP spin for about 8 ms)."""
+    columns = {name: [r[name] for r in rounds] for name in rounds[0]}
+    limits = {name: STALL * quantiles(samples, n=4)[0] for name, samples in columns.items()}
+    return {name: [sample for sample in samples if sample <= limits[name]] for name, samples in columns.items()}
 
 
 def _calls(run: Callable[[], object]) -> int:
@@ -100,11 +103,14 @@ def _rounds(candidates: dict[str, Candidate], calls: dict[str, int], budget: flo
     order = list(candidates)
     start = time.perf_counter()
     while True:
-        rounds.append({name: _sample(candidates[name].run, calls[name]) for name in order})
+        rounds.append({})
+        for name in order:
+            candidates[name].run()
+            rounds[-1][name] = _sample(candidates[name].run, calls[name])
         order.reverse()
         spent = time.perf_counter() - start
         if spent < budget or len(rounds) < MIN_ROUNDS:
             continue
         exhausted = spent >= PATIENCE * budget and len(rounds) >= PATIENCE * MIN_ROUNDS
-        if exhausted or len(clean_rounds(rounds)) >= MIN_ROUNDS:
+        if exhausted or min(map(len, clean_samples(rounds).values())) >= MIN_ROUNDS:
             return rounds

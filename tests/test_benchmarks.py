@@ -1,4 +1,4 @@
-"""The machinery of benchmarks/: wrong results and stalled rounds do not count; rows survive the trip through CSV."""
+"""The machinery of benchmarks/: wrong results and stalls do not count; rows survive the trip through CSV."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def test_missing_results_are_not_timed():
         timing.check("empty", [], TRUTH, 1e-5)
 
 
-def test_stalled_rounds_are_dropped():
+def test_stalled_samples_are_dropped():
     calm = [{"ours": 1.0 + 0.01 * i, "theirs": 5.0} for i in range(6)]
-    assert timing.clean_rounds([*calm, {"ours": 9.0, "theirs": 5.0}, {"ours": 1.0, "theirs": 13.0}]) == calm
+    clean = timing.clean_samples([*calm, {"ours": 9.0, "theirs": 5.0}, {"ours": 1.0, "theirs": 13.0}])
+    assert clean == {"ours": [1.0 + 0.01 * i for i in range(6)] + [1.0], "theirs": [5.0] * 7}
 
 
 def test_race_takes_turns_and_counts():
