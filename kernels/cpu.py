@@ -7,6 +7,8 @@ plan of a pattern (csrc/plan.h) is a flat int32 tensor; strips and tiles are siz
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,22 +23,29 @@ _HALF = (torch.bfloat16, torch.float16)  # computed in fp32
 _ROW_MAJOR, _BATCH_MINOR, _PACKED = 0, 1, 2  # Layout in csrc/chain.cpp
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The native library, and in words which one it is or why there is none."""
+def load(path: Path) -> ctypes.CDLL:
+    """The native library at `path`. Raises OSError if it does not load."""
+    library = ctypes.CDLL(str(path))
+    library.sparselottery_plan.restype = ctypes.c_int64
+    for function in (library.sparselottery_chain_forward, library.sparselottery_chain_backward):
+        function.argtypes, function.restype = [ctypes.c_void_p], None
+    return library
+
+
+def _best() -> tuple[ctypes.CDLL | None, str]:
+    """The library for this processor, and in words which one it is or why there is none."""
     capability = torch.backends.cpu.get_cpu_capability()
     folder = Path(__file__).resolve().parent
     for level in LEVELS.get(capability, ("base",)):
         for path in sorted(folder.glob(f"_native_{level}.*")):
             try:
-                library = ctypes.CDLL(str(path))
+                return load(path), f"native, {level} (processor: {capability})"
             except OSError as error:
                 return None, f"torch reference: {path.name} does not load ({error})"
-            library.sparselottery_plan.restype = ctypes.c_int64
-            return library, f"native, {level} (processor: {capability})"
     return None, "torch reference: no native library was built (was there a C++ compiler at install time?)"
 
 
-_LIBRARY, _STATUS = _load()
+_LIBRARY, _STATUS = _best()
 
 
 def available() -> bool:
@@ -148,13 +157,10 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if is_packed(x) else x.float().contiguous()
 
 
-_ARGS = 12  # fields of csrc/chain.cpp's Args; those of its layers follow
-
-
-def _call(function, args: list[int]) -> None:
-    block = (ctypes.c_int64 * len(args))(*args)
-    address = ctypes.addressof(block)
-    function(ctypes.c_void_p(address), ctypes.c_void_p(address + 8 * _ARGS))
+def _call(function: Callable[[int], None], args: list[int]) -> None:
+    """Calls a function of csrc/chain.cpp: an Args and its Layers, all fields 8 bytes."""
+    block = array("q", args)
+    function(block.buffer_info()[0])
 
 
 def _layout(x: Tensor) -> tuple[Tensor, int, int]:

@@ -59,14 +59,11 @@ def chain(
         dtype = torch.get_autocast_dtype(device)
         x, values = _autocast(x, dtype), [_autocast(v, dtype) for v in values]
         biases = [None if b is None else _autocast(b, dtype) for b in biases]
-    if x.dtype != values[0].dtype:
-        raise TypeError(f"x: expected {values[0].dtype}, the dtype of the values, got {x.dtype}")
     for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
-        for name, tensor, shape in (("values", value, col.shape), ("bias", bias, (crow.shape[0] - 1,))):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if value.dtype != x.dtype or value.shape != col.shape:
+            raise _misfit("values", value, x.dtype, col.shape)
+        if bias is not None and (bias.dtype != x.dtype or bias.shape[0] != crow.shape[0] - 1):
+            raise _misfit("bias", bias, x.dtype, (crow.shape[0] - 1,))
     batch_minor = batch_minor or reference.is_packed(x)
     if torch._C._are_functorch_transforms_active():
         return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
@@ -77,6 +74,12 @@ def chain(
     if grad:
         return _Chain.apply(x, indices, batch_minor, *values, *biases)
     return (_chain_cpu if _untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
+
+
+def _misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Exception:
+    if tensor.dtype != dtype:
+        return TypeError(f"{name}: expected {dtype}, the dtype of x, got {tensor.dtype}")
+    return ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

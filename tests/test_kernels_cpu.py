@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 from dataclasses import replace
@@ -175,9 +174,7 @@ def level(request, monkeypatch):
     paths = sorted(cpu.Path(cpu.__file__).parent.glob(f"_native_{request.param}.*"))
     if not paths:
         pytest.skip(f"{request.param} was not built")
-    library = ctypes.CDLL(str(paths[0]))
-    library.sparselottery_plan.restype = ctypes.c_int64
-    monkeypatch.setattr(cpu, "_LIBRARY", library)
+    monkeypatch.setattr(cpu, "_LIBRARY", cpu.load(paths[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,10 +254,10 @@ def test_status_says_what_runs_or_why_not(monkeypatch, tmp_path):
     assert backends() == {"cpu": cpu.status()}
     assert cpu.status().startswith("native, ")
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    library, why = cpu._load()
+    library, why = cpu._best()
     assert library is None
     assert "no native library was built" in why
     (tmp_path / "_native_base.so").write_bytes(b"not a library")
-    library, why = cpu._load()
+    library, why = cpu._best()
     assert library is None
     assert "_native_base.so does not load" in why

@@ -262,10 +262,13 @@ void backward(const Args& a, const Layer* layers) {
 
 }  // namespace
 
-EXPORT void sparselottery_chain_forward(const Args* args, const Layer* layers) {
+// The layers follow their args.
+EXPORT void sparselottery_chain_forward(const Args* args) {
+    const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
     args->is_double ? forward<double>(*args, layers) : forward<float>(*args, layers);
 }
 
-EXPORT void sparselottery_chain_backward(const Args* args, const Layer* layers) {
+EXPORT void sparselottery_chain_backward(const Args* args) {
+    const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
     args->is_double ? backward<double>(*args, layers) : backward<float>(*args, layers);
 }

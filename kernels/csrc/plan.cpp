@@ -30,7 +30,7 @@ class Writer {
 
 // Strips are at most `strip` high, and low enough that threads find at least eight of them to share.
 void write_schedule(Writer& out, int at, const Compressed& m, int32_t strip, int32_t block) {
-    strip = std::min(strip, std::max(32, (m.rows / 8 + 15) / 16 * 16));
+    strip = std::min(strip, std::max(32, m.rows / 8 / 16 * 16));
     const int32_t strips = (m.rows + strip - 1) / strip, blocks = (m.cols + block - 1) / block;
     std::vector<Tile> tiles;
     std::vector<Bucket> buckets;
