@@ -59,6 +59,8 @@ def chain(
         dtype = torch.get_autocast_dtype(device)
         x, values = _autocast(x, dtype), [_autocast(v, dtype) for v in values]
         biases = [None if b is None else _autocast(b, dtype) for b in biases]
+    if x.dtype != values[0].dtype:
+        raise TypeError(f"x: expected {values[0].dtype}, the dtype of the values, got {x.dtype}")
     for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
         if value.dtype != x.dtype or value.shape != col.shape:
             raise _misfit("values", value, x.dtype, col.shape)
