@@ -27,6 +27,8 @@ def load(path: Path) -> ctypes.CDLL:
     """The native library at `path`. Raises OSError if it does not load."""
     library = ctypes.CDLL(str(path))
     library.sparselottery_plan.restype = ctypes.c_int64
+    library.sparselottery_workspace.argtypes = [ctypes.c_int64]
+    library.sparselottery_workspace.restype = ctypes.c_void_p
     for function in (library.sparselottery_chain_forward, library.sparselottery_chain_backward):
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return library
@@ -98,23 +100,23 @@ def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_min
     batch, out_features = x.shape[0], crow_indices[-1].shape[0] - 1
     ld, size = leading_dim(batch), x.element_size()
     y = x.new_empty((out_features, ld) if batch_minor else (batch, out_features))
-    packed = x.new_empty(sum(saved_features(x, crow_indices)) * ld)
+    elements = sum(saved_features(x, crow_indices)) * ld
+    packed = x.new_empty(elements if save else 0)
     single = batch == 1 and not save and x_layout == _ROW_MAJOR and not batch_minor
     args = [size == 8, torch.get_num_threads(), len(values), batch, ld, x.data_ptr(), x_stride, x_layout]
     args += [y.data_ptr(), y.stride(0), _PACKED if batch_minor else _ROW_MAJOR, 0]
-    at, ld_in = packed.data_ptr(), ld
-    if x_layout == _PACKED:
-        at, ld_in = x.data_ptr(), x_stride
+    start = packed.data_ptr() if save else _LIBRARY.sparselottery_workspace(elements * size)
+    at, ld_in = (x.data_ptr(), x_stride) if x_layout == _PACKED else (start, ld)
     for layer, (value, bias, crow) in enumerate(zip(values, biases, crow_indices, strict=True)):
         args += [plans[layer].data_ptr(), crow.data_ptr(), col_indices[layer].data_ptr(), value.data_ptr()]
         args += [0 if bias is None else bias.data_ptr(), 0 if single and not layer else at, ld_in, 0, 0, 0]
         if layer == 0 and x_layout == _PACKED:
-            at = packed.data_ptr()
+            at = start
         else:
             at += (x.shape[1] if layer == 0 else crow_indices[layer - 1].shape[0] - 1) * ld * size
         ld_in = ld
     _call(_LIBRARY.sparselottery_chain_forward, args)
-    return (unpack(y, batch) if batch_minor else y), packed if save else x.new_empty(0)
+    return (unpack(y, batch) if batch_minor else y), packed
 
 
 def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
@@ -133,10 +135,10 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
     gx = gy.new_empty(shape)
     # Packed gradients: of y unless it comes packed, then of each hidden layer.
     widths = [0 if gy_layout == _PACKED else out_features] + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
-    scratch = gy.new_empty(sum(widths) * ld)
+    scratch = _LIBRARY.sparselottery_workspace(sum(widths) * ld * size)
     args = [size == 8, torch.get_num_threads(), len(values), batch, ld, gy.data_ptr(), gy_stride, gy_layout]
-    args += [gx.data_ptr(), gx.stride(0), _PACKED if packed_x else _ROW_MAJOR, scratch.data_ptr()]
-    at, ginput = saved.data_ptr(), scratch.data_ptr() + widths[0] * ld * size
+    args += [gx.data_ptr(), gx.stride(0), _PACKED if packed_x else _ROW_MAJOR, scratch]
+    at, ginput = saved.data_ptr(), scratch + widths[0] * ld * size
     gvalues, gbias = [], []
     for layer, (value, crow) in enumerate(zip(values, crow_indices, strict=True)):
         gvalues.append(gy.new_empty(value.shape if need_values[layer] else 0))

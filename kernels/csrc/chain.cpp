@@ -31,7 +31,7 @@ struct Args {  // mirrored in cpu.py
     void* packed_gy;  // backward: gy (in x) is packed to here unless PACKED
 };
 
-class Scratch {  // per thread, grows, lives as long as the thread
+class Scratch {  // per thread, grows, lives as long as the thread: fresh pages cost more than many a kernel
   public:
     ~Scratch() { std::free(memory_); }
     template <class T>
@@ -49,7 +49,8 @@ class Scratch {  // per thread, grows, lives as long as the thread
     void* memory_ = nullptr;
     size_t size_ = 0;
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch;    // a strip's output on its way to row-major
+thread_local Scratch workspace;  // the caller's: packed activations that nobody keeps
 
 struct BatchTile {
     int64_t begin, groups;  // columns [begin, begin + groups * kLanes)
@@ -261,6 +262,9 @@ void backward(const Args& a, const Layer* layers) {
 }
 
 }  // namespace
+
+// Memory of the calling thread, valid until it asks again.
+EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>(bytes + 64); }
 
 // The layers follow their args.
 EXPORT void sparselottery_chain_forward(const Args* args) {

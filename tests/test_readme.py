@@ -1,0 +1,20 @@
+"""The README's example runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert names["ticket"].density == pytest.approx(0.8**7, abs=0.01)
+    assert names["sparse"](names["x"]).shape == (600, 10)
+    assert (tmp_path / "ticket.safetensors").exists()
