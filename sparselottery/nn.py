@@ -117,7 +117,8 @@ class MaskedLinear(nn.Module):
     def execution(self) -> str:
         """How forward runs: "sparse", or "dense" where nothing is pruned and `values` is the dense weight as it stands.
 
-        Sparse kernels are no slower than nn.Linear at any lower density (benchmarks/results/linear.csv).
+        Sparse kernels are no slower than nn.Linear at any lower density, for batches (benchmarks/results/linear.csv); a
+        single sample through a nearly dense layer is (batch1.csv).
         """
         return "dense" if self.nnz == self.out_features * self.in_features else "sparse"
 

@@ -52,7 +52,7 @@ def chain(
 
     Layers are in order. With `batch_minor`, or where x is batch-minor itself, y has strides (1, ld): the next masked
     layer reads it without repacking. Under autocast everything is computed from inputs rounded to the autocast dtype.
-    Raises TypeError if x and the values differ in dtype.
+    Raises TypeError if x, values and biases differ in dtype, ValueError if their sizes are not those of the indices.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -64,7 +64,7 @@ def chain(
     for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
         if value.dtype != x.dtype or value.shape != col.shape:
             raise _misfit("values", value, x.dtype, col.shape)
-        if bias is not None and (bias.dtype != x.dtype or bias.shape[0] != crow.shape[0] - 1):
+        if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow.shape[0] - 1,)):
             raise _misfit("bias", bias, x.dtype, (crow.shape[0] - 1,))
     batch_minor = batch_minor or reference.is_packed(x)
     if torch._C._are_functorch_transforms_active():

@@ -7,8 +7,7 @@
 
 namespace {
 
-enum Word { MAGIC, OUT, IN, NNZ, COLUMNS, FORWARD, TRANSPOSE = FORWARD + 12, HEADER = 32 };
-constexpr int32_t kMagic = 0x534c3031;
+enum Word { OUT, IN, NNZ, COLUMNS, FORWARD, TRANSPOSE = FORWARD + 12, HEADER = 32 };
 
 struct Compressed {  // one orientation, compressed by rows
     int32_t rows, cols;
@@ -108,7 +107,6 @@ EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, con
             value[at] = k;
         }
     Writer out;
-    out.words[MAGIC] = kMagic;
     out.words[OUT] = out_features;
     out.words[IN] = in_features;
     out.words[NNZ] = nnz;
