@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <type_traits>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "pack.h"
 #include "plan.h"
 #include "tile.h"
@@ -30,6 +34,18 @@ struct Args {  // mirrored in cpu.py
     int64_t y_stride, y_layout;
     void* packed_gy;  // backward: gy (in x) is packed to here unless PACKED
 };
+
+#ifdef _OPENMP
+int64_t team_size() { return omp_get_num_threads(); }
+int64_t thread_index() { return omp_get_thread_num(); }
+void barrier() {
+#pragma omp barrier
+}
+#else
+int64_t team_size() { return 1; }
+int64_t thread_index() { return 0; }
+void barrier() {}
+#endif
 
 class Scratch {  // per thread, grows, lives as long as the thread: fresh pages cost more than many a kernel
   public:
@@ -59,15 +75,41 @@ struct BatchTile {
 template <class T>
 constexpr int kMaxGroups = 8 * kWidth<T> / kLanes ? 8 * kWidth<T> / kLanes : 1;
 
-// The batch in equal tiles of at most 8 vectors.
+// Lane groups [from, to) of the batch in `count` equal tiles of at most 8 vectors.
 template <class T>
 struct Batches {
-    explicit Batches(int64_t batch) : groups(padded(batch) / kLanes), count((groups + kMaxGroups<T> - 1) / kMaxGroups<T>) {}
+    Batches(int64_t from, int64_t to, int64_t count) : from(from), groups(to - from), count(count) {}
+    explicit Batches(int64_t batch) : Batches(0, padded(batch) / kLanes, tiles(padded(batch) / kLanes)) {}
+    static int64_t tiles(int64_t groups) { return (groups + kMaxGroups<T> - 1) / kMaxGroups<T>; }
     BatchTile operator[](int64_t i) const {
         const int64_t begin = groups * i / count;
-        return {begin * kLanes, groups * (i + 1) / count - begin};
+        return {(from + begin) * kLanes, groups * (i + 1) / count - begin};
     }
-    int64_t groups, count;
+    int64_t from, groups, count;
+};
+
+// How a parallel region shares out the work: the batch in parts, and each part's strips among `sharers` threads.
+//
+// A part has at least `least` lane groups: with fewer, each thread would stream the weights for too few columns. A thread
+// keeps its samples from the first layer to the last. What it packs it also multiplies, so activations stay in
+// its own caches (moving a line to another core costs 30 to 300 ns) and, unless threads share a part, no layer waits.
+struct Team {
+    Team(int64_t groups, int64_t least, int64_t threads) {
+        parts = std::max<int64_t>(1, std::min(threads, groups / least));
+        while (threads % parts) --parts;
+        sharers = threads / parts;
+        part = thread_index() / sharers;
+        share = thread_index() % sharers;
+    }
+    template <class T>
+    Batches<T> batches(int64_t groups) const {
+        const int64_t most = (groups + parts - 1) / parts;  // all parts have as many tiles, so that barriers match
+        return {groups * part / parts, groups * (part + 1) / parts, Batches<T>::tiles(most)};
+    }
+    void wait() const {
+        if (sharers > 1) barrier();
+    }
+    int64_t parts, sharers, part, share;
 };
 
 // f(std::integral_constant<int, R>) for a tile of `groups` lane groups.
@@ -78,48 +120,49 @@ INLINE void with_registers(int64_t groups, F f) {
     f(std::integral_constant<int, G * kLanes / kWidth<T>>());
 }
 
+// Packs features [from, to) of a tile, and of the columns up to ld after the last one.
 template <class T>
-void pack_input(const Args& a, void* packed, int64_t features) {
-    constexpr int64_t chunk = 64;
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < (features + chunk - 1) / chunk; ++c) {
-        const int64_t to = std::min(features, (c + 1) * chunk);
-        (a.x_layout == ROW_MAJOR ? pack<T> : repack<T>)(static_cast<const T*>(a.x), a.x_stride, a.batch, c * chunk, to,
-                                                        static_cast<T*>(packed), a.ld);
-    }
+void pack_tile(const Args& a, void* packed, BatchTile tile, int64_t from, int64_t to) {
+    const int64_t end = tile.begin + tile.groups * kLanes, width = (end < padded(a.batch) ? end : a.ld) - tile.begin;
+    const int64_t valid = std::min(a.batch - tile.begin, width), row = a.x_layout == ROW_MAJOR ? a.x_stride : 1;
+    (a.x_layout == ROW_MAJOR ? pack<T> : repack<T>)(static_cast<const T*>(a.x) + tile.begin * row, a.x_stride, valid,
+                                                    from, to, static_cast<T*>(packed) + tile.begin, a.ld, width);
 }
 
 template <class T>
-void forward_layer(const Args& a, const Layer& layer, const Layer* next) {
-    const Schedule s = read_plan(layer.plan).forward;
-    const Batches<T> batches(a.batch);
+void pack_input(const Args& a, void* packed, int64_t features) {
+    constexpr int64_t chunk = 64;
+    const BatchTile all{0, padded(a.batch) / kLanes};
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < (features + chunk - 1) / chunk; ++c)
+        pack_tile<T>(a, packed, all, c * chunk, std::min(features, (c + 1) * chunk));
+}
+
+// One strip of a layer's output, for one tile of the batch.
+template <class T>
+void forward_strip(const Args& a, const Layer& layer, const Layer* next, const Schedule& s, int64_t strip,
+                   BatchTile tile) {
     const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
     const bool row_major = !next && a.y_layout == ROW_MAJOR;
-    T* packed = static_cast<T*>(next ? next->input : a.y);
     const int64_t ld = layer.ld_input, ld_out = next ? next->ld_input : a.y_stride;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < s.strips * batches.count; ++item) {
-        const int64_t strip = item % s.strips, row0 = strip * s.strip;
-        const int64_t height = std::min<int64_t>(s.strip, s.rows - row0);
-        const BatchTile tile = batches[item / s.strips];
-        const int64_t width = tile.groups * kLanes;
-        const T* x = static_cast<const T*>(layer.input) + tile.begin;
-        const int64_t ldy = row_major ? width : ld_out;
-        T* y = row_major ? scratch.get<T>(s.strip * width) : packed + row0 * ld_out + tile.begin;
-        for (int64_t r = 0; r < height; ++r) std::fill_n(y + r * ldy, width, bias ? bias[row0 + r] : T(0));
-        with_registers<T>(tile.groups, [&](auto R) {
-            for (int64_t b = 0; b < s.blocks; ++b)
-                spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld, ld, y, ldy);
-        });
-        if (next)
-            for (int64_t r = 0; r < height; ++r)
-                for (int64_t n = 0; n < width; ++n) y[r * ldy + n] = y[r * ldy + n] < 0 ? T(0) : y[r * ldy + n];
-        if (next && tile.begin + width == padded(a.batch))
-            for (int64_t r = 0; r < height; ++r) std::fill(y + r * ldy + width, y + r * ldy + ld_out - tile.begin, T(0));
-        if (row_major)
-            unpack<T>(y, ldy, height, std::min(width, a.batch - tile.begin),
-                      static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);
-    }
+    const int64_t row0 = strip * s.strip, height = std::min<int64_t>(s.strip, s.rows - row0);
+    const int64_t width = tile.groups * kLanes, ldy = row_major ? width : ld_out;
+    const T* x = static_cast<const T*>(layer.input) + tile.begin;
+    T* packed = static_cast<T*>(next ? next->input : a.y);
+    T* y = row_major ? scratch.get<T>(s.strip * width) : packed + row0 * ld_out + tile.begin;
+    for (int64_t r = 0; r < height; ++r) std::fill_n(y + r * ldy, width, bias ? bias[row0 + r] : T(0));
+    with_registers<T>(tile.groups, [&](auto R) {
+        for (int64_t b = 0; b < s.blocks; ++b)
+            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld, ld, y, ldy);
+    });
+    if (next)
+        for (int64_t r = 0; r < height; ++r)
+            for (int64_t n = 0; n < width; ++n) y[r * ldy + n] = y[r * ldy + n] < 0 ? T(0) : y[r * ldy + n];
+    if (next && tile.begin + width == padded(a.batch))
+        for (int64_t r = 0; r < height; ++r) std::fill(y + r * ldy + width, y + r * ldy + ld_out - tile.begin, T(0));
+    if (row_major)
+        unpack<T>(y, ldy, height, std::min(width, a.batch - tile.begin),
+                  static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);
 }
 
 // Σ values * x[columns], in scalar chains: they keep up with memory, and gathers are no faster.
@@ -166,9 +209,25 @@ void forward(const Args& a, const Layer* layers) {
     }
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
-        if (a.x_layout != PACKED) pack_input<T>(a, layers[0].input, read_plan(layers[0].plan).in_features);
-        for (int64_t l = 0; l < a.layers; ++l)
-            forward_layer<T>(a, layers[l], l + 1 < a.layers ? layers + l + 1 : nullptr);
+        const int64_t groups = padded(a.batch) / kLanes;
+        const Team team(groups, kMaxGroups<T>, team_size());
+        const Batches<T> batches = team.batches<T>(groups);
+        for (int64_t i = 0; i < batches.count; ++i) {
+            const BatchTile tile = batches[i];
+            if (a.x_layout != PACKED) {
+                const int64_t features = read_plan(layers[0].plan).in_features;
+                pack_tile<T>(a, layers[0].input, tile, features * team.share / team.sharers,
+                             features * (team.share + 1) / team.sharers);
+                team.wait();
+            }
+            for (int64_t l = 0; l < a.layers; ++l) {
+                const Schedule s = read_plan(layers[l].plan).forward;
+                const Layer* next = l + 1 < a.layers ? layers + l + 1 : nullptr;
+                for (int64_t strip = team.share; strip < s.strips; strip += team.sharers)
+                    forward_strip<T>(a, layers[l], next, s, strip, tile);
+                if (next) team.wait();
+            }
+        }
     }
 }
 

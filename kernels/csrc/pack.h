@@ -4,24 +4,21 @@
 
 inline int64_t padded(int64_t batch) { return (batch + kLanes - 1) / kLanes * kLanes; }
 
-// Features [from, to) of x, whose rows (samples) are `stride` apart.
+// Features [from, to) of x, whose rows (samples) are `stride` apart, to `width` columns.
 template <class T>
-void pack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld) {
+void pack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld, int64_t width) {
     constexpr int W = kWidth<T>;
-    for (int64_t n = 0; n < ld; n += W) {
+    for (int64_t n = 0; n < width; n += W) {
         const int64_t valid = batch - n < W ? (batch > n ? batch - n : 0) : W;
         int64_t f = from;
         for (; f + W <= to; f += W) {
-            Vec<T> v[W];
-            if (valid == W)
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) v[i] = load<T>(x + (n + i) * stride + f);
-            else
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) v[i] = i < valid ? load<T>(x + (n + i) * stride + f) : Vec<T>{};
-            transpose<T>(v);
-#pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) store<T>(packed + (f + i) * ld + n, v[i]);
+            if (valid == W) {
+                transpose<T>(x + n * stride + f, stride, packed + f * ld + n, ld);
+                continue;
+            }
+            alignas(64) T rows[W * W] = {};
+            for (int i = 0; i < valid; ++i) store<T>(rows + i * W, load<T>(x + (n + i) * stride + f));
+            transpose<T>(rows, W, packed + f * ld + n, ld);
         }
         for (; f < to; ++f)
             for (int i = 0; i < W; ++i) packed[f * ld + n + i] = i < valid ? x[(n + i) * stride + f] : T(0);
@@ -30,10 +27,10 @@ void pack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T
 
 // Packed x with other strides or unpadded: copies features [from, to), filling up with zeros.
 template <class T>
-void repack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld) {
+void repack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld, int64_t width) {
     for (int64_t f = from; f < to; ++f) {
         for (int64_t n = 0; n < batch; ++n) packed[f * ld + n] = x[f * stride + n];
-        for (int64_t n = batch; n < ld; ++n) packed[f * ld + n] = T(0);
+        for (int64_t n = batch; n < width; ++n) packed[f * ld + n] = T(0);
     }
 }
 
@@ -45,15 +42,13 @@ void unpack(const T* packed, int64_t ld, int64_t features, int64_t width, T* y, 
         const int64_t valid = width - n < W ? width - n : W;
         int64_t f = 0;
         for (; f + W <= features; f += W) {
-            Vec<T> v[W];
-#pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) v[i] = load<T>(packed + (f + i) * ld + n);
-            transpose<T>(v);
-            if (valid == W)
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) store<T>(y + (n + i) * stride + f, v[i]);
-            else
-                for (int i = 0; i < valid; ++i) store<T>(y + (n + i) * stride + f, v[i]);
+            if (valid == W) {
+                transpose<T>(packed + f * ld + n, ld, y + n * stride + f, stride);
+                continue;
+            }
+            alignas(64) T rows[W * W];
+            transpose<T>(packed + f * ld + n, ld, rows, W);
+            for (int i = 0; i < valid; ++i) store<T>(y + (n + i) * stride + f, load<T>(rows + i * W));
         }
         for (; f < features; ++f)
             for (int i = 0; i < valid; ++i) y[(n + i) * stride + f] = packed[f * ld + n + i];

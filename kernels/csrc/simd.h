@@ -2,6 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #ifndef VECTOR_BYTES
 #define VECTOR_BYTES 16
 #endif
@@ -15,11 +19,13 @@ struct Simd;
 template <>
 struct Simd<float> {
     typedef float V __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+    typedef float Lane __attribute__((vector_size(16), aligned(4), may_alias));
     typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <>
 struct Simd<double> {
     typedef double V __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+    typedef double Lane __attribute__((vector_size(16), aligned(8), may_alias));
     typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
 };
 
@@ -59,26 +65,51 @@ INLINE void keep_scalar(T& value) {
 #endif
 }
 
-// v[i][j] -> v[j][i] for kWidth vectors, by exchanging off-diagonal halves, quarters, ...
+// One 128-bit lane from each of p, p + stride, p + 2 stride, ...: the loads do what would else take shuffles.
 template <class T>
-INLINE void transpose(Vec<T>* v) {
+INLINE Vec<T> load_lanes(const T* p, int64_t stride) {
+    typedef typename Simd<T>::Lane Lane;
+    auto lane = [&](int i) __attribute__((always_inline)) { return *reinterpret_cast<const Lane*>(p + i * stride); };
+#if VECTOR_BYTES == 64
+    __m512 v = _mm512_castps128_ps512((__m128)lane(0));
+    v = _mm512_insertf32x4(v, (__m128)lane(1), 1);
+    v = _mm512_insertf32x4(v, (__m128)lane(2), 2);
+    return (Vec<T>)_mm512_insertf32x4(v, (__m128)lane(3), 3);
+#elif VECTOR_BYTES == 32
+    return (Vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)lane(0)), (__m128)lane(1), 1);
+#else
+    return (Vec<T>)lane(0);
+#endif
+}
+
+// rows[i * stride + j] -> columns[j * stride_out + i], a block of kWidth x kWidth.
+template <class T>
+INLINE void transpose(const T* rows, int64_t stride, T* columns, int64_t stride_out) {
     typedef typename Simd<T>::I I;
-    constexpr int W = kWidth<T>;
+    constexpr int W = kWidth<T>, E = 16 / sizeof(T);
+    I lo, hi;  // interleave the lower and the upper halves of lanes
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) {
+        lo[l] = (l & 1 ? W : 0) + l / E * E + l % E / 2;
+        hi[l] = lo[l] + E / 2;
+    }
 #pragma GCC unroll 4
-    for (int h = W / 2; h; h /= 2) {
-        I lo, hi;
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) {
-            lo[l] = l & h ? W + l - h : l;
-            hi[l] = l & h ? W + l : l + h;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i)
-            if (!(i & h)) {
-                const Vec<T> a = v[i], b = v[i + h];
-                v[i] = __builtin_shuffle(a, b, lo);
-                v[i + h] = __builtin_shuffle(a, b, hi);
+    for (int c = 0; c < W; c += E) {  // lane q of v[k] holds columns c.. of row q E + k: transpose within lanes
+        Vec<T> v[E], next[E];
+#pragma GCC unroll 4
+        for (int k = 0; k < E; ++k) v[k] = load_lanes<T>(rows + k * stride + c, E * stride);
+#pragma GCC unroll 2
+        for (int stage = 1; stage < E; stage *= 2) {
+#pragma GCC unroll 4
+            for (int k = 0; k < E / 2; ++k) {
+                next[2 * k] = __builtin_shuffle(v[k], v[k + E / 2], lo);
+                next[2 * k + 1] = __builtin_shuffle(v[k], v[k + E / 2], hi);
             }
+#pragma GCC unroll 4
+            for (int k = 0; k < E; ++k) v[k] = next[k];
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < E; ++k) store<T>(columns + (c + k) * stride_out, v[k]);
     }
 }
 
