@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .reference import is_packed, leading_dim, pack, saved_features, unpack
+from .reference import Geometry, image_format, is_packed, leading_dim, pack, saved_features, unpack
 
 # What torch calls the processor's capability -> the levels of setup.py that run on it, best first.
 LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 
+_CONV_L1 = 32 << 10  # bytes of packed input that a tile of a convolution may read
 _HALF = (torch.bfloat16, torch.float16)  # computed in fp32
 _ROW_MAJOR, _BATCH_MINOR, _PACKED = 0, 1, 2  # Layout in csrc/chain.cpp
 
@@ -29,7 +30,9 @@ def load(path: Path) -> ctypes.CDLL:
     library.sparselottery_plan.restype = ctypes.c_int64
     library.sparselottery_workspace.argtypes = [ctypes.c_int64]
     library.sparselottery_workspace.restype = ctypes.c_void_p
-    for function in (library.sparselottery_chain_forward, library.sparselottery_chain_backward):
+    library.sparselottery_conv_plan.restype = ctypes.c_int64
+    for name in ("chain_forward", "chain_backward", "conv_forward", "conv_backward"):
+        function = getattr(library, f"sparselottery_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return library
 
@@ -76,10 +79,14 @@ def plan(crow_indices: Tensor, col_indices: Tensor, in_features: int, tile: tupl
     out_features = crow_indices.numel() - 1
     strip, block = tile or tile_shape(out_features, in_features, col_indices.numel())
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
+    indices = _pointer(crow_indices), _pointer(col_indices)
+    return _take(_LIBRARY.sparselottery_plan, out_features, in_features, *indices, strip, block)
+
+
+def _take(build: Callable[..., int], *args: object) -> Tensor:
+    """The words that a native plan builder leaves, as an int32 tensor."""
     words = ctypes.POINTER(ctypes.c_int32)()
-    count = _LIBRARY.sparselottery_plan(
-        out_features, in_features, _pointer(crow_indices), _pointer(col_indices), strip, block, ctypes.byref(words)
-    )
+    count = build(*args, ctypes.byref(words))
     if count < 0:
         raise MemoryError("no memory for the plan")
     out = torch.empty(count, dtype=torch.int32)
@@ -152,6 +159,88 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
             ginput += widths[layer] * ld * size
     _call(_LIBRARY.sparselottery_chain_backward, args)
     return (unpack(gx, batch) if need_x and packed_x else gx), gvalues, gbias
+
+
+def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry) -> Tensor:
+    """The plan of a convolution's valid CSR pattern (O, C / groups * kernel_h * kernel_w) as a flat int32 tensor."""
+    out_channels = crow_indices.numel() - 1
+    taps = array("i", _taps(geometry))
+    size = geometry.kernel_h * geometry.kernel_w
+    density = col_indices.numel() / max(1, out_channels * geometry.channels * size)
+    blocks = [conv_block(geometry, density, channels) for channels in (geometry.channels, out_channels)]
+    indices = _pointer(crow_indices.contiguous()), _pointer(col_indices.contiguous())
+    return _take(
+        _LIBRARY.sparselottery_conv_plan, out_channels, ctypes.c_void_p(taps.buffer_info()[0]), *indices, 256, *blocks
+    )
+
+
+def conv_block(geometry: Geometry, density: float, channels: int) -> int:
+    """Channels per tile: what they read fits L1, but a row segment has 8 entries."""
+    taps = geometry.kernel_h * geometry.kernel_w
+    fits = _CONV_L1 // (64 * geometry.kernel_h * (8 + geometry.kernel_w - 1))
+    return min(max(1, fits, int(8 / max(density * taps, 1e-9))), max(1, channels), 65536 // taps)
+
+
+def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
+    """As reference.conv_forward."""
+    if x.dtype in _HALF:
+        wide = x.float(), values.float(), None if bias is None else bias.float()
+        return conv_forward(*wide, crow_indices, col_indices, plan, geometry, relu).to(x.dtype)
+    geometry, x = Geometry(*geometry), _dense_images(x)
+    shape = x.shape[0], crow_indices.shape[0] - 1, *geometry.output_size(*x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, memory_format=image_format(x))
+    bias = None if bias is None else bias.contiguous()
+    pointers = [plan.data_ptr(), values.contiguous().data_ptr(), 0 if bias is None else bias.data_ptr()]
+    strides = [*_strides(x), *_strides(y), 0, 0, 0, 0, 0, 0]
+    taps = array("i", _taps(geometry))
+    args = [*_sizes(x, y, relu), taps.buffer_info()[0], *pointers, x.data_ptr(), y.data_ptr(), 0, 0, *strides, 0, 0]
+    _call(_LIBRARY.sparselottery_conv_forward, args)
+    return y
+
+
+def conv_backward(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, need_x, need_values, need_bias):
+    """As reference.conv_backward."""
+    if x.dtype in _HALF:
+        wide = gy.float(), x.float(), y.float(), values.float()
+        needs = need_x, need_values, need_bias
+        grads = conv_backward(*wide, crow_indices, col_indices, plan, geometry, relu, *needs)
+        return tuple(g.to(x.dtype) for g in grads)
+    geometry, x, gy, values = Geometry(*geometry), _dense_images(x), _dense_images(gy), values.contiguous()
+    if relu and gy.stride() != y.stride():
+        gy = torch.empty_like(y).copy_(gy)
+    gx = torch.empty_like(x) if need_x else x.new_empty(0)
+    gvalues = values.new_empty(values.shape if need_values else 0)
+    gbias = values.new_empty(gy.shape[1] if need_bias else 0)
+    strides = [*_strides(x), 0, 0, 0, *_strides(gy), *(_strides(gx) if need_x else (0, 0, 0))]
+    taps = array("i", _taps(geometry))
+    args = [*_sizes(x, gy, relu), taps.buffer_info()[0], plan.data_ptr(), values.data_ptr(), 0, x.data_ptr()]
+    args += [y.data_ptr() if relu else 0, gy.data_ptr(), gx.data_ptr(), *strides, gvalues.data_ptr(), gbias.data_ptr()]
+    _call(_LIBRARY.sparselottery_conv_backward, args)
+    return gx, gvalues, gbias
+
+
+def _taps(g: Geometry) -> list[int]:
+    """Taps in csrc/plan.h."""
+    around = [g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.top, g.left, g.dilation_h, g.dilation_w]
+    return [g.channels, *around, g.groups]
+
+
+def _sizes(x: Tensor, y: Tensor, relu: bool) -> list[int]:
+    """The head of Args in csrc/conv.cpp: sizes of images in and out."""
+    return [x.element_size() == 8, torch.get_num_threads(), relu, *x.shape, *y.shape[1:]]
+
+
+def _dense_images(x: Tensor) -> Tensor:
+    """x (N, C, H, W), or a copy where neither its pixels nor its channels are contiguous."""
+    _, channel, row, pixel = x.stride()
+    readable = row == x.shape[3] * pixel and (pixel == 1 or channel == 1)
+    return x if readable else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of an image, a channel and a pixel."""
+    image, channel, _, pixel = x.stride()
+    return image, channel, pixel
 
 
 def _widen(x: Tensor) -> Tensor:

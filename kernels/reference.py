@@ -1,12 +1,15 @@
 """Every op in plain torch: the definition, the oracle of the tests, and the fallback of every device.
 
-Axes: N batch, I in, O out, nnz surviving weights. A pattern is CSR: `crow_indices (O+1,) int32`,
+Axes: N batch, I in, O out, C channels, H W pixels, nnz surviving weights. A pattern is CSR: `crow_indices (O+1,) int32`,
 `col_indices (nnz,) int32`, ascending within a row. All functions are differentiable by autograd to any order.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -108,3 +111,89 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
     if not need_x:
         return gy.new_empty(0), gvalues, gbias
     return (unpack(pack(gy), batch) if is_packed(x) else gy.contiguous()), gvalues, gbias
+
+
+# A convolution is the same algebra: its W (O, I) has I = channels/groups * kernel_h * kernel_w, column (c, r, s).
+
+
+class Geometry(NamedTuple):
+    """Of a 2-D convolution, but for its O filters. Padding is by zeros, each side its own."""
+
+    channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+
+    @property
+    def columns(self) -> int:
+        """I: the weights of one filter."""
+        return self.channels // self.groups * self.kernel_h * self.kernel_w
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(OH, OW) for images of (H, W); below 1 where the kernel does not fit."""
+        height += self.top + self.bottom - self.dilation_h * (self.kernel_h - 1) - 1
+        width += self.left + self.right - self.dilation_w * (self.kernel_w - 1) - 1
+        return height // self.stride_h + 1, width // self.stride_w + 1
+
+
+def image_format(x: Tensor) -> torch.memory_format:
+    """Of x (N, C, H, W) and so of what a convolution makes of it: channels_last where x is that and not contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def conv_weight(values: Tensor, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry) -> Tensor:
+    """(nnz,) -> (O, C / groups, kernel_h, kernel_w)."""
+    dense = to_dense(values, crow_indices, col_indices, geometry.columns)
+    return dense.view(-1, geometry.channels // geometry.groups, geometry.kernel_h, geometry.kernel_w)
+
+
+def conv(x, values, bias, crow_indices, col_indices, geometry, relu):
+    """`conv_forward` in whatever memory format comes out."""
+    weight = conv_weight(values, crow_indices, col_indices, geometry)
+    y = F.conv2d(_padded(x, geometry), weight, bias, *_steps(geometry), geometry.groups)
+    return torch.relu(y) if relu else y
+
+
+def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
+    """(N, C, H, W) of any strides -> y (N, O, OH, OW), after a ReLU if `relu`, in the `image_format` of x."""
+    y = conv(x, values, bias, crow_indices, col_indices, geometry, relu)
+    return y.contiguous(memory_format=image_format(x))
+
+
+def conv_backward(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, need_x, need_values, need_bias):
+    """gx (N, C, H, W), gvalues (nnz,), gbias (O,): the gradients of `conv_forward`; empty where not needed.
+
+    gy has any strides, gx the `image_format` of x. y is read only if `relu`.
+    """
+    gy = torch.where(y > 0, gy, 0) if relu else gy
+    weight = conv_weight(values, crow_indices, col_indices, geometry)
+    stride, padding, dilation = _steps(geometry)
+    gx, gweight, gbias = torch.ops.aten.convolution_backward(
+        gy, _padded(x, geometry), weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], geometry.groups,
+        [need_x, need_values, need_bias],
+    )  # fmt: skip
+    if need_x:
+        inner = gx[:, :, geometry.top : geometry.top + x.shape[2], geometry.left : geometry.left + x.shape[3]]
+        gx = inner.contiguous(memory_format=image_format(x))
+    if need_values:
+        gweight = gweight.flatten(1)[row_indices(crow_indices, col_indices.numel()), col_indices]
+    grads = zip((gx, gweight, gbias), (need_x, need_values, need_bias), strict=True)
+    return tuple(grad if need else gy.new_empty(0) for grad, need in grads)
+
+
+def _padded(x: Tensor, geometry: Geometry) -> Tensor:
+    return F.pad(x, (geometry.left, geometry.right, geometry.top, geometry.bottom))
+
+
+def _steps(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
+    """The stride, padding and dilation of a convolution over `_padded` images."""
+    return [geometry.stride_h, geometry.stride_w], [0, 0], [geometry.dilation_h, geometry.dilation_w]

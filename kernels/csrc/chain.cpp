@@ -2,15 +2,10 @@
 //
 // Work is handed out by strips of output rows (and tiles of the batch), so nothing is written by two threads.
 #include <algorithm>
-#include <cstdlib>
-#include <type_traits>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "pack.h"
 #include "plan.h"
+#include "team.h"
 #include "tile.h"
 
 namespace {
@@ -35,45 +30,12 @@ struct Args {  // mirrored in cpu.py
     void* packed_gy;  // backward: gy (in x) is packed to here unless PACKED
 };
 
-#ifdef _OPENMP
-int64_t team_size() { return omp_get_num_threads(); }
-int64_t thread_index() { return omp_get_thread_num(); }
-void barrier() {
-#pragma omp barrier
-}
-#else
-int64_t team_size() { return 1; }
-int64_t thread_index() { return 0; }
-void barrier() {}
-#endif
-
-class Scratch {  // per thread, grows, lives as long as the thread: fresh pages cost more than many a kernel
-  public:
-    ~Scratch() { std::free(memory_); }
-    template <class T>
-    T* get(size_t count) {
-        if (count * sizeof(T) > size_) {
-            std::free(memory_);
-            size_ = (count * sizeof(T) + 4095) / 4096 * 4096;
-            memory_ = std::aligned_alloc(64, size_);
-            if (!memory_) std::abort();
-        }
-        return static_cast<T*>(memory_);
-    }
-
-  private:
-    void* memory_ = nullptr;
-    size_t size_ = 0;
-};
 thread_local Scratch scratch;    // a strip's output on its way to row-major
 thread_local Scratch workspace;  // the caller's: packed activations that nobody keeps
 
 struct BatchTile {
     int64_t begin, groups;  // columns [begin, begin + groups * kLanes)
 };
-
-template <class T>
-constexpr int kMaxGroups = 8 * kWidth<T> / kLanes ? 8 * kWidth<T> / kLanes : 1;
 
 // Lane groups [from, to) of the batch in `count` equal tiles of at most 8 vectors.
 template <class T>
@@ -112,14 +74,6 @@ struct Team {
     int64_t parts, sharers, part, share;
 };
 
-// f(std::integral_constant<int, R>) for a tile of `groups` lane groups.
-template <class T, int G = 1, class F>
-INLINE void with_registers(int64_t groups, F f) {
-    if constexpr (G < kMaxGroups<T>)
-        if (groups != G) return with_registers<T, G + 1>(groups, f);
-    f(std::integral_constant<int, G * kLanes / kWidth<T>>());
-}
-
 // Packs features [from, to) of a tile, and of the columns up to ld after the last one.
 template <class T>
 void pack_tile(const Args& a, void* packed, BatchTile tile, int64_t from, int64_t to) {
@@ -153,7 +107,7 @@ void forward_strip(const Args& a, const Layer& layer, const Layer* next, const S
     for (int64_t r = 0; r < height; ++r) std::fill_n(y + r * ldy, width, bias ? bias[row0 + r] : T(0));
     with_registers<T>(tile.groups, [&](auto R) {
         for (int64_t b = 0; b < s.blocks; ++b)
-            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld, ld, y, ldy);
+            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld, Strided{ld}, y, ldy);
     });
     if (next)
         for (int64_t r = 0; r < height; ++r)
@@ -255,7 +209,7 @@ void values_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t
             with_registers<T>(tile.groups, [&](auto R) {
                 for (int64_t b = 0; b < s.blocks; ++b)
                     sddmm_tile<T, R>(s, s.tiles + strip * s.blocks + b, gy + strip * s.strip * ld + tile.begin, ld,
-                                     x + b * s.block * ldx + tile.begin, ldx, gvalues, i > 0);
+                                     x + b * s.block * ldx + tile.begin, Strided{ldx}, gvalues, i > 0);
             });
         }
 }
@@ -283,9 +237,9 @@ void input_gradient(const Args& a, const Schedule& s, const Layer& layer, bool h
                     const Tile* t = s.tiles + strip * s.blocks + b;
                     const T* in = gy + b * s.block * ld + tile.begin;
                     if (gvalues)
-                        fused_tile<T, R>(s, t, values, in, ld, x, layer.ld_input, gx, ldgx, gvalues, i > 0);
+                        fused_tile<T, R>(s, t, values, in, Strided{ld}, x, layer.ld_input, gx, ldgx, gvalues, i > 0);
                     else
-                        spmm_tile<T, R, true>(s, t, values, in, ld, gx, ldgx);
+                        spmm_tile<T, R, true>(s, t, values, in, Strided{ld}, gx, ldgx);
                 }
             });
             if (hidden)
@@ -311,7 +265,7 @@ void backward(const Args& a, const Layer* layers) {
             const Plan plan = read_plan(layer.plan);
             if (layer.gbias) bias_gradient<T>(plan.forward, layer, gy, ld, padded(a.batch));
             if (l || a.y)
-                input_gradient<T>(a, plan.transpose, layer, l > 0, gy, ld, batches);
+                input_gradient<T>(a, plan.transpose(), layer, l > 0, gy, ld, batches);
             else if (layer.gvalues)
                 values_gradient<T>(plan.forward, layer, gy, ld, batches);
             gy = static_cast<const T*>(layer.ginput);

@@ -2,6 +2,12 @@
 #pragma once
 #include "simd.h"
 
+// The rows of a matrix.
+template <class T>
+INLINE auto rows_of(T* matrix, int64_t stride) {
+    return [=](int row) __attribute__((always_inline)) { return matrix + row * stride; };
+}
+
 inline int64_t padded(int64_t batch) { return (batch + kLanes - 1) / kLanes * kLanes; }
 
 // Features [from, to) of x, whose rows (samples) are `stride` apart, to `width` columns.
@@ -13,12 +19,12 @@ void pack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T
         int64_t f = from;
         for (; f + W <= to; f += W) {
             if (valid == W) {
-                transpose<T>(x + n * stride + f, stride, packed + f * ld + n, ld);
+                transpose<T>(rows_of(x + n * stride + f, stride), rows_of(packed + f * ld + n, ld));
                 continue;
             }
             alignas(64) T rows[W * W] = {};
             for (int i = 0; i < valid; ++i) store<T>(rows + i * W, load<T>(x + (n + i) * stride + f));
-            transpose<T>(rows, W, packed + f * ld + n, ld);
+            transpose<T>(rows_of(rows, W), rows_of(packed + f * ld + n, ld));
         }
         for (; f < to; ++f)
             for (int i = 0; i < W; ++i) packed[f * ld + n + i] = i < valid ? x[(n + i) * stride + f] : T(0);
@@ -43,11 +49,11 @@ void unpack(const T* packed, int64_t ld, int64_t features, int64_t width, T* y, 
         int64_t f = 0;
         for (; f + W <= features; f += W) {
             if (valid == W) {
-                transpose<T>(packed + f * ld + n, ld, y + n * stride + f, stride);
+                transpose<T>(rows_of(packed + f * ld + n, ld), rows_of(y + n * stride + f, stride));
                 continue;
             }
             alignas(64) T rows[W * W];
-            transpose<T>(packed + f * ld + n, ld, rows, W);
+            transpose<T>(rows_of(packed + f * ld + n, ld), rows_of(rows, W));
             for (int i = 0; i < valid; ++i) store<T>(y + (n + i) * stride + f, load<T>(rows + i * W));
         }
         for (; f < features; ++f)

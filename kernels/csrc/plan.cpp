@@ -7,7 +7,7 @@
 
 namespace {
 
-enum Word { OUT, IN, NNZ, COLUMNS, FORWARD, TRANSPOSE = FORWARD + 12, HEADER = 32 };
+enum Word { OUT, IN, NNZ, COLUMNS, PHASES, FORWARD, SCHEDULE = 12, TRANSPOSE = FORWARD + SCHEDULE };
 
 struct Compressed {  // one orientation, compressed by rows
     int32_t rows, cols;
@@ -16,7 +16,7 @@ struct Compressed {  // one orientation, compressed by rows
 
 class Writer {
   public:
-    Writer() : words(HEADER) {}
+    explicit Writer(int phases) : words(TRANSPOSE + SCHEDULE * phases) { words[PHASES] = phases; }
     template <class E>
     int32_t append(const std::vector<E>& items) {
         const size_t at = (words.size() + 15) / 16 * 16;
@@ -27,9 +27,7 @@ class Writer {
     std::vector<int32_t> words;
 };
 
-// Strips are at most `strip` high, and low enough that threads find at least eight of them to share.
 void write_schedule(Writer& out, int at, const Compressed& m, int32_t strip, int32_t block) {
-    strip = std::min(strip, std::max(32, m.rows / 8 / 16 * 16));
     const int32_t strips = (m.rows + strip - 1) / strip, blocks = (m.cols + block - 1) / block;
     std::vector<Tile> tiles;
     std::vector<Bucket> buckets;
@@ -71,10 +69,10 @@ void write_schedule(Writer& out, int at, const Compressed& m, int32_t strip, int
     }
     tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), int32_t(entry_col.size())});
     if (m.value) segment_value.clear();
-    const int32_t fields[12] = {m.rows, m.cols, strip, block, strips, blocks, out.append(tiles), out.append(buckets),
+    const int32_t fields[SCHEDULE] = {m.rows, m.cols, strip, block, strips, blocks, out.append(tiles), out.append(buckets),
                                 out.append(segment_row), out.append(segment_value), out.append(entry_col),
                                 out.append(entry_value)};
-    std::copy(fields, fields + 12, out.words.begin() + at);
+    std::copy(fields, fields + SCHEDULE, out.words.begin() + at);
 }
 
 Schedule read_schedule(const int32_t* words, int at) {
@@ -85,38 +83,95 @@ Schedule read_schedule(const int32_t* words, int at) {
             reinterpret_cast<const uint16_t*>(words + f[10]), words + f[11]};
 }
 
-}  // namespace
+struct Entry {
+    int32_t row, col;  // of Wᵀ
+};
 
-Plan read_plan(const int32_t* words) {
-    const uint16_t* columns = words[COLUMNS] ? reinterpret_cast<const uint16_t*>(words + words[COLUMNS]) : nullptr;
-    return {words[OUT], words[IN], words[NNZ], columns, read_schedule(words, FORWARD), read_schedule(words, TRANSPOSE)};
+// Writes the transpose that holds those values of W (in CSR order) for which at(k, row of W, col of W, &entry).
+template <class F>
+void write_transpose(Writer& out, int phase, int32_t rows, int32_t cols, int32_t out_features, const int32_t* crow_indices,
+                     const int32_t* col_indices, int32_t strip, int32_t block, F at) {
+    std::vector<int32_t> ptr(rows + 1), idx, value;
+    Entry e;
+    auto each = [&](auto f) {
+        for (int32_t r = 0; r < out_features; ++r)
+            for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k)
+                if (at(r, col_indices[k], &e)) f(k);
+    };
+    each([&](int32_t) { ++ptr[e.row + 1]; });
+    for (int32_t r = 0; r < rows; ++r) ptr[r + 1] += ptr[r];
+    std::vector<int32_t> next(ptr.begin(), ptr.end());
+    idx.resize(ptr[rows]), value.resize(ptr[rows]);
+    each([&](int32_t k) {
+        const int32_t to = next[e.row]++;
+        idx[to] = e.col;
+        value[to] = k;
+    });
+    write_schedule(out, TRANSPOSE + SCHEDULE * phase, {rows, cols, ptr.data(), idx.data(), value.data()}, strip, block);
 }
 
-// Builds the plan of CSR indices that the caller has validated; *words is to be given back to sparselottery_free.
-EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
-                                      const int32_t* col_indices, int32_t strip, int32_t block, int32_t** words) {
-    const int32_t nnz = crow_indices[out_features];
-    std::vector<int32_t> ptr(in_features + 1), rows(nnz), value(nnz);
-    for (int32_t k = 0; k < nnz; ++k) ++ptr[col_indices[k] + 1];
-    for (int32_t c = 0; c < in_features; ++c) ptr[c + 1] += ptr[c];
-    std::vector<int32_t> next(ptr.begin(), ptr.end());
-    for (int32_t r = 0; r < out_features; ++r)
-        for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k) {
-            const int32_t at = next[col_indices[k]]++;
-            rows[at] = r;
-            value[at] = k;
-        }
-    Writer out;
-    out.words[OUT] = out_features;
-    out.words[IN] = in_features;
-    out.words[NNZ] = nnz;
-    if (in_features <= 65536) out.words[COLUMNS] = out.append(std::vector<uint16_t>(col_indices, col_indices + nnz));
-    write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr}, strip, block);
-    write_schedule(out, TRANSPOSE, {in_features, out_features, ptr.data(), rows.data(), value.data()}, strip, block);
+// Low enough that threads find at least eight strips to share.
+int32_t shared_strip(int32_t rows, int32_t strip) { return std::min(strip, std::max(32, rows / 8 / 16 * 16)); }
+
+int64_t give(const Writer& out, int32_t** words) {
     *words = static_cast<int32_t*>(std::malloc(out.words.size() * 4));
     if (!*words) return -1;
     std::memcpy(*words, out.words.data(), out.words.size() * 4);
     return static_cast<int64_t>(out.words.size());
+}
+
+}  // namespace
+
+Schedule Plan::transpose(int phase) const { return read_schedule(words, TRANSPOSE + SCHEDULE * phase); }
+
+Plan read_plan(const int32_t* words) {
+    const uint16_t* columns = words[COLUMNS] ? reinterpret_cast<const uint16_t*>(words + words[COLUMNS]) : nullptr;
+    return {words[OUT], words[IN], words[NNZ], words[PHASES], columns, read_schedule(words, FORWARD), words};
+}
+
+// Builds the plan of CSR indices that the caller has validated; *words is to be given back to sparselottery_free.
+EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
+                                  const int32_t* col_indices, int32_t strip, int32_t block, int32_t** words) {
+    Writer out(1);
+    const int32_t nnz = out.words[NNZ] = crow_indices[out_features];
+    out.words[OUT] = out_features;
+    out.words[IN] = in_features;
+    if (in_features <= 65536) out.words[COLUMNS] = out.append(std::vector<uint16_t>(col_indices, col_indices + nnz));
+    write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr},
+                   shared_strip(out_features, strip), block);
+    write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices,
+                    shared_strip(in_features, strip), block, [](int32_t row, int32_t col, Entry* e) {
+                        *e = {col, row};
+                        return true;
+                    });
+    return give(out, words);
+}
+
+// The same for a convolution; `block` and `block_back` are in channels.
+EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, const int32_t* crow_indices,
+                                       const int32_t* col_indices, int32_t strip, int32_t block, int32_t block_back,
+                                       int32_t** words) {
+    Writer out(taps->phases());
+    const int32_t size = taps->size(), nnz = out.words[NNZ] = crow_indices[out_channels];
+    const int32_t in_group = taps->channels / taps->groups, out_group = out_channels / taps->groups;
+    out.words[OUT] = out_channels;
+    out.words[IN] = taps->channels * size;
+    std::vector<int32_t> columns(nnz);  // of all channels, where CSR counts those of the group
+    for (int32_t r = 0; r < out_channels; ++r)
+        for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k)
+            columns[k] = col_indices[k] + r / out_group * in_group * size;
+    write_schedule(out, FORWARD, {out_channels, taps->channels * size, crow_indices, columns.data(), nullptr}, strip,
+                   block * size);
+    for (int phase = 0; phase < taps->phases(); ++phase)
+        write_transpose(out, phase, taps->channels, out_channels * size, out_channels, crow_indices, columns.data(), strip,
+                        block_back * size, [&](int32_t row, int32_t col, Entry* e) {
+                            const int tap = col % size, stride = taps->stride[1];
+                            int shift;
+                            *e = {col / size, row * size + tap};
+                            return taps->reaches(0, phase / stride, tap / taps->kernel[1], &shift) &&
+                                   taps->reaches(1, phase % stride, tap % taps->kernel[1], &shift);
+                        });
+    return give(out, words);
 }
 
 EXPORT void sparselottery_free(void* memory) { std::free(memory); }

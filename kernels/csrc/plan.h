@@ -4,6 +4,9 @@
 // tile reads stay in L1 while the strip's output rows are accumulated. A segment is what one row owns inside a tile.
 // Segments of a tile are grouped in buckets of equal length: the inner loop's trip count is then constant over a bucket
 // and its end is predicted. The same is held for Wᵀ, whose entries say where their value stands in CSR order.
+//
+// A convolution is the same product: W is (O, taps), a tap being a channel and a place in the kernel. Its Wᵀ is (C, taps
+// of the outputs), one for each phase: input pixels with the same coordinates modulo the stride see the same taps.
 #pragma once
 #include <cstdint>
 
@@ -30,10 +33,24 @@ struct Schedule {  // of W or of Wᵀ: `rows` x `cols`
 };
 
 struct Plan {
-    int32_t out_features, in_features, nnz;
+    int32_t out_features, in_features, nnz, phases;
     const uint16_t* columns;  // col_indices in half the bytes, null where in_features does not fit
-    Schedule forward, transpose;
+    Schedule forward;
+    const int32_t* words;
+    Schedule transpose(int phase = 0) const;
 };
 
 // A plan is stored as a flat int32 array; this reads it in place.
 Plan read_plan(const int32_t* words);
+
+struct Taps {  // mirrored in cpu.py: what of a convolution's geometry decides which weights meet
+    int32_t channels, kernel[2], stride[2], before[2], dilation[2], groups;  // rows, then columns; before: padding
+    int32_t size() const { return kernel[0] * kernel[1]; }
+    int phases() const { return stride[0] * stride[1]; }
+    // In pixels of the phase that starts at `first` (0 <= first < stride), which output does tap `k` of axis `d` reach?
+    bool reaches(int d, int first, int k, int* shift) const {
+        const int at = first + before[d] - k * dilation[d];
+        *shift = at >= 0 ? at / stride[d] : -(-at / stride[d]);
+        return at % stride[d] == 0;
+    }
+};

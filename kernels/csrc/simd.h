@@ -65,11 +65,11 @@ INLINE void keep_scalar(T& value) {
 #endif
 }
 
-// One 128-bit lane from each of p, p + stride, p + 2 stride, ...: the loads do what would else take shuffles.
-template <class T>
-INLINE Vec<T> load_lanes(const T* p, int64_t stride) {
+// One 128-bit lane from each of row(0) + at, row(1) + at, ...: the loads do what would else take shuffles.
+template <class T, class Row>
+INLINE Vec<T> load_lanes(Row row, int64_t at) {
     typedef typename Simd<T>::Lane Lane;
-    auto lane = [&](int i) __attribute__((always_inline)) { return *reinterpret_cast<const Lane*>(p + i * stride); };
+    auto lane = [&](int i) __attribute__((always_inline)) { return *reinterpret_cast<const Lane*>(row(i) + at); };
 #if VECTOR_BYTES == 64
     __m512 v = _mm512_castps128_ps512((__m128)lane(0));
     v = _mm512_insertf32x4(v, (__m128)lane(1), 1);
@@ -82,9 +82,9 @@ INLINE Vec<T> load_lanes(const T* p, int64_t stride) {
 #endif
 }
 
-// rows[i * stride + j] -> columns[j * stride_out + i], a block of kWidth x kWidth.
-template <class T>
-INLINE void transpose(const T* rows, int64_t stride, T* columns, int64_t stride_out) {
+// from(i)[j] -> to(j)[i], a block of kWidth x kWidth.
+template <class T, class From, class To>
+INLINE void transpose(From from, To to) {
     typedef typename Simd<T>::I I;
     constexpr int W = kWidth<T>, E = 16 / sizeof(T);
     I lo, hi;  // interleave the lower and the upper halves of lanes
@@ -97,7 +97,7 @@ INLINE void transpose(const T* rows, int64_t stride, T* columns, int64_t stride_
     for (int c = 0; c < W; c += E) {  // lane q of v[k] holds columns c.. of row q E + k: transpose within lanes
         Vec<T> v[E], next[E];
 #pragma GCC unroll 4
-        for (int k = 0; k < E; ++k) v[k] = load_lanes<T>(rows + k * stride + c, E * stride);
+        for (int k = 0; k < E; ++k) v[k] = load_lanes<T>([&](int q) { return from(q * E + k); }, c);
 #pragma GCC unroll 2
         for (int stage = 1; stage < E; stage *= 2) {
 #pragma GCC unroll 4
@@ -109,7 +109,7 @@ INLINE void transpose(const T* rows, int64_t stride, T* columns, int64_t stride_
             for (int k = 0; k < E; ++k) v[k] = next[k];
         }
 #pragma GCC unroll 4
-        for (int k = 0; k < E; ++k) store<T>(columns + (c + k) * stride_out, v[k]);
+        for (int k = 0; k < E; ++k) store<T>(to(c + k), v[k]);
     }
 }
 

@@ -10,13 +10,23 @@ constexpr int kParked = 64;  // partial dot products held back and reduced toget
 constexpr int kAhead = 256;
 static_assert(kAhead <= kSlack, "the plan's arrays are read this far past their end");
 
+// Where a tile finds the row of an entry: rows of a matrix are `ld` apart; taps of a convolution have a table.
+struct Strided {
+    int64_t ld;
+    INLINE int64_t operator()(uint16_t column) const { return column * ld; }
+};
+struct Mapped {
+    const int32_t* offset;
+    INLINE int64_t operator()(uint16_t column) const { return offset[column]; }
+};
+
 // Independent sums per output vector, so that few registers per row still hide the latency of a multiply-add.
 template <int R>
 constexpr int kSums = R >= 8 ? 1 : R >= 3 ? 2 : 4;
 
 // y[row] += Σ values * x[col]. For W the values of a segment are consecutive; for Wᵀ each has its own index.
-template <class T, int R, bool TRANSPOSED>
-void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x, int64_t ld, T* y, int64_t ldy) {
+template <class T, int R, bool TRANSPOSED, class Rows>
+void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x, Rows rows, T* y, int64_t ldy) {
     constexpr int W = kWidth<T>, U = kSums<R>;
     const Bucket* last = s.buckets + tile[1].bucket;
     const uint16_t* col = s.entry_col + tile->entry;
@@ -30,7 +40,7 @@ void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x,
             if (!TRANSPOSED) __builtin_prefetch(v + 2 * length);  // this row's segment in the next tile
             Vec<T> acc[U][R] = {};
             auto entry = [&](int32_t k, Vec<T>(&to)[R]) __attribute__((always_inline)) {
-                const T* in = x + col[k] * ld;
+                const T* in = x + rows(col[k]);
                 const T value = TRANSPOSED ? values[at[k]] : v[k];
                 if (TRANSPOSED) __builtin_prefetch(values + at[k + kAhead]);
 #pragma GCC unroll 16
@@ -69,8 +79,8 @@ void unpark(const T* parked, int count, const int32_t* at, T* gvalues, bool add)
 }
 
 // Over Wᵀ: gx[row] += Σ values * gy[col], and from the same loads gvalues (+)= <x[row], gy[col]>.
-template <class T, int R>
-void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* gy, int64_t ld, const T* x, int64_t ldx,
+template <class T, int R, class Rows>
+void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* gy, Rows rows, const T* x, int64_t ldx,
                 T* gx, int64_t ldgx, T* gvalues, bool add) {
     constexpr int W = kWidth<T>;
     alignas(64) T parked[kParked * W];
@@ -90,7 +100,7 @@ void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* g
                 const int n = left < kParked - count ? left : kParked - count;
                 T* park = parked + count * W;
                 for (int k = 0; k < n; ++k) {
-                    const T* in = gy + col[k] * ld;
+                    const T* in = gy + rows(col[k]);
                     const T value = values[at[k]];
                     __builtin_prefetch(values + at[k + kAhead]);
                     __builtin_prefetch(gvalues + at[k + kAhead], 1);
@@ -118,8 +128,8 @@ void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* g
 }
 
 // Over W: gvalues (+)= <gy[row], x[col]>, where gx is not wanted.
-template <class T, int R>
-void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, const T* x, int64_t ldx, T* gvalues,
+template <class T, int R, class Rows>
+void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, const T* x, Rows rows, T* gvalues,
                 bool add) {
     constexpr int W = kWidth<T>;
     alignas(64) T parked[kParked * W];
@@ -140,7 +150,7 @@ void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, co
                 const int n = left < kParked - count ? left : kParked - count;
                 T* park = parked + count * W;
                 for (int k = 0; k < n; ++k) {
-                    const T* in = x + col[k] * ldx;
+                    const T* in = x + rows(col[k]);
                     Vec<T> dot = {}, dot2 = {};
 #pragma GCC unroll 16
                     for (int r = 0; r < R; ++r) (r & 1 ? dot2 : dot) += mine[r] * load<T>(in + r * W);

@@ -1,0 +1,421 @@
+// Direct sparse convolution: no im2col, the tiles of a matrix product over packed images.
+//
+// An item of work is a range of rows of some images. Its input is packed with a halo, so that a tap is a constant offset
+// (`Block::offsets`); then each step multiplies all weights with a few vectors of neighbouring output pixels. A vector
+// holds one pixel of kLanes images or, where the batch is too small for that, kLanes pixels of one image. For a stride,
+// pixels with the same coordinates modulo the stride (a phase) lie together, so that neighbours stay neighbours.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "images.h"
+#include "plan.h"
+#include "team.h"
+#include "tile.h"
+
+namespace {
+
+struct Args {  // mirrored in cpu.py
+    int64_t is_double, threads, relu, batch, channels, height, width, out_channels, out_height, out_width;
+    const Taps* taps;
+    const int32_t* plan;
+    const void *values, *bias;  // bias: null if none
+    void *x, *y, *gy, *gx;      // forward: x -> y; backward: gy -> gx (null where not needed), y for the ReLU
+    int64_t x_strides[3], y_strides[3], gy_strides[3], gx_strides[3];  // image, channel, pixel
+    void *gvalues, *gbias;                                             // null where not needed
+};
+
+constexpr int64_t kWorkingSet = 1 << 20;  // bytes of an item's packed blocks: about an L2
+constexpr int64_t kFewImages = 8;         // up to here pixels serve as lanes: lanes of missing images would be wasted
+
+thread_local Scratch blocks;          // of a thread
+thread_local Scratch gradients;       // of the calling thread: every thread's share of gvalues and gbias
+thread_local Scratch offset_tables;   // of the calling thread
+
+template <class T>
+Images<T> images(const Args& a, void* data, const int64_t* strides, bool output) {
+    return {static_cast<T*>(data), a.batch, output ? a.out_channels : a.channels, output ? a.out_height : a.height,
+            output ? a.out_width : a.width, strides[0], strides[1], strides[2]};
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Pixels of `rows` x `pitch` per phase; phase (a, b) holds image pixels (a + stride i, b + stride j).
+struct Block {
+    int64_t rows, pitch, stride[2], lanes;
+    // Elements of a phase, with room for a last vector that runs over.
+    int64_t phase_size() const { return rows * pitch * lanes + (lanes == 1 ? kLanes : 0); }
+    int64_t plane() const { return stride[0] * stride[1] * phase_size(); }  // elements of a channel
+    int64_t at(int64_t row, int64_t column) const {
+        const int64_t phase = row % stride[0] * stride[1] + column % stride[1];
+        return phase * phase_size() + (row / stride[0] * pitch + column / stride[1]) * lanes;
+    }
+    // Where the pixels of `height` rows of `width` go, the first of them being pixel (top, left) of the block.
+    std::vector<int32_t> places(int64_t height, int64_t width, int64_t top, int64_t left) const {
+        std::vector<int32_t> place(height * width);
+        for (int64_t h = 0; h < height; ++h)
+            for (int64_t w = 0; w < width; ++w) place[h * width + w] = int32_t(at(h + top, w + left));
+        return place;
+    }
+};
+
+struct Step {
+    int64_t at, groups;  // first element, groups of kLanes
+};
+
+// Covers `rows` x `width` pixels of a phase in steps of at most `most` groups, all about as large.
+std::vector<Step> steps(int64_t rows, int64_t width, int64_t pitch, int64_t lanes, int64_t most) {
+    std::vector<Step> out;
+    if (rows <= 0 || width <= 0) return out;
+    const bool flat = lanes == 1;  // pixels are lanes: run on through the halo, whose results nobody reads
+    const int64_t per_pixel = flat ? 1 : lanes / kLanes;
+    const int64_t length = flat ? ceil_div((rows - 1) * pitch + width, kLanes) : width;
+    const int64_t pieces = ceil_div(length * per_pixel, most / per_pixel * per_pixel);
+    for (int64_t row = 0; row < (flat ? 1 : rows); ++row)
+        for (int64_t p = 0; p < pieces; ++p) {
+            const int64_t from = length * p / pieces, to = length * (p + 1) / pieces;
+            out.push_back({flat ? from * kLanes : (row * pitch + from) * lanes, (to - from) * per_pixel});
+        }
+    return out;
+}
+
+// How a call is cut into items, and what an item's blocks look like. Rows are those of the block that is written.
+template <class T>
+struct Cut {
+    Cut(const Args& a, int64_t rows, int64_t width, int64_t most_lanes) : rows(rows) {
+        lanes = 1;
+        if (a.batch > kFewImages) {
+            const int64_t groups = ceil_div(a.batch, kLanes);
+            lanes = kLanes * std::max<int64_t>(1, std::min({kMaxGroups<T> / width, groups / a.threads, most_lanes}));
+        }
+        parts = ceil_div(a.batch, lanes);
+    }
+    // A working set of `fixed` + height * `per_row` bytes an item, and items for all threads.
+    void choose_height(int64_t threads, int64_t fixed, int64_t per_row, int64_t least) {
+        height = std::max(least, (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
+        const int64_t wanted = ceil_div(threads, parts);  // blocks per part
+        height = std::max<int64_t>(1, std::min({height, ceil_div(rows, wanted), rows}));
+        height = ceil_div(rows, ceil_div(rows, height));
+        per_part = ceil_div(rows, height);
+    }
+    int64_t items() const { return parts * per_part; }
+    int64_t image(int64_t item) const { return item / per_part * lanes; }
+    int64_t begin(int64_t item) const { return item % per_part * height; }
+    int64_t end(int64_t item) const { return std::min(rows, begin(item) + height); }
+    int64_t rows, lanes, parts, height = 1, per_part = 1;
+};
+
+// My items: a contiguous share, the same at every call.
+template <class T, class F>
+void each_item(const Cut<T>& cut, F f) {
+    const int64_t size = team_size(), me = thread_index(), items = cut.items();
+    for (int64_t item = items * me / size; item < items * (me + 1) / size; ++item) f(item);
+}
+
+// Zeroes the rows of a block that lie outside of the image, where earlier items may have left theirs.
+template <class T>
+void clear_rows(T* packed, const Block& b, int64_t channels, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row)
+        for (int64_t c = 0; c < channels; ++c)
+            for (int64_t phase = 0; phase < b.stride[1]; ++phase)
+                std::fill_n(packed + c * b.plane() + b.at(row, phase), b.pitch * b.lanes, T(0));
+}
+
+// The input of output rows [begin, end): rows of x around them, padded.
+template <class T>
+struct Input {
+    Input(const Args& a, int64_t lanes, int64_t height) : a(a) {
+        for (int d = 0; d < 2; ++d) {
+            const int64_t stride = a.taps->stride[d], reach = int64_t(a.taps->kernel[d] - 1) * a.taps->dilation[d] + 1;
+            const int64_t need = ((d ? a.out_width : height) - 1) * stride + reach;
+            size[d] = ceil_div(d ? std::max(need, a.width + a.taps->before[1]) : need, stride);
+            block.stride[d] = stride;
+        }
+        block.rows = size[0], block.pitch = size[1], block.lanes = lanes;
+        place = block.places(size[0] * block.stride[0], a.width, 0, a.taps->before[1]);
+    }
+    void pack(T* packed, int64_t image, int64_t begin) const {
+        const int64_t top = begin * a.taps->stride[0] - a.taps->before[0], rows = size[0] * block.stride[0];
+        const int64_t from = std::clamp<int64_t>(-top, 0, rows), to = std::clamp<int64_t>(a.height - top, from, rows);
+        clear_rows(packed, block, a.channels, 0, from);
+        clear_rows(packed, block, a.channels, to, rows);
+        pack_images<T, false>(images<const T>(a, a.x, a.x_strides, false), nullptr, image, block.lanes, top + from, top + to,
+                              place.data() + from * a.width, packed, block.plane());
+    }
+    int32_t offset(int64_t channel, int64_t r, int64_t s) const {
+        return int32_t(channel * block.plane() + block.at(r * a.taps->dilation[0], s * a.taps->dilation[1]));
+    }
+    int64_t elements() const { return a.channels * block.plane() + 8 * kMaxGroups<T> * kLanes; }
+
+    const Args& a;
+    Block block;
+    int64_t size[2];
+    std::vector<int32_t> place;
+};
+
+// offset(channel, r, s) of all taps of `channels`.
+template <class F>
+int32_t* offsets(int32_t* to, int64_t channels, const Taps& taps, F offset) {
+    for (int64_t c = 0; c < channels; ++c)
+        for (int64_t r = 0; r < taps.kernel[0]; ++r)
+            for (int64_t s = 0; s < taps.kernel[1]; ++s) *to++ = offset(c, r, s);
+    return to;
+}
+
+template <class T>
+void forward(const Args& a) {
+    const Schedule s = read_plan(a.plan).forward;
+    const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
+    Cut<T> cut(a, a.out_height, a.out_width, kMaxGroups<T>);
+    const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
+    const int64_t out_pitch = one.block.pitch * cut.lanes;
+    cut.choose_height(a.threads, one.elements() * sizeof(T),
+                      (two.elements() - one.elements() + a.out_channels * out_pitch) * sizeof(T), 4);
+    const Input<T> input(a, cut.lanes, cut.height);
+    const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
+    const std::vector<int32_t> place = output.places(cut.height, a.out_width, 0, 0);
+    int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
+    offsets(table, a.channels, *a.taps, [&](int64_t c, int64_t r, int64_t t) { return input.offset(c, r, t); });
+    const int64_t plane = output.plane();
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        T* packed = blocks.get<T>(input.elements() + a.out_channels * plane);
+        T* out = packed + input.elements();
+        std::fill_n(packed, input.elements(), T(0));
+        auto item = [&](int64_t i, int64_t strip_from, int64_t strip_to) {
+            const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
+            const int64_t channel = strip_from * s.strip, channels = std::min<int64_t>(s.rows, strip_to * s.strip) - channel;
+            input.pack(packed, image, begin);
+            for (int64_t o = channel; o < channel + channels; ++o) std::fill_n(out + o * plane, plane, bias ? bias[o] : T(0));
+            for (const Step& step : steps(end - begin, a.out_width, output.pitch, cut.lanes, kMaxGroups<T>))
+                with_registers<T>(step.groups, [&](auto R) {
+                    for (int64_t strip = strip_from; strip < strip_to; ++strip)
+                        for (int64_t b = 0; b < s.blocks; ++b)
+                            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, packed + step.at,
+                                                   Mapped{table + b * s.block}, out + strip * s.strip * plane + step.at,
+                                                   plane);
+                });
+            if (a.relu)
+                for (T* y = out + channel * plane; y < out + (channel + channels) * plane; ++y) *y = *y < 0 ? T(0) : *y;
+            Images<T> y = images<T>(a, a.y, a.y_strides, true);
+            y.data += channel * y.channel;
+            y.channels = channels;
+            unpack_images<T>(out + channel * plane, plane, place.data(), y, image, cut.lanes, begin, end);
+        };
+        const int64_t sharers = team_size() / cut.items();  // few items: threads share one, by its output channels
+        if (sharers > 1) {
+            const int64_t share = thread_index() % sharers, i = thread_index() / sharers;
+            if (i < cut.items()) item(i, s.strips * share / sharers, s.strips * (share + 1) / sharers);
+        } else {
+            each_item(cut, [&](int64_t i) { item(i, 0, s.strips); });
+        }
+    }
+}
+
+// Σ gy of `images` over rows [from, to), and over pixels where y > 0 if gated.
+template <class T>
+void add_bias_gradient(const Args& a, T* gbias, int64_t first, int64_t count, int64_t from, int64_t to) {
+    const int64_t *g = a.gy_strides, pixels = (to - from) * a.out_width;
+    for (int64_t n = first; n < std::min(a.batch, first + count); ++n) {
+        const int64_t at = n * g[0] + from * a.out_width * g[2];
+        const T *gy = static_cast<const T*>(a.gy) + at, *y = static_cast<const T*>(a.y) + at;
+        for (int64_t o = 0; o < a.out_channels; ++o) {
+            T total = 0;
+            if (g[2] == 1 && !a.relu) {
+                Vec<T> sums = {};
+                int64_t i = 0;
+                for (; i + kWidth<T> <= pixels; i += kWidth<T>) sums += load<T>(gy + o * g[1] + i);
+                for (total = sum<T>(sums); i < pixels; ++i) total += gy[o * g[1] + i];
+            } else {
+                for (int64_t i = 0; i < pixels; ++i) {
+                    const int64_t e = o * g[1] + i * g[2];
+                    total += !a.relu || y[e] > 0 ? gy[e] : T(0);
+                }
+            }
+            gbias[o] += total;
+        }
+    }
+}
+
+// Every thread adds to its own copy of (gvalues, gbias); these are summed at the end, in order of the threads.
+template <class T>
+struct Gradients {
+    Gradients(const Args& a, int64_t nnz)
+        : values(static_cast<T*>(a.gvalues)), bias(static_cast<T*>(a.gbias)), nnz(values ? nnz : 0),
+          outputs(bias ? a.out_channels : 0), copies(gradients.get<T>(a.threads * size() + 64)) {}
+    int64_t size() const { return (nnz + outputs + kLanes - 1) / kLanes * kLanes + kLanes; }
+    T* mine() const {
+        T* copy = copies + thread_index() * size();
+        std::fill_n(copy, size(), T(0));
+        return copy;
+    }
+    void reduce() const {
+        barrier();
+        const int64_t team = team_size(), all = nnz + outputs;
+        const int64_t from = all * thread_index() / team, to = all * (thread_index() + 1) / team;
+        for (int64_t i = from; i < to; ++i) {
+            T total = copies[i];
+            for (int64_t t = 1; t < team; ++t) total += copies[t * size() + i];
+            (i < nnz ? values[i] : bias[i - nnz]) = total;
+        }
+    }
+    T *values, *bias;
+    int64_t nnz, outputs;
+    T* copies;
+};
+
+template <class T>
+void pack_output_gradient(const Args& a, T* packed, int64_t image, int64_t lanes, int64_t from, int64_t to,
+                          const int32_t* place, int64_t plane) {
+    const Images<const T> gy = images<const T>(a, a.gy, a.gy_strides, true);
+    if (a.relu)
+        pack_images<T, true>(gy, static_cast<const T*>(a.y), image, lanes, from, to, place, packed, plane);
+    else
+        pack_images<T, false>(gy, nullptr, image, lanes, from, to, place, packed, plane);
+}
+
+// gvalues and gbias alone, where gx is not wanted.
+template <class T>
+void values_gradient(const Args& a) {
+    const Plan plan = read_plan(a.plan);
+    const Schedule s = plan.forward;
+    Cut<T> cut(a, a.out_height, a.out_width, kMaxGroups<T>);
+    const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
+    cut.choose_height(
+        a.threads, one.elements() * sizeof(T),
+        (two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes) * sizeof(T), 4);
+    const Input<T> input(a, cut.lanes, cut.height);
+    const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
+    const std::vector<int32_t> place = output.places(cut.height, a.out_width, 0, 0);
+    int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
+    offsets(table, a.channels, *a.taps, [&](int64_t c, int64_t r, int64_t t) { return input.offset(c, r, t); });
+    const Gradients<T> sums(a, plan.nnz);
+    const int64_t plane = output.plane(), gy_elements = a.out_channels * plane + kLanes * kMaxGroups<T>;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        T* packed = blocks.get<T>(input.elements() + gy_elements);
+        T *gy = packed + input.elements(), *mine = sums.mine();
+        std::fill_n(packed, input.elements() + gy_elements, T(0));
+        each_item(cut, [&](int64_t i) {
+            const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
+            if (sums.bias) add_bias_gradient<T>(a, mine + sums.nnz, image, cut.lanes, begin, end);
+            if (!sums.values) return;
+            input.pack(packed, image, begin);
+            if (end - begin < cut.height) std::fill_n(gy, gy_elements, T(0));
+            pack_output_gradient<T>(a, gy, image, cut.lanes, begin, end, place.data(), plane);
+            for (const Step& step : steps(end - begin, a.out_width, output.pitch, cut.lanes, kMaxGroups<T>))
+                with_registers<T>(step.groups, [&](auto R) {
+                    for (int64_t strip = 0; strip < s.strips; ++strip)
+                        for (int64_t b = 0; b < s.blocks; ++b)
+                            sddmm_tile<T, R>(s, s.tiles + strip * s.blocks + b, gy + strip * s.strip * plane + step.at,
+                                             plane, packed + step.at, Mapped{table + b * s.block}, mine, true);
+                });
+        });
+        sums.reduce();
+    }
+}
+
+// gx, and gvalues with it where wanted: phase by phase, each a convolution of gy with the taps that reach it.
+template <class T>
+void input_gradient(const Args& a) {
+    const Taps& taps = *a.taps;
+    const Plan plan = read_plan(a.plan);
+    const int64_t stride[2] = {taps.stride[0], taps.stride[1]}, phases = taps.phases();
+    int64_t low[2], high[2];  // how far in gy taps reach from a pixel of a phase
+    for (int d = 0; d < 2; ++d) {
+        low[d] = high[d] = 0;
+        for (int first = 0; first < stride[d]; ++first)
+            for (int k = 0, shift; k < taps.kernel[d]; ++k)
+                if (taps.reaches(d, first, k, &shift))
+                    low[d] = std::min<int64_t>(low[d], shift), high[d] = std::max<int64_t>(high[d], shift);
+    }
+    const int64_t rows = ceil_div(a.height, stride[0]), columns = ceil_div(a.width, stride[1]);
+    const int64_t pitch = std::max(columns, a.out_width) + high[1] - low[1];
+    Cut<T> cut(a, rows, columns, kMaxGroups<T>);
+    const int64_t row_bytes = pitch * cut.lanes * sizeof(T);
+    cut.choose_height(a.threads, (high[0] - low[0]) * a.out_channels * row_bytes,
+                      (a.out_channels + 2 * phases * a.channels) * row_bytes, 2);
+    const Block around{cut.height + high[0] - low[0], pitch, {1, 1}, cut.lanes};
+    const Block inner{cut.height, pitch, {stride[0], stride[1]}, cut.lanes};
+    const std::vector<int32_t> place_gy = around.places(around.rows, a.out_width, 0, -low[1]);
+    const std::vector<int32_t> place_x = inner.places(cut.height * stride[0], a.width, 0, 0);
+    const int64_t table_size = a.out_channels * taps.size();
+    int32_t* tables = offset_tables.get<int32_t>(table_size * phases);
+    for (int64_t phase = 0; phase < phases; ++phase)
+        offsets(tables + phase * table_size, a.out_channels, taps, [&](int64_t o, int64_t r, int64_t t) {
+            int row = 0, column = 0;  // taps of other phases have no entries there
+            const bool meets = taps.reaches(0, int(phase / stride[1]), int(r), &row) &&
+                               taps.reaches(1, int(phase % stride[1]), int(t), &column);
+            return meets ? int32_t(o * around.plane() + around.at(row - low[0], column - low[1])) : 0;
+        });
+    const Gradients<T> sums(a, plan.nnz);
+    const T* values = static_cast<const T*>(a.values);
+    const int64_t plane = inner.plane(), slack = kLanes * kMaxGroups<T>;
+    const int64_t gy_elements = a.out_channels * around.plane() + slack, x_elements = a.channels * plane + slack;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        T* gy = blocks.get<T>(gy_elements + 2 * x_elements);
+        T *x = gy + gy_elements, *gx = x + x_elements, *mine = sums.mine();
+        std::fill_n(gy, gy_elements + x_elements, T(0));
+        each_item(cut, [&](int64_t i) {
+            const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
+            const int64_t top = begin + low[0];  // the row of gy that is the first of its block
+            const int64_t from = std::clamp<int64_t>(-top, 0, around.rows);
+            const int64_t to = std::clamp<int64_t>(a.out_height - top, from, around.rows);
+            clear_rows(gy, around, a.out_channels, 0, from);
+            clear_rows(gy, around, a.out_channels, to, around.rows);
+            pack_output_gradient<T>(a, gy, image, cut.lanes, top + from, top + to, place_gy.data() + from * a.out_width,
+                                    around.plane());
+            const int64_t first = begin * stride[0], last = std::min(a.height, end * stride[0]);
+            if (sums.values) {
+                if (cut.lanes == 1) std::fill_n(x, x_elements, T(0));  // halos meet gy there
+                pack_images<T, false>(images<const T>(a, a.x, a.x_strides, false), nullptr, image, cut.lanes, first, last,
+                                      place_x.data(), x, plane);
+            }
+            if (sums.bias) {
+                const int64_t per_part = cut.per_part, index = i % per_part;
+                add_bias_gradient<T>(a, mine + sums.nnz, image, cut.lanes, a.out_height * index / per_part,
+                                     a.out_height * (index + 1) / per_part);
+            }
+            std::fill_n(gx, x_elements, T(0));
+            for (int64_t phase = 0; phase < phases; ++phase) {
+                const Schedule s = plan.transpose(int(phase));
+                const int32_t* table = tables + phase * table_size;
+                const int64_t base = phase * inner.phase_size(), row = phase / stride[1], column = phase % stride[1];
+                for (const Step& step : steps(ceil_div(last - first - row, stride[0]),
+                                              ceil_div(a.width - column, stride[1]), pitch, cut.lanes, kMaxGroups<T>))
+                    with_registers<T>(step.groups, [&](auto R) {
+                        for (int64_t strip = 0; strip < s.strips; ++strip)
+                            for (int64_t b = 0; b < s.blocks; ++b) {
+                                const Tile* tile = s.tiles + strip * s.blocks + b;
+                                const int64_t at = strip * s.strip * plane + base + step.at;
+                                const Mapped map{table + b * s.block};
+                                if (sums.values)
+                                    fused_tile<T, R>(s, tile, values, gy + step.at, map, x + at, plane, gx + at, plane, mine,
+                                                     true);
+                                else
+                                    spmm_tile<T, R, true>(s, tile, values, gy + step.at, map, gx + at, plane);
+                            }
+                    });
+            }
+            unpack_images<T>(gx, plane, place_x.data(), images<T>(a, a.gx, a.gx_strides, false), image, cut.lanes, first,
+                             last);
+        });
+        sums.reduce();
+    }
+}
+
+template <class T>
+void backward(const Args& a) {
+    a.gx ? input_gradient<T>(a) : values_gradient<T>(a);
+}
+
+}  // namespace
+
+EXPORT void sparselottery_conv_forward(const Args* args) {
+    args->is_double ? forward<double>(*args) : forward<float>(*args);
+}
+
+EXPORT void sparselottery_conv_backward(const Args* args) {
+    args->is_double ? backward<double>(*args) : backward<float>(*args);
+}

@@ -1,0 +1,53 @@
+// Threads, memory that outlives a call, and the choice of a tile's registers: what all drivers share.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+#ifdef _OPENMP
+inline int64_t team_size() { return omp_get_num_threads(); }
+inline int64_t thread_index() { return omp_get_thread_num(); }
+inline void barrier() {
+#pragma omp barrier
+}
+#else
+inline int64_t team_size() { return 1; }
+inline int64_t thread_index() { return 0; }
+inline void barrier() {}
+#endif
+
+class Scratch {  // per thread, grows, lives as long as the thread: fresh pages cost more than many a kernel
+  public:
+    ~Scratch() { std::free(memory_); }
+    template <class T>
+    T* get(size_t count) {
+        if (count * sizeof(T) > size_) {
+            std::free(memory_);
+            size_ = (count * sizeof(T) + 4095) / 4096 * 4096;
+            memory_ = std::aligned_alloc(64, size_);
+            if (!memory_) std::abort();
+        }
+        return static_cast<T*>(memory_);
+    }
+
+  private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+// A tile has at most 8 vectors of consecutive columns: this many groups of kLanes.
+template <class T>
+constexpr int kMaxGroups = 8 * kWidth<T> / kLanes ? 8 * kWidth<T> / kLanes : 1;
+
+// f(std::integral_constant<int, R>) for a tile of `groups` lane groups.
+template <class T, int G = 1, class F>
+INLINE void with_registers(int64_t groups, F f) {
+    if constexpr (G < kMaxGroups<T>)
+        if (groups != G) return with_registers<T, G + 1>(groups, f);
+    f(std::integral_constant<int, G * kLanes / kWidth<T>>());
+}
