@@ -26,6 +26,7 @@ struct Args {  // mirrored in cpu.py
 };
 
 constexpr int64_t kWorkingSet = 1 << 20;  // bytes of an item's packed blocks: about an L2
+constexpr int64_t kRun = 128;              // pixels of a channel that an item reads or writes, at least
 constexpr int64_t kFewImages = 8;         // up to here pixels serve as lanes: lanes of missing images would be wasted
 
 thread_local Scratch blocks;          // of a thread
@@ -90,9 +91,10 @@ struct Cut {
         }
         parts = ceil_div(a.batch, lanes);
     }
-    // A working set of `fixed` + height * `per_row` bytes an item, and items for all threads.
-    void choose_height(int64_t threads, int64_t fixed, int64_t per_row, int64_t least) {
-        height = std::max(least, (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
+    // A working set of `fixed` + height * `per_row` bytes an item, but rows enough to read and write memory in long runs,
+    // and items for all threads.
+    void choose_height(int64_t threads, int64_t width, int64_t fixed, int64_t per_row) {
+        height = std::max(ceil_div(kRun, width), (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
         const int64_t wanted = ceil_div(threads, parts);  // blocks per part
         height = std::max<int64_t>(1, std::min({height, ceil_div(rows, wanted), rows}));
         height = ceil_div(rows, ceil_div(rows, height));
@@ -164,13 +166,14 @@ int32_t* offsets(int32_t* to, int64_t channels, const Taps& taps, F offset) {
 
 template <class T>
 void forward(const Args& a) {
+    expect_writes(a.y, a.batch * a.out_channels * a.out_height * a.out_width * sizeof(T));
     const Schedule s = read_plan(a.plan).forward;
     const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
     Cut<T> cut(a, a.out_height, a.out_width, kMaxGroups<T>);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
     const int64_t out_pitch = one.block.pitch * cut.lanes;
-    cut.choose_height(a.threads, one.elements() * sizeof(T),
-                      (two.elements() - one.elements() + a.out_channels * out_pitch) * sizeof(T), 4);
+    cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T),
+                      (two.elements() - one.elements() + a.out_channels * out_pitch) * sizeof(T));
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
     const std::vector<int32_t> place = output.places(cut.height, a.out_width, 0, 0);
@@ -212,29 +215,19 @@ void forward(const Args& a) {
     }
 }
 
-// Σ gy of `images` over rows [from, to), and over pixels where y > 0 if gated.
+// gbias += Σ gy over the rows [from, to) of a packed block.
 template <class T>
-void add_bias_gradient(const Args& a, T* gbias, int64_t first, int64_t count, int64_t from, int64_t to) {
-    const int64_t *g = a.gy_strides, pixels = (to - from) * a.out_width;
-    for (int64_t n = first; n < std::min(a.batch, first + count); ++n) {
-        const int64_t at = n * g[0] + from * a.out_width * g[2];
-        const T *gy = static_cast<const T*>(a.gy) + at, *y = static_cast<const T*>(a.y) + at;
-        for (int64_t o = 0; o < a.out_channels; ++o) {
-            T total = 0;
-            if (g[2] == 1 && !a.relu) {
-                Vec<T> sums = {};
-                int64_t i = 0;
-                for (; i + kWidth<T> <= pixels; i += kWidth<T>) sums += load<T>(gy + o * g[1] + i);
-                for (total = sum<T>(sums); i < pixels; ++i) total += gy[o * g[1] + i];
-            } else {
-                for (int64_t i = 0; i < pixels; ++i) {
-                    const int64_t e = o * g[1] + i * g[2];
-                    total += !a.relu || y[e] > 0 ? gy[e] : T(0);
-                }
-            }
+void add_bias_gradient(const T* gy, const Block& block, int64_t channels, int64_t from, int64_t to, int64_t width, T* gbias) {
+    for (int64_t o = 0; o < channels; ++o)
+        for (int64_t row = from; row < to; ++row) {
+            const T* g = gy + o * block.plane() + block.at(row, 0);
+            Vec<T> sums = {};
+            int64_t i = 0;
+            for (; i + kWidth<T> <= width * block.lanes; i += kWidth<T>) sums += load<T>(g + i);
+            T total = sum<T>(sums);
+            for (; i < width * block.lanes; ++i) total += g[i];
             gbias[o] += total;
         }
-    }
 }
 
 // Every thread adds to its own copy of (gvalues, gbias); these are summed at the end, in order of the threads.
@@ -282,8 +275,8 @@ void values_gradient(const Args& a) {
     Cut<T> cut(a, a.out_height, a.out_width, kMaxGroups<T>);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
     cut.choose_height(
-        a.threads, one.elements() * sizeof(T),
-        (two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes) * sizeof(T), 4);
+        a.threads, a.out_width, one.elements() * sizeof(T),
+        (two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes) * sizeof(T));
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
     const std::vector<int32_t> place = output.places(cut.height, a.out_width, 0, 0);
@@ -298,11 +291,12 @@ void values_gradient(const Args& a) {
         std::fill_n(packed, input.elements() + gy_elements, T(0));
         each_item(cut, [&](int64_t i) {
             const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
-            if (sums.bias) add_bias_gradient<T>(a, mine + sums.nnz, image, cut.lanes, begin, end);
-            if (!sums.values) return;
-            input.pack(packed, image, begin);
             if (end - begin < cut.height) std::fill_n(gy, gy_elements, T(0));
             pack_output_gradient<T>(a, gy, image, cut.lanes, begin, end, place.data(), plane);
+            if (sums.bias)
+                add_bias_gradient<T>(gy, output, a.out_channels, 0, end - begin, a.out_width, mine + sums.nnz);
+            if (!sums.values) return;
+            input.pack(packed, image, begin);
             for (const Step& step : steps(end - begin, a.out_width, output.pitch, cut.lanes, kMaxGroups<T>))
                 with_registers<T>(step.groups, [&](auto R) {
                     for (int64_t strip = 0; strip < s.strips; ++strip)
@@ -318,6 +312,7 @@ void values_gradient(const Args& a) {
 // gx, and gvalues with it where wanted: phase by phase, each a convolution of gy with the taps that reach it.
 template <class T>
 void input_gradient(const Args& a) {
+    expect_writes(a.gx, a.batch * a.channels * a.height * a.width * sizeof(T));
     const Taps& taps = *a.taps;
     const Plan plan = read_plan(a.plan);
     const int64_t stride[2] = {taps.stride[0], taps.stride[1]}, phases = taps.phases();
@@ -330,11 +325,12 @@ void input_gradient(const Args& a) {
                     low[d] = std::min<int64_t>(low[d], shift), high[d] = std::max<int64_t>(high[d], shift);
     }
     const int64_t rows = ceil_div(a.height, stride[0]), columns = ceil_div(a.width, stride[1]);
+    high[0] = std::max(high[0], a.out_height - rows);  // for gbias: rows that see nothing but padding
     const int64_t pitch = std::max(columns, a.out_width) + high[1] - low[1];
     Cut<T> cut(a, rows, columns, kMaxGroups<T>);
     const int64_t row_bytes = pitch * cut.lanes * sizeof(T);
-    cut.choose_height(a.threads, (high[0] - low[0]) * a.out_channels * row_bytes,
-                      (a.out_channels + 2 * phases * a.channels) * row_bytes, 2);
+    cut.choose_height(a.threads, columns, (high[0] - low[0]) * a.out_channels * row_bytes,
+                      (a.out_channels + 2 * phases * a.channels) * row_bytes);
     const Block around{cut.height + high[0] - low[0], pitch, {1, 1}, cut.lanes};
     const Block inner{cut.height, pitch, {stride[0], stride[1]}, cut.lanes};
     const std::vector<int32_t> place_gy = around.places(around.rows, a.out_width, 0, -low[1]);
@@ -348,6 +344,7 @@ void input_gradient(const Args& a) {
                                taps.reaches(1, int(phase % stride[1]), int(t), &column);
             return meets ? int32_t(o * around.plane() + around.at(row - low[0], column - low[1])) : 0;
         });
+    const int64_t left = around.at(0, -low[1]);
     const Gradients<T> sums(a, plan.nnz);
     const T* values = static_cast<const T*>(a.values);
     const int64_t plane = inner.plane(), slack = kLanes * kMaxGroups<T>;
@@ -372,11 +369,9 @@ void input_gradient(const Args& a) {
                 pack_images<T, false>(images<const T>(a, a.x, a.x_strides, false), nullptr, image, cut.lanes, first, last,
                                       place_x.data(), x, plane);
             }
-            if (sums.bias) {
-                const int64_t per_part = cut.per_part, index = i % per_part;
-                add_bias_gradient<T>(a, mine + sums.nnz, image, cut.lanes, a.out_height * index / per_part,
-                                     a.out_height * (index + 1) / per_part);
-            }
+            if (sums.bias)  // of rows that no earlier item has packed
+                add_bias_gradient<T>(gy + left, around, a.out_channels, begin ? around.rows - cut.height : from,
+                                     std::min(to, around.rows), a.out_width, mine + sums.nnz);
             std::fill_n(gx, x_elements, T(0));
             for (int64_t phase = 0; phase < phases; ++phase) {
                 const Schedule s = plan.transpose(int(phase));

@@ -7,6 +7,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "simd.h"
 
@@ -21,6 +24,17 @@ inline int64_t team_size() { return 1; }
 inline int64_t thread_index() { return 0; }
 inline void barrier() {}
 #endif
+
+// Asks for huge pages in fresh memory that is about to be written: faulting in 4 KiB at a time costs a large
+// convolution as much as its arithmetic.
+inline void expect_writes(void* memory, int64_t bytes) {
+#ifdef __linux__
+    constexpr int64_t huge = 2 << 20;
+    const int64_t address = reinterpret_cast<int64_t>(memory), begin = (address + huge - 1) / huge * huge;
+    const int64_t length = (address + bytes - begin) / huge * huge;
+    if (length > 0) madvise(reinterpret_cast<void*>(begin), length, MADV_HUGEPAGE);
+#endif
+}
 
 class Scratch {  // per thread, grows, lives as long as the thread: fresh pages cost more than many a kernel
   public:
@@ -40,6 +54,7 @@ class Scratch {  // per thread, grows, lives as long as the thread: fresh pages 
     void* memory_ = nullptr;
     size_t size_ = 0;
 };
+
 // A tile has at most 8 vectors of consecutive columns: this many groups of kLanes.
 template <class T>
 constexpr int kMaxGroups = 8 * kWidth<T> / kLanes ? 8 * kWidth<T> / kLanes : 1;
