@@ -19,7 +19,7 @@ from .reference import Geometry, image_format, is_packed, leading_dim, pack, sav
 # What torch calls the processor's capability -> the levels of setup.py that run on it, best first.
 LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 
-_CONV_L1 = 32 << 10  # bytes of packed input that a tile of a convolution may read
+_CONV_L1 = 20 << 10  # bytes of packed input that a tile of a convolution may read
 _HALF = (torch.bfloat16, torch.float16)  # computed in fp32
 _ROW_MAJOR, _BATCH_MINOR, _PACKED = 0, 1, 2  # Layout in csrc/chain.cpp
 
@@ -175,10 +175,10 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry) -> 
 
 
 def conv_block(geometry: Geometry, density: float, channels: int) -> int:
-    """Channels per tile: what they read fits L1, but a row segment has 8 entries."""
+    """Channels per tile: what they read fits L1, but a row segment has 12 entries."""
     taps = geometry.kernel_h * geometry.kernel_w
     fits = _CONV_L1 // (64 * geometry.kernel_h * (8 + geometry.kernel_w - 1))
-    return min(max(1, fits, int(8 / max(density * taps, 1e-9))), max(1, channels), 65536 // taps)
+    return min(max(1, fits, int(12 / max(density * taps, 1e-9))), max(1, channels), 65536 // taps)
 
 
 def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu):

@@ -1,175 +1,24 @@
 // Direct sparse convolution: no im2col, the tiles of a matrix product over packed images.
 //
 // An item of work is a range of rows of some images. Its input is packed with a halo, so that a tap is a constant offset
-// (`Block::offsets`); then each step multiplies all weights with a few vectors of neighbouring output pixels. A vector
+// (a table holds them); then each step multiplies all weights with a few vectors of neighbouring output pixels. A vector
 // holds one pixel of kLanes images or, where the batch is too small for that, kLanes pixels of one image. For a stride,
 // pixels with the same coordinates modulo the stride (a phase) lie together, so that neighbours stay neighbours.
-#include <algorithm>
-#include <cstring>
-#include <vector>
-
-#include "images.h"
-#include "plan.h"
-#include "team.h"
+#include "cut.h"
 #include "tile.h"
 
 namespace {
 
-struct Args {  // mirrored in cpu.py
-    int64_t is_double, threads, relu, batch, channels, height, width, out_channels, out_height, out_width;
-    const Taps* taps;
-    const int32_t* plan;
-    const void *values, *bias;  // bias: null if none
-    void *x, *y, *gy, *gx;      // forward: x -> y; backward: gy -> gx (null where not needed), y for the ReLU
-    int64_t x_strides[3], y_strides[3], gy_strides[3], gx_strides[3];  // image, channel, pixel
-    void *gvalues, *gbias;                                             // null where not needed
-};
-
-constexpr int64_t kWorkingSet = 1 << 20;  // bytes of an item's packed blocks: about an L2
-constexpr int64_t kRun = 128;              // pixels of a channel that an item reads or writes, at least
-constexpr int64_t kFewImages = 8;         // up to here pixels serve as lanes: lanes of missing images would be wasted
-
-thread_local Scratch blocks;          // of a thread
-thread_local Scratch gradients;       // of the calling thread: every thread's share of gvalues and gbias
-thread_local Scratch offset_tables;   // of the calling thread
+thread_local Scratch blocks;         // of a thread
+thread_local Scratch gradients;      // of the calling thread: every thread's share of gvalues and gbias
+thread_local Scratch offset_tables;  // of the calling thread
 
 template <class T>
-Images<T> images(const Args& a, void* data, const int64_t* strides, bool output) {
-    return {static_cast<T*>(data), a.batch, output ? a.out_channels : a.channels, output ? a.out_height : a.height,
-            output ? a.out_width : a.width, strides[0], strides[1], strides[2]};
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Pixels of `rows` x `pitch` per phase; phase (a, b) holds image pixels (a + stride i, b + stride j).
-struct Block {
-    int64_t rows, pitch, stride[2], lanes;
-    // Elements of a phase, with room for a last vector that runs over.
-    int64_t phase_size() const { return rows * pitch * lanes + (lanes == 1 ? kLanes : 0); }
-    int64_t plane() const { return stride[0] * stride[1] * phase_size(); }  // elements of a channel
-    int64_t at(int64_t row, int64_t column) const {
-        const int64_t phase = row % stride[0] * stride[1] + column % stride[1];
-        return phase * phase_size() + (row / stride[0] * pitch + column / stride[1]) * lanes;
-    }
-    // Where the pixels of `height` rows of `width` go, the first of them being pixel (top, left) of the block.
-    std::vector<int32_t> places(int64_t height, int64_t width, int64_t top, int64_t left) const {
-        std::vector<int32_t> place(height * width);
-        for (int64_t h = 0; h < height; ++h)
-            for (int64_t w = 0; w < width; ++w) place[h * width + w] = int32_t(at(h + top, w + left));
-        return place;
-    }
-};
-
-struct Step {
-    int64_t at, groups;  // first element, groups of kLanes
-};
-
-// Covers `rows` x `width` pixels of a phase in steps of at most `most` groups, all about as large.
-std::vector<Step> steps(int64_t rows, int64_t width, int64_t pitch, int64_t lanes, int64_t most) {
-    std::vector<Step> out;
-    if (rows <= 0 || width <= 0) return out;
-    const bool flat = lanes == 1;  // pixels are lanes: run on through the halo, whose results nobody reads
-    const int64_t per_pixel = flat ? 1 : lanes / kLanes;
-    const int64_t length = flat ? ceil_div((rows - 1) * pitch + width, kLanes) : width;
-    const int64_t pieces = ceil_div(length * per_pixel, most / per_pixel * per_pixel);
-    for (int64_t row = 0; row < (flat ? 1 : rows); ++row)
-        for (int64_t p = 0; p < pieces; ++p) {
-            const int64_t from = length * p / pieces, to = length * (p + 1) / pieces;
-            out.push_back({flat ? from * kLanes : (row * pitch + from) * lanes, (to - from) * per_pixel});
-        }
-    return out;
-}
-
-// How a call is cut into items, and what an item's blocks look like. Rows are those of the block that is written.
-template <class T>
-struct Cut {
-    Cut(const Args& a, int64_t rows, int64_t width, int64_t most_lanes) : rows(rows) {
-        lanes = 1;
-        if (a.batch > kFewImages) {
-            const int64_t groups = ceil_div(a.batch, kLanes);
-            lanes = kLanes * std::max<int64_t>(1, std::min({kMaxGroups<T> / width, groups / a.threads, most_lanes}));
-        }
-        parts = ceil_div(a.batch, lanes);
-    }
-    // A working set of `fixed` + height * `per_row` bytes an item, but rows enough to read and write memory in long runs,
-    // and items for all threads.
-    void choose_height(int64_t threads, int64_t width, int64_t fixed, int64_t per_row) {
-        height = std::max(ceil_div(kRun, width), (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
-        const int64_t wanted = ceil_div(threads, parts);  // blocks per part
-        height = std::max<int64_t>(1, std::min({height, ceil_div(rows, wanted), rows}));
-        height = ceil_div(rows, ceil_div(rows, height));
-        per_part = ceil_div(rows, height);
-    }
-    int64_t items() const { return parts * per_part; }
-    int64_t image(int64_t item) const { return item / per_part * lanes; }
-    int64_t begin(int64_t item) const { return item % per_part * height; }
-    int64_t end(int64_t item) const { return std::min(rows, begin(item) + height); }
-    int64_t rows, lanes, parts, height = 1, per_part = 1;
-};
-
-// My items: a contiguous share, the same at every call.
-template <class T, class F>
-void each_item(const Cut<T>& cut, F f) {
-    const int64_t size = team_size(), me = thread_index(), items = cut.items();
-    for (int64_t item = items * me / size; item < items * (me + 1) / size; ++item) f(item);
-}
-
-// Zeroes the rows of a block that lie outside of the image, where earlier items may have left theirs.
-template <class T>
-void clear_rows(T* packed, const Block& b, int64_t channels, int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row)
-        for (int64_t c = 0; c < channels; ++c)
-            for (int64_t phase = 0; phase < b.stride[1]; ++phase)
-                std::fill_n(packed + c * b.plane() + b.at(row, phase), b.pitch * b.lanes, T(0));
-}
-
-// The input of output rows [begin, end): rows of x around them, padded.
-template <class T>
-struct Input {
-    Input(const Args& a, int64_t lanes, int64_t height) : a(a) {
-        for (int d = 0; d < 2; ++d) {
-            const int64_t stride = a.taps->stride[d], reach = int64_t(a.taps->kernel[d] - 1) * a.taps->dilation[d] + 1;
-            const int64_t need = ((d ? a.out_width : height) - 1) * stride + reach;
-            size[d] = ceil_div(d ? std::max(need, a.width + a.taps->before[1]) : need, stride);
-            block.stride[d] = stride;
-        }
-        block.rows = size[0], block.pitch = size[1], block.lanes = lanes;
-        place = block.places(size[0] * block.stride[0], a.width, 0, a.taps->before[1]);
-    }
-    void pack(T* packed, int64_t image, int64_t begin) const {
-        const int64_t top = begin * a.taps->stride[0] - a.taps->before[0], rows = size[0] * block.stride[0];
-        const int64_t from = std::clamp<int64_t>(-top, 0, rows), to = std::clamp<int64_t>(a.height - top, from, rows);
-        clear_rows(packed, block, a.channels, 0, from);
-        clear_rows(packed, block, a.channels, to, rows);
-        pack_images<T, false>(images<const T>(a, a.x, a.x_strides, false), nullptr, image, block.lanes, top + from, top + to,
-                              place.data() + from * a.width, packed, block.plane());
-    }
-    int32_t offset(int64_t channel, int64_t r, int64_t s) const {
-        return int32_t(channel * block.plane() + block.at(r * a.taps->dilation[0], s * a.taps->dilation[1]));
-    }
-    int64_t elements() const { return a.channels * block.plane() + 8 * kMaxGroups<T> * kLanes; }
-
-    const Args& a;
-    Block block;
-    int64_t size[2];
-    std::vector<int32_t> place;
-};
-
-// offset(channel, r, s) of all taps of `channels`.
-template <class F>
-int32_t* offsets(int32_t* to, int64_t channels, const Taps& taps, F offset) {
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t r = 0; r < taps.kernel[0]; ++r)
-            for (int64_t s = 0; s < taps.kernel[1]; ++s) *to++ = offset(c, r, s);
-    return to;
-}
-
-template <class T>
-void forward(const Args& a) {
+void forward(const ConvArgs& a) {
     expect_writes(a.y, a.batch * a.out_channels * a.out_height * a.out_width * sizeof(T));
     const Schedule s = read_plan(a.plan).forward;
     const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
-    Cut<T> cut(a, a.out_height, a.out_width, kMaxGroups<T>);
+    Cut<T> cut(a, a.out_height, a.out_width);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
     const int64_t out_pitch = one.block.pitch * cut.lanes;
     cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T),
@@ -233,7 +82,7 @@ void add_bias_gradient(const T* gy, const Block& block, int64_t channels, int64_
 // Every thread adds to its own copy of (gvalues, gbias); these are summed at the end, in order of the threads.
 template <class T>
 struct Gradients {
-    Gradients(const Args& a, int64_t nnz)
+    Gradients(const ConvArgs& a, int64_t nnz)
         : values(static_cast<T*>(a.gvalues)), bias(static_cast<T*>(a.gbias)), nnz(values ? nnz : 0),
           outputs(bias ? a.out_channels : 0), copies(gradients.get<T>(a.threads * size() + 64)) {}
     int64_t size() const { return (nnz + outputs + kLanes - 1) / kLanes * kLanes + kLanes; }
@@ -258,7 +107,7 @@ struct Gradients {
 };
 
 template <class T>
-void pack_output_gradient(const Args& a, T* packed, int64_t image, int64_t lanes, int64_t from, int64_t to,
+void pack_output_gradient(const ConvArgs& a, T* packed, int64_t image, int64_t lanes, int64_t from, int64_t to,
                           const int32_t* place, int64_t plane) {
     const Images<const T> gy = images<const T>(a, a.gy, a.gy_strides, true);
     if (a.relu)
@@ -269,10 +118,10 @@ void pack_output_gradient(const Args& a, T* packed, int64_t image, int64_t lanes
 
 // gvalues and gbias alone, where gx is not wanted.
 template <class T>
-void values_gradient(const Args& a) {
+void values_gradient(const ConvArgs& a) {
     const Plan plan = read_plan(a.plan);
     const Schedule s = plan.forward;
-    Cut<T> cut(a, a.out_height, a.out_width, kMaxGroups<T>);
+    Cut<T> cut(a, a.out_height, a.out_width);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
     cut.choose_height(
         a.threads, a.out_width, one.elements() * sizeof(T),
@@ -311,7 +160,7 @@ void values_gradient(const Args& a) {
 
 // gx, and gvalues with it where wanted: phase by phase, each a convolution of gy with the taps that reach it.
 template <class T>
-void input_gradient(const Args& a) {
+void input_gradient(const ConvArgs& a) {
     expect_writes(a.gx, a.batch * a.channels * a.height * a.width * sizeof(T));
     const Taps& taps = *a.taps;
     const Plan plan = read_plan(a.plan);
@@ -327,7 +176,7 @@ void input_gradient(const Args& a) {
     const int64_t rows = ceil_div(a.height, stride[0]), columns = ceil_div(a.width, stride[1]);
     high[0] = std::max(high[0], a.out_height - rows);  // for gbias: rows that see nothing but padding
     const int64_t pitch = std::max(columns, a.out_width) + high[1] - low[1];
-    Cut<T> cut(a, rows, columns, kMaxGroups<T>);
+    Cut<T> cut(a, rows, columns);
     const int64_t row_bytes = pitch * cut.lanes * sizeof(T);
     cut.choose_height(a.threads, columns, (high[0] - low[0]) * a.out_channels * row_bytes,
                       (a.out_channels + 2 * phases * a.channels) * row_bytes);
@@ -401,16 +250,16 @@ void input_gradient(const Args& a) {
 }
 
 template <class T>
-void backward(const Args& a) {
+void backward(const ConvArgs& a) {
     a.gx ? input_gradient<T>(a) : values_gradient<T>(a);
 }
 
 }  // namespace
 
-EXPORT void sparselottery_conv_forward(const Args* args) {
+EXPORT void sparselottery_conv_forward(const ConvArgs* args) {
     args->is_double ? forward<double>(*args) : forward<float>(*args);
 }
 
-EXPORT void sparselottery_conv_backward(const Args* args) {
+EXPORT void sparselottery_conv_backward(const ConvArgs* args) {
     args->is_double ? backward<double>(*args) : backward<float>(*args);
 }
