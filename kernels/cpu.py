@@ -164,11 +164,12 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
 def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry) -> Tensor:
     """The plan of a convolution's valid CSR pattern (O, C / groups * kernel_h * kernel_w) as a flat int32 tensor."""
     out_channels = crow_indices.numel() - 1
+    crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     taps = array("i", _taps(geometry))
     size = geometry.kernel_h * geometry.kernel_w
     density = col_indices.numel() / max(1, out_channels * geometry.channels * size)
     blocks = [conv_block(geometry, density, channels) for channels in (geometry.channels, out_channels)]
-    indices = _pointer(crow_indices.contiguous()), _pointer(col_indices.contiguous())
+    indices = _pointer(crow_indices), _pointer(col_indices)
     return _take(
         _LIBRARY.sparselottery_conv_plan, out_channels, ctypes.c_void_p(taps.buffer_info()[0]), *indices, 256, *blocks
     )
@@ -189,8 +190,8 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
     geometry, x = Geometry(*geometry), _dense_images(x)
     shape = x.shape[0], crow_indices.shape[0] - 1, *geometry.output_size(*x.shape[2:])
     y = torch.empty(shape, dtype=x.dtype, memory_format=image_format(x))
-    bias = None if bias is None else bias.contiguous()
-    pointers = [plan.data_ptr(), values.contiguous().data_ptr(), 0 if bias is None else bias.data_ptr()]
+    values, bias = values.contiguous(), None if bias is None else bias.contiguous()
+    pointers = [plan.data_ptr(), values.data_ptr(), 0 if bias is None else bias.data_ptr()]
     strides = [*_strides(x), *_strides(y), 0, 0, 0, 0, 0, 0]
     taps = array("i", _taps(geometry))
     args = [*_sizes(x, y, relu), taps.buffer_info()[0], *pointers, x.data_ptr(), y.data_ptr(), 0, 0, *strides, 0, 0]

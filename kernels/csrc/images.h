@@ -17,15 +17,16 @@ template <class T, bool GATED, class From, class To, class Gate>
 INLINE void move_block(int rows, int columns, bool fill, From from, To to, Gate gate) {
     constexpr int W = kWidth<T>;
     if (!GATED && rows == W && columns == W) return transpose<T>(from, to);
-    alignas(64) T in[W * W] = {}, out[W * W];
-    for (int r = 0; r < rows; ++r) {
-        const T* source = from(r);
-        if (GATED) {
-            const T* g = gate(r);
-            for (int c = 0; c < columns; ++c) in[r * W + c] = g[c] > 0 ? source[c] : T(0);
-        } else {
-            for (int c = 0; c < columns; ++c) in[r * W + c] = source[c];
+    alignas(64) T in[W * W], out[W * W];
+    for (int r = 0; r < W; ++r) {
+        Vec<T> v = {};
+        if (r < rows && columns == W) {
+            v = load<T>(from(r));
+            if (GATED) v = load<T>(gate(r)) > 0 ? v : Vec<T>{};
+        } else if (r < rows) {
+            for (int c = 0; c < columns; ++c) v[c] = !GATED || gate(r)[c] > 0 ? from(r)[c] : T(0);
         }
+        store<T>(in + r * W, v);
     }
     transpose<T>([&](int r) { return in + r * W; }, [&](int c) { return out + c * W; });
     for (int c = 0; c < columns; ++c) {
