@@ -4,12 +4,13 @@ from .convert import convert, explain, to_dense
 from .export import export
 from .info import info
 from .lottery import find_ticket, prune
-from .nn import MaskedLinear, MaskedSequential
+from .nn import MaskedConv2d, MaskedLinear, MaskedSequential
 from .pattern import Pattern
 from .ticket import Ticket
 
 __version__ = "0.1.0"
 __all__ = [
+    "MaskedConv2d",
     "MaskedLinear",
     "MaskedSequential",
     "Pattern",

@@ -6,43 +6,46 @@ Masks are keyed by the name that the weight has in the dense model ("fc1.weight"
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .nn import MaskedLinear, MaskedSequential
+from .nn import MaskedConv2d, MaskedLayer, MaskedLinear, MaskedSequential
+
+MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
 
 
 def convert(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` that stores and multiplies only the surviving weights; `model` is left as it is.
 
-    masks: bool tensors keyed by parameter name. Each named nn.Linear (or, in a converted model, MaskedLinear) becomes
-    a MaskedLinear of its weights at the mask; layers not named stay as they are. Each nn.Sequential with masked layers
-    in it becomes a MaskedSequential.
-    Raises ValueError if a name is not the weight of a linear layer or a mask has the wrong shape, TypeError if a mask
-    is not boolean.
+    masks: bool tensors keyed by parameter name, each of its weight's shape. Each named nn.Linear or nn.Conv2d (or, in a
+    converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its weights at the mask;
+    layers not named stay as they are. Each nn.Sequential with masked layers in it becomes a MaskedSequential.
+    Raises ValueError if a name is not the weight of such a layer or a mask has the wrong shape, TypeError if a mask is
+    not boolean.
     """
-    linears = {_weight_name(name): module for name, module in _linears(model)}
+    layers = {_weight_name(name): module for name, module in _layers(model)}
     for name, mask in masks.items():
-        if name not in linears:
-            raise ValueError(f"masks: expected names among {list(linears)}, got {name!r}")
+        if name not in layers:
+            raise ValueError(f"masks: expected names among {list(layers)}, got {name!r}")
         if mask.dtype != torch.bool:
             raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {mask.dtype}")
-        shape = (linears[name].out_features, linears[name].in_features)
+        shape = _weight_shape(layers[name])
         if tuple(mask.shape) != shape:
             raise ValueError(f"masks[{name!r}]: expected shape {shape}, got {tuple(mask.shape)}")
     replaced = {}
     for name, mask in masks.items():
-        module = linears[name]
-        dense = module.to_dense() if isinstance(module, MaskedLinear) else module
-        replaced[module] = MaskedLinear.from_dense(dense, mask)
+        module = layers[name]
+        dense = module.to_dense() if isinstance(module, MaskedLayer) else module
+        replaced[module] = MASKED[type(dense)].from_dense(dense, mask)
     return _rebuild(model, replaced)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of a converted model with plain nn.Linear layers again, zeros where pruned; `model` is left as it is."""
-    return _rebuild(model, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLinear)})
+    """A copy of a converted model with plain nn layers again, zeros where pruned; `model` is left as it is."""
+    return _rebuild(model, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLayer)})
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -67,28 +70,28 @@ def load_dense_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The bool masks of all masked layers, keyed by weight name."""
-    return {_weight_name(name): module.mask for name, module in _linears(model) if isinstance(module, MaskedLinear)}
+    return {_weight_name(name): module.mask for name, module in _layers(model) if isinstance(module, MaskedLayer)}
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """The dense weights (detached) of all nn.Linear and MaskedLinear layers, keyed by name, in module order."""
-    return {_weight_name(name): module.weight.detach() for name, module in _linears(model)}
+    """The dense weights (detached) of all nn.Linear and nn.Conv2d layers, masked or not, by name, in module order."""
+    return {_weight_name(name): module.weight.detach() for name, module in _layers(model)}
 
 
 def explain(model: nn.Module) -> list[dict]:
     """A row for each masked layer: layer, shape, density, nnz, bytes (values and indices), dense_bytes, execution."""
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear):
+        if isinstance(module, MaskedLayer):
             tensors = (module.values, module.crow_indices, module.col_indices)
             rows.append(
                 {
                     "layer": name,
-                    "shape": (module.out_features, module.in_features),
+                    "shape": module.shape,
                     "density": module.density,
                     "nnz": module.nnz,
                     "bytes": sum(t.numel() * t.element_size() for t in tensors),
-                    "dense_bytes": module.out_features * module.in_features * module.values.element_size(),
+                    "dense_bytes": math.prod(module.shape) * module.values.element_size(),
                     "execution": module.execution,
                 }
             )
@@ -99,9 +102,14 @@ def _weight_name(module_name: str) -> str:
     return f"{module_name}.weight" if module_name else "weight"
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    return layer.shape if isinstance(layer, MaskedLayer) else tuple(layer.weight.shape)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All that can be masked or is; not the subclasses of dense layers, which may compute something else."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, MaskedLinear):
+        if type(module) in MASKED or isinstance(module, MaskedLayer):
             yield name, module
 
 
@@ -110,6 +118,6 @@ def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
     model = copy.deepcopy(model, {id(old): new for old, new in replaced.items()})
     for module in model.modules():
         if type(module) in (nn.Sequential, MaskedSequential):
-            masked = any(isinstance(child, MaskedLinear) for child in module)
+            masked = any(isinstance(child, MaskedLayer) for child in module)
             module.__class__ = MaskedSequential if masked else nn.Sequential
     return model

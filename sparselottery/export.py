@@ -1,7 +1,8 @@
 """Tickets and models for other tools to read, and back.
 
 "npz" is a folder: "fc1.weight.npz" for each masked layer, in CSR, read by `scipy.sparse.load_npz`; "dense.npz" with
-everything else, read by `numpy.load`; "ticket.json" with the names of the layers and the recipe.
+everything else, read by `numpy.load`; "ticket.json" with the shapes of the masked weights and the recipe. The matrix of
+a convolution's weight (O, C, kernel_h, kernel_w) is (O, C * kernel_h * kernel_w).
 "safetensors" is a ticket file, see `ticket`.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .pattern import Pattern
-from .ticket import Ticket, atomic
+from .ticket import Ticket, atomic, checked_shapes
 
 
 def export(source: nn.Module | Ticket, path: str | os.PathLike[str], format: str = "npz") -> None:
@@ -48,9 +49,9 @@ def load_npz(path: str | os.PathLike[str]) -> Ticket:
     Raises ValueError naming the file that is missing or damaged.
     """
     path = Path(path)
-    layers, recipe = _read(path / "ticket.json", _read_head)
-    csr = {name: _read(path / f"{name}.npz", _read_csr) for name in layers}
-    return Ticket.from_csr(csr, _read(path / "dense.npz", _read_arrays), recipe)
+    shapes, recipe = _read(path / "ticket.json", _read_head)
+    csr = {name: _read(path / f"{name}.npz", _read_csr) for name in shapes}
+    return Ticket.from_csr(csr, shapes, _read(path / "dense.npz", _read_arrays), recipe)
 
 
 def save_npz(ticket: Ticket, path: str | os.PathLike[str]) -> None:
@@ -64,7 +65,7 @@ def save_npz(ticket: Ticket, path: str | os.PathLike[str]) -> None:
         matrix = scipy.sparse.csr_array((_numpy(name, values), *indices), shape=pattern.shape)
         scipy.sparse.save_npz(path / f"{name}.npz", matrix, compressed=False)
     np.savez(path / "dense.npz", **{name: _numpy(name, tensor) for name, tensor in ticket.dense().items()})
-    head = {"layers": list(ticket.masks), "recipe": ticket.recipe}
+    head = {"shapes": ticket.shapes, "recipe": ticket.recipe}
     (path / "ticket.json").write_text(json.dumps(head, indent=2) + "\n")
 
 
@@ -89,9 +90,9 @@ def _read(file: Path, reader: Callable[[BinaryIO], Any]) -> Any:
         raise ValueError(f"{file}: missing, foreign or damaged: {error!r}") from error
 
 
-def _read_head(file: BinaryIO) -> tuple[list[str], dict[str, Any]]:
+def _read_head(file: BinaryIO) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     head = json.load(file)
-    return head["layers"], head["recipe"]
+    return checked_shapes(head["shapes"]), head["recipe"]
 
 
 def _read_csr(file: BinaryIO) -> tuple[Pattern, Tensor]:

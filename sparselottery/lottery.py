@@ -51,11 +51,11 @@ def prune(
         scope: "layer" takes `fraction` of each layer, "global" of all layers together.
         rates: fractions of single layers, by name or fnmatch pattern (the first that matches counts). Such a layer
             is pruned on its own in either scope.
-        output_fraction: the rate of the last linear layer; the paper takes half of `fraction` (App. G.4).
+        output_fraction: the rate of the last layer; the paper takes half of `fraction` (App. G.4).
         ignore: names or patterns of layers to leave as they are.
         generator: for "random"; None uses torch's.
-    Returns a mask for every linear layer, in module order.
-    Raises ValueError or TypeError for a model without linear layers, weights that are not finite, a fraction outside
+    Returns a mask for every linear and 2-D convolutional layer, in module order.
+    Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
     [0, 1), an unknown method, scope, name or pattern, and a mask that is not boolean or not of its weight's shape.
     """
     if method not in METHODS:
@@ -103,7 +103,7 @@ def find_ticket(
     the seed of all trainings.
 
     Args:
-        model: any module with nn.Linear layers. If it is converted already, its pruned weights stay pruned.
+        model: any module with nn.Linear or nn.Conv2d layers. If it is converted, its pruned weights stay pruned.
         train: trains the model that it is given, in place, with an optimiser that it makes itself. It may return a
             JSON-able mapping (accuracies, curves), which goes into the round's record.
             With `rewind_step=k > 0` it is called as `train(model, start=0, stop=k)` once, to reach theta_k, and as
@@ -191,7 +191,7 @@ def _train(model: nn.Module, start: Ticket, train: Callable, steps: dict[str, An
 def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
     """A mask for every weight: the given one, else all True."""
     if not weights:
-        raise ValueError("model: expected at least one nn.Linear layer, got none")
+        raise ValueError("model: expected at least one nn.Linear or nn.Conv2d layer, got none")
     check(masks, weights)
     return {
         name: masks[name].to(weight.device) if name in masks else torch.ones_like(weight, dtype=torch.bool)

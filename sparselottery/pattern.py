@@ -12,12 +12,19 @@ inferred from weights.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 MAX_INT32 = 2**31 - 1
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(O, I) of a weight (O, ...) as a matrix, the dimensions after the first flattened."""
+    return shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +97,10 @@ class Pattern:
         rows = torch.arange(self.shape[0], device=self.crow_indices.device)
         return torch.repeat_interleave(rows, counts, output_size=self.nnz)
 
+    def positions(self) -> Tensor:
+        """Of each value in the matrix when flattened: int64 (nnz,)."""
+        return self.row_indices() * self.shape[1] + self.col_indices
+
     def mask(self) -> Tensor:
         """The boolean (O, I) mask this pattern was compiled from."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.col_indices.device)
@@ -106,4 +117,5 @@ class Pattern:
         """The (O, I) matrix with `values` (nnz,) at the pattern and zeros elsewhere; differentiable."""
         if values.shape != (self.nnz,):
             raise ValueError(f"values: expected shape ({self.nnz},), got {tuple(values.shape)}")
-        return values.new_zeros(self.shape).index_put((self.row_indices(), self.col_indices.long()), values)
+        flat = values.new_zeros(self.shape[0] * self.shape[1])
+        return flat.scatter(0, self.positions(), values).view(self.shape)

@@ -1,7 +1,8 @@
 """A ticket: initial weights, a mask and the recipe that found it, in one safetensors file.
 
 The file's tensors are the state_dict of the converted model: "fc1.values", "fc1.crow_indices", "fc1.col_indices" for
-a masked "fc1.weight", everything else dense under its own name. Its metadata has one entry, "ticket", in JSON:
+a masked "fc1.weight", everything else dense under its own name. A weight (O, ...) of more than two dimensions, a
+convolution's, is stored as the matrix (O, I), I all the others. Its metadata has one entry, "ticket", in JSON:
 {"version": 1, "shapes": {"fc1.weight": [300, 784]}, "recipe": {...}, "sha256": "..."}. The digest covers all of it,
 so a damaged file is an error and never another ticket. Equal tickets give equal bytes.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .convert import convert, dense_state, load_dense_state, masks_of
 from .masks import check, survivors
-from .pattern import Pattern
+from .pattern import Pattern, matrix_shape
 
 VERSION = 1
 
@@ -35,7 +36,7 @@ class Ticket:
     """Weights of a dense model, the masks that say which of them survive, and how they were found.
 
     weights: the dense model's state_dict; copied to the CPU, and set to zero where pruned.
-    masks: bool tensors keyed by the weight they belong to ("fc1.weight"), of its 2-D shape; copied to the CPU.
+    masks: bool tensors keyed by the weight they belong to ("fc1.weight"), of its shape; copied to the CPU.
     recipe: JSON-able; copied as JSON would (tuples become lists).
     Raises TypeError or ValueError if they do not fit together.
     """
@@ -50,8 +51,8 @@ class Ticket:
         masks = {name: mask.to("cpu", **copies) for name, mask in self.masks.items()}
         weights = {name: tensor.detach().to("cpu", **copies) for name, tensor in self.weights.items()}
         for name, mask in masks.items():
-            if mask.dim() != 2 or name.rpartition(".")[2] != "weight":
-                raise ValueError(f"masks: expected 2-D '<layer>.weight' tensors, got {name!r} {tuple(mask.shape)}")
+            if mask.dim() < 2 or name.rpartition(".")[2] != "weight":
+                raise ValueError(f"masks: expected '<layer>.weight' of 2-D or more, got {name!r} {tuple(mask.shape)}")
             weights[name].masked_fill_(~mask, 0)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "masks", masks)
@@ -64,16 +65,22 @@ class Ticket:
 
     @classmethod
     def from_csr(
-        cls, layers: Mapping[str, tuple[Pattern, Tensor]], dense: Mapping[str, Tensor], recipe: dict[str, Any]
+        cls,
+        layers: Mapping[str, tuple[Pattern, Tensor]],
+        shapes: Mapping[str, tuple[int, ...]],
+        dense: Mapping[str, Tensor],
+        recipe: dict[str, Any],
     ) -> Ticket:
-        """The inverse of `csr` and `dense`; ValueError if a pattern or its values (nnz,) are not well formed."""
+        """The inverse of `csr`, `shapes` and `dense`; ValueError if patterns or values (nnz,) are not well formed."""
         weights, masks = dict(dense), {}
         for name, (pattern, values) in layers.items():
             if name in dense:
                 raise ValueError(f"{name}: expected it to be either dense or sparse, got both")
             try:
-                masks[name] = pattern.validate().mask()
-                weights[name] = pattern.scatter(values)
+                if pattern.shape != matrix_shape(shapes[name]):
+                    raise ValueError(f"expected a matrix {matrix_shape(shapes[name])}, got {pattern.shape}")
+                masks[name] = pattern.validate().mask().view(shapes[name])
+                weights[name] = pattern.scatter(values).view(shapes[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return cls(weights, masks, recipe)
@@ -89,10 +96,15 @@ class Ticket:
         total = sum(mask.numel() for mask in self.masks.values())
         return self.nnz / total if total else 1.0
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each masked weight."""
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+
     def csr(self) -> dict[str, tuple[Pattern, Tensor]]:
-        """Each masked weight as (pattern, values (nnz,) in CSR order)."""
-        patterns = {name: Pattern.from_mask(mask) for name, mask in self.masks.items()}
-        return {name: (pattern, pattern.gather(self.weights[name])) for name, pattern in patterns.items()}
+        """Each masked weight, as a matrix (O, I): (pattern, values (nnz,) in CSR order)."""
+        patterns = {name: Pattern.from_mask(mask.flatten(1)) for name, mask in self.masks.items()}
+        return {name: (pattern, pattern.gather(self.weights[name].flatten(1))) for name, pattern in patterns.items()}
 
     def dense(self) -> dict[str, Tensor]:
         """What is not masked: biases, normalisation, the layers left alone."""
@@ -117,8 +129,7 @@ class Ticket:
         tensors = self.dense()
         for name, (pattern, values) in self.csr().items():
             tensors.update(zip(_csr_names(name), (values, pattern.crow_indices, pattern.col_indices), strict=True))
-        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
-        head = {"version": VERSION, "shapes": shapes, "recipe": self.recipe}
+        head = {"version": VERSION, "shapes": json_copy("shapes", self.shapes), "recipe": self.recipe}
         head["sha256"] = _digest(head, tensors)
         with atomic(path) as temporary:
             save_file(tensors, temporary, {"ticket": json.dumps(head)})
@@ -156,14 +167,14 @@ class Ticket:
             raise ValueError("damaged ticket: its contents do not match their sha256")
         if head.keys() != {"version", "shapes", "recipe"}:
             raise ValueError(f"expected version, shapes and recipe in the ticket's metadata, got {list(head)}")
-        layers = {}
-        for name, shape in _checked_shapes(head["shapes"]).items():
+        layers, shapes = {}, checked_shapes(head["shapes"])
+        for name, shape in shapes.items():
             names = _csr_names(name)
             if missing := [part for part in names if part not in tensors]:
                 raise ValueError(f"{name}: missing {missing}")
             values, crow_indices, col_indices = (tensors.pop(part) for part in names)
-            layers[name] = Pattern(crow_indices, col_indices, shape), values
-        return cls.from_csr(layers, tensors, head["recipe"])
+            layers[name] = Pattern(crow_indices, col_indices, matrix_shape(shape)), values
+        return cls.from_csr(layers, shapes, tensors, head["recipe"])
 
     def __repr__(self) -> str:
         return f"Ticket({len(self.masks)} masked layers, {self.nnz} weights survive, density {self.density:.4g})"
@@ -184,13 +195,14 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _checked_shapes(shapes: Any) -> dict[str, tuple[int, int]]:
+def checked_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of masked weights, as read from a file; ValueError if they are none."""
     if not isinstance(shapes, dict):
         raise ValueError(f"shapes: expected a mapping, got {shapes!r}")
     for name, shape in shapes.items():
-        if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"shapes[{name!r}]: expected two sizes, got {shape!r}")
-    return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
+        if not isinstance(shape, list) or len(shape) < 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise ValueError(f"shapes[{name!r}]: expected two sizes or more, got {shape!r}")
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def json_copy(what: str, value: Any) -> Any:

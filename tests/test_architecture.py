@@ -27,7 +27,7 @@ LAYERS = [
     {"__main__"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-OPTIONAL = {"matplotlib", "pooch", "pytest", "rich", "sklearn"}  # of the extras
+OPTIONAL = {"PIL", "matplotlib", "pooch", "pytest", "rich", "sklearn"}  # of the extras
 
 
 def sources(folder: str) -> list[Path]:
@@ -38,7 +38,7 @@ MODULES = [path for path in sources("sparselottery") if "kernels" not in path.pa
 
 
 def owner(path: Path) -> str:
-    """The name in LAYERS of a source file: "nn" for sparselottery/nn.py, "lab" for sparselottery/lab/data.py."""
+    """The name in LAYERS of a source file: "masks" for sparselottery/masks.py, "nn" for sparselottery/nn/conv.py."""
     parts = path.relative_to(ROOT).parts
     return parts[0] if parts[0] == "kernels" else parts[1].removesuffix(".py")
 
@@ -73,6 +73,7 @@ def own_imports(source: str, package: tuple[str, ...]) -> set[str]:
         ("from . import data", ("lab",), {"lab"}),
         ("from ..convert import convert", ("lab",), {"convert"}),
         ("from .. import masks", ("lab",), {"masks"}),
+        ("from .base import MaskedLayer", ("nn",), {"nn"}),
         ("def late():\n    from .lab.data import load", (), {"lab"}),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from sparselottery import MaskedLinear, MaskedSequential, convert, explain, to_dense
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, explain, to_dense
 from sparselottery.convert import dense_state, load_dense_state, masks_of, prunable
 
 
@@ -189,7 +189,12 @@ def test_wrong_masks_are_named_and_change_nothing(model, masks, error, message):
     assert type(model.stem) is nn.Sequential
 
 
-@pytest.mark.parametrize("kind", [nn.Bilinear, nn.Conv1d])
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Bilinear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d, Doubled])
 def test_other_layers_are_not_prunable(kind):
     model = nn.Sequential(kind(3, 4, 5))
     assert prunable(model) == {}
@@ -247,6 +252,55 @@ def test_explain(model):
     assert (row["shape"], row["density"], row["nnz"]) == ((5, 12), 0.25, 15)
     assert (row["bytes"], row["dense_bytes"]) == (15 * (8 + 4) + 6 * 4, 60 * 8)
     assert explain(model) == []
+
+
+def conv_net():
+    """A stem, a strided, a grouped and a 1x1 convolution, and a head."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 6, 3, padding="same", bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        Residual(nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular", groups=2), nn.ReLU()),
+        nn.Conv2d(6, 4, (1, 3), stride=(1, 2), dilation=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    ).double()
+
+
+CONV_NAMES = ["0.0.weight", "1.0.weight", "2.weight", "5.weight"]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions(memory_format):
+    model = conv_net().to(memory_format=memory_format)
+    masks = random_masks(model, CONV_NAMES)
+    converted, dense = convert(model, masks), masked_dense(model, masks)
+    assert list(prunable(model)) == list(prunable(converted)) == list(masks_of(converted)) == CONV_NAMES
+    assert same(masks_of(converted), masks)
+    assert [type(converted[i]) for i in (0, 1, 2, 5)] == [MaskedSequential, Residual, MaskedConv2d, MaskedLinear]
+    assert same(to_dense(converted).state_dict(), dense.state_dict())
+    assert [repr(m) for m in to_dense(converted).modules()] == [repr(m) for m in model.modules()]
+    x = torch.randn(3, 3, 8, 9, dtype=torch.float64).contiguous(memory_format=memory_format)
+    for mode in (True, False):
+        torch.testing.assert_close(converted.train(mode)(x), dense.train(mode)(x))
+    other = conv_net()
+    load_dense_state(converted, other.state_dict())
+    assert same(dense_state(converted), masked_dense(other, masks).state_dict())
+    again = convert(converted, {"2.weight": masks["2.weight"].flip(0)})
+    assert torch.equal(again[2].mask, masks["2.weight"].flip(0))
+
+
+def test_wrong_masks_of_a_convolution_are_named():
+    for model in (conv_net(), convert(conv_net(), random_masks(conv_net(), CONV_NAMES))):
+        with pytest.raises(ValueError, match=r"masks\['2.weight'\]: expected shape \(4, 6, 1, 3\), got \(4, 18\)"):
+            convert(model, {"2.weight": torch.ones(4, 18, dtype=torch.bool)})
+
+
+def test_explain_a_convolution():
+    mask = torch.zeros(4, 6, 1, 3, dtype=torch.bool)
+    mask[:, :2] = True
+    (row,) = explain(convert(conv_net(), {"2.weight": mask}))
+    assert (row["layer"], row["shape"], row["density"], row["nnz"]) == ("2", (4, 6, 1, 3), 1 / 3, 24)
+    assert (row["bytes"], row["dense_bytes"], row["execution"]) == (24 * (8 + 4) + 5 * 4, 72 * 8, "sparse")
 
 
 @settings(max_examples=30, deadline=None)

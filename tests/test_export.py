@@ -38,7 +38,7 @@ def tickets(draw):
     weights, masks = {"norm.steps": torch.tensor(draw(st.integers(0, 9)))}, {}
     dtype = draw(st.sampled_from([np.float16, np.float32, np.float64]))
     for index in range(draw(st.integers(1, 3))):
-        shape = draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=5))
+        shape = draw(hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=4))
         weights[f"fc{index}.weight"] = torch.from_numpy(draw(hnp.arrays(dtype, shape)))
         masks[f"fc{index}.weight"] = torch.from_numpy(draw(hnp.arrays(bool, shape)))
     return Ticket(weights, masks, {"fraction": 0.2})
@@ -78,7 +78,10 @@ def test_survivors_that_are_zero_are_exported(tmp_path):
 
 def test_the_files(exported):
     assert sorted(os.listdir(exported)) == ["dense.npz", "fc1.weight.npz", "fc2.weight.npz", "ticket.json"]
-    assert json.loads((exported / "ticket.json").read_text()) == {"layers": list(MASKS), "recipe": {"note": 1}}
+    assert json.loads((exported / "ticket.json").read_text()) == {
+        "shapes": {"fc1.weight": [6, 4], "fc2.weight": [3, 6]},
+        "recipe": {"note": 1},
+    }
 
 
 @pytest.mark.parametrize("format", FORMATS)

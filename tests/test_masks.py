@@ -20,7 +20,7 @@ def layers(draw):
     """Weights full of ties, and masks with no relation to them."""
     weights, masks = {}, {}
     for index in range(draw(st.integers(1, 3))):
-        shape = draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=6))
+        shape = draw(hnp.array_shapes(min_dims=2, max_dims=4, min_side=0, max_side=4))
         values = draw(hnp.arrays(np.int8, shape, elements=st.integers(-2, 2)))
         weights[f"{index}.weight"] = torch.from_numpy(values).float()
         masks[f"{index}.weight"] = torch.from_numpy(draw(hnp.arrays(bool, shape)))

@@ -12,7 +12,7 @@ from chains import assert_close
 from hypothesis import given, settings
 from torch import nn
 
-from sparselottery import MaskedLinear, MaskedSequential
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential
 
 MASKS = {
     "random": lambda mask: mask.copy_(torch.rand(mask.shape) < 0.3),
@@ -248,3 +248,38 @@ def test_any_mask(out_features, in_features, batch, density, seed):
     x = torch.randn(batch, in_features, dtype=torch.float64)
     torch.testing.assert_close(masked(x), linear(x))
     torch.testing.assert_close(MaskedSequential(masked)(x), linear(x))
+
+
+LAYERS = {
+    "linear": lambda mask: MaskedLinear(30, 20, mask),
+    "conv": lambda mask: MaskedConv2d(6, 20, (1, 5), mask=mask.view(20, 6, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_execution_is_set(name):
+    mask = torch.rand(20, 30) < 0.4
+    layer, x = LAYERS[name](mask).double(), torch.randn(2, 6, 1, 5, dtype=torch.float64)
+    x = x.flatten(1) if name == "linear" else x
+
+    def gradients(layer):
+        return torch.autograd.grad(layer(x).square().sum(), [layer.values, layer.bias])
+
+    expected = layer(x), *gradients(layer)
+    layer.execution = "dense"
+    twin = copy.deepcopy(layer)
+    assert layer.execution == twin.execution == "dense"
+    assert "execution=dense" in repr(layer)
+    assert list(layer.state_dict()) == ["values", "bias", "crow_indices", "col_indices"]
+    for dense in (layer, twin):
+        for got, wanted in zip((dense(x), *gradients(dense)), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+    torch.autograd.gradcheck(lambda values: torch.func.functional_call(layer, {"values": values}, (x,)), layer.values)
+    layer.load_state_dict(LAYERS[name](torch.rand(20, 30) < 0.6).state_dict())  # another mask
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    layer.execution = "sparse"
+    assert layer.execution == "sparse"
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    with pytest.raises(ValueError, match=r"execution: expected one of \('sparse', 'dense'\), got 'auto'"):
+        layer.execution = "auto"
+    assert LAYERS[name](torch.ones(20, 30, dtype=torch.bool)).execution == "dense"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselottery import MaskedLinear, MaskedSequential
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, ops
 from sparselottery.kernels import cpu, reference
 
 
@@ -176,3 +176,67 @@ def test_frozen_layers_get_no_gradient():
                 assert parameter.grad is None
             else:
                 torch.testing.assert_close(parameter.grad, whole[name])
+
+
+def conv(in_channels, out_channels, **options):
+    mask = torch.rand(out_channels, in_channels, 3, 3) < 0.4
+    return MaskedConv2d(in_channels, out_channels, 3, mask=mask, **options)
+
+
+def dense(module):
+    module.execution = "dense"
+    return module
+
+
+# Children, and of each call of the sparse convolution whether the ReLU is in it.
+CONVOLUTIONS = {
+    "a ReLU after": (lambda: [conv(4, 6), nn.ReLU()], [True]),
+    "no ReLU after": (lambda: [conv(4, 6), conv(6, 5, bias=False)], [False, False]),
+    "the ReLU in place": (lambda: [conv(4, 6), nn.ReLU(inplace=True), conv(6, 5)], [True, False]),
+    "a norm between": (lambda: [conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 5)], [False, False]),
+    "another activation": (lambda: [conv(4, 6), nn.ReLU6()], [False]),
+    "padding that is not by zeros": (lambda: [conv(4, 6, padding=1, padding_mode="reflect"), nn.ReLU()], [True]),
+    "pooling and a head": (
+        lambda: [conv(4, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), layer(72, 9), nn.ReLU(), layer(9, 5)],
+        [True],
+    ),
+    "nothing pruned": (lambda: [MaskedConv2d(4, 6, 3), nn.ReLU()], []),
+    "executed densely": (lambda: [dense(conv(4, 6)), nn.ReLU(), conv(6, 5), nn.ReLU()], [True]),
+    "then executed densely": (lambda: [conv(4, 6), nn.ReLU(), nn.Flatten(), dense(layer(336, 5)), nn.ReLU()], [True]),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_and_its_relu_are_one_call(monkeypatch, name):
+    make, expected = CONVOLUTIONS[name]
+    children, relus, conv2d = [child.double() for child in make()], [], ops.conv2d
+    x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
+    plain = results(nn.Sequential(*children), x)
+    monkeypatch.setattr(ops, "conv2d", lambda *args: relus.append(args[-1]) or conv2d(*args))
+    model = MaskedSequential(*children)
+    assert_same(results(model, x), plain)
+    assert relus == expected
+    assert list(model.state_dict()) == list(nn.Sequential(*children).state_dict())
+    torch.testing.assert_close(model.eval()(x[:1]), nn.Sequential(*children)(x[:1]))
+
+
+@pytest.mark.parametrize("child", range(2))
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_a_convolution_or_its_relu_is_called(kind, child):
+    model, seen = MaskedSequential(conv(4, 6), nn.ReLU()), []
+    x = torch.randn(2, 4, 9, 10, requires_grad=True)
+    expected = model(x)
+    HOOKS[kind](model[child], seen)
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert seen == [1]
+
+
+def test_a_chain_ends_at_a_layer_that_executes_densely(monkeypatch):
+    model, made = MaskedSequential(*CHILDREN["four"]()), calls(monkeypatch)
+    dense(model[4])
+    x = torch.randn(16, 30)
+    y = model(x)
+    assert made == [2, 1]
+    torch.testing.assert_close(y, nn.Sequential(*model)(x))

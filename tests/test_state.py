@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparselottery import MaskedLinear, MaskedSequential
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential
 
 
 def layer(density=0.3, in_features=30, out_features=20):
@@ -147,3 +147,22 @@ def test_not_strict_takes_what_is_there():
     ours.load_state_dict({"bias": bias}, strict=False)
     assert torch.equal(ours.bias, bias)
     assert torch.equal(ours.values, values)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_of_a_convolution(assign):
+    """Of another mask, and a dense one, read at our mask."""
+    ours, other = (MaskedConv2d(4, 6, 3, mask=torch.rand(6, 4, 3, 3) < density) for density in (0.3, 0.6))
+    conv, mask, x = nn.Conv2d(4, 6, 3), ours.mask, torch.randn(2, 4, 9, 9)
+    ours.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(ours(x), other(x))
+    ours.load_state_dict(MaskedConv2d(4, 6, 3, mask=mask).state_dict())
+    ours.load_state_dict(conv.state_dict(), assign=assign)
+    assert torch.equal(ours.mask, mask)
+    assert torch.equal(ours.weight, conv.weight * mask)
+    with pytest.raises(RuntimeError, match=r"weight: expected \(6, 4, 3, 3\), got \(6, 36\)"):
+        ours.load_state_dict({**conv.state_dict(), "weight": conv.weight.flatten(1)})
+    state = snapshot(ours)
+    state["col_indices"][-1] = 36
+    with pytest.raises(RuntimeError, match=r"col_indices: expected values in \[0, 36\), got \d+ to 36"):
+        ours.load_state_dict(state)

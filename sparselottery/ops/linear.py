@@ -1,13 +1,4 @@
-"""The algebra, on torch tensors, dispatched by device.
-
-    op      equation                                   gradients
-    spmm    y = x Wᵀ + b                               gx = spmm(gy, Wᵀ)   gvalues = sddmm(gy, x)   gb = Σ gy
-    sddmm   gvalues = (gyᵀ x) at the pattern           by the reference
-    chain   spmm, ReLU, spmm, ReLU, ..., spmm          the same, from the back
-
-x (N, I), y (N, O), values (nnz,), W (O, I) sparse. Two torch ops carry all of it, `torch.ops.sparselottery.chain` and
-`chain_backward`: an spmm is a chain of one, an sddmm is its gradient. Second derivatives run on the reference.
-"""
+"""The ops `chain` and `chain_backward`: sparse linear layers with a ReLU between them, in one call."""
 
 from __future__ import annotations
 
@@ -16,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .kernels import cpu, reference
-from .pattern import Pattern
+from ..kernels import cpu, reference
+from ..pattern import Pattern
+from .common import LIBRARY, autocast, misfit, untraced
 
-_LIB = torch.library.Library("sparselottery", "DEF")
-_LIB.define(
+LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
     "bool batch_minor, bool save) -> (Tensor, Tensor)"
 )
-_LIB.define(
+LIBRARY.define(
     "chain_backward(Tensor gy, Tensor x, Tensor saved, Tensor[] values, Tensor[] crow_indices, "
     "Tensor[] col_indices, Tensor[] plans, bool need_x, bool[] need_values, bool[] need_bias) "
     "-> (Tensor, Tensor[], Tensor[])"
@@ -57,15 +48,15 @@ def chain(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, values = _autocast(x, dtype), [_autocast(v, dtype) for v in values]
-        biases = [None if b is None else _autocast(b, dtype) for b in biases]
+        x, values = autocast(x, dtype), [autocast(v, dtype) for v in values]
+        biases = [autocast(b, dtype) for b in biases]
     if x.dtype != values[0].dtype:
         raise TypeError(f"x: expected {values[0].dtype}, the dtype of the values, got {x.dtype}")
     for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
         if value.dtype != x.dtype or value.shape != col.shape:
-            raise _misfit("values", value, x.dtype, col.shape)
+            raise misfit("values", value, x.dtype, col.shape)
         if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow.shape[0] - 1,)):
-            raise _misfit("bias", bias, x.dtype, (crow.shape[0] - 1,))
+            raise misfit("bias", bias, x.dtype, (crow.shape[0] - 1,))
     batch_minor = batch_minor or reference.is_packed(x)
     if torch._C._are_functorch_transforms_active():
         return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
@@ -75,22 +66,7 @@ def chain(
         return _CHAIN(x, values, biases, *indices, batch_minor, grad)[0]
     if grad:
         return _Chain.apply(x, indices, batch_minor, *values, *biases)
-    return (_chain_cpu if _untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
-
-
-def _misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Exception:
-    if tensor.dtype != dtype:
-        return TypeError(f"{name}: expected {dtype}, the dtype of x, got {tensor.dtype}")
-    return ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-
-def _untraced(x: Tensor) -> bool:
-    """Is x an ordinary CPU tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
-    return type(x) is Tensor and x.is_cpu and not torch._C._len_torch_dispatch_stack()
+    return (_chain_cpu if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
 
 
 class _Chain(torch.autograd.Function):
@@ -104,7 +80,7 @@ class _Chain(torch.autograd.Function):
         layers = len(params) // 2
         values, biases = params[:layers], params[layers:]
         args = x, values, biases, *indices, batch_minor, any(ctx.needs_input_grad)
-        if _untraced(x):
+        if untraced(x):
             y, saved = _chain_cpu(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -129,7 +105,7 @@ def _backward(ctx, gy, need_x, need_values, need_biases):
     values, biases = params[: ctx.layers], params[ctx.layers :]
     if torch.is_grad_enabled() or (saved.numel() == 0 and reference.saved_features(x, ctx.indices[0])):
         return _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases)
-    op = _chain_backward_cpu if _untraced(gy) else _CHAIN_BACKWARD
+    op = _chain_backward_cpu if untraced(gy) else _CHAIN_BACKWARD
     gx, gvalues, gbiases = op(gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases)
     gvalues = [g if need else None for g, need in zip(gvalues, need_values, strict=True)]
     gbiases = [g if need else None for g, need in zip(gbiases, need_biases, strict=True)]
@@ -194,10 +170,10 @@ def _chain_backward_fake(gy, x, saved, values, crow_indices, col_indices, plans,
     return x.new_empty(batch, features), gvalues, gbias
 
 
-_LIB.impl("chain", _chain_cpu, "CPU")
-_LIB.impl("chain", reference.chain_forward, "CompositeExplicitAutograd")
-_LIB.impl("chain_backward", _chain_backward_cpu, "CPU")
-_LIB.impl("chain_backward", reference.chain_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("chain", _chain_cpu, "CPU")
+LIBRARY.impl("chain", reference.chain_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("chain_backward", _chain_backward_cpu, "CPU")
+LIBRARY.impl("chain_backward", reference.chain_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("sparselottery::chain", _chain_fake)
 torch.library.register_fake("sparselottery::chain_backward", _chain_backward_fake)
 torch.library.register_autograd("sparselottery::chain", _op_backward, setup_context=_setup_context)

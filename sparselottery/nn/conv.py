@@ -1,0 +1,107 @@
+"""MaskedConv2d, and its native call with the ReLU that may follow."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..kernels.reference import Geometry
+from ..pattern import Pattern
+from .base import MaskedLayer
+
+
+class MaskedConv2d(MaskedLayer):
+    """nn.Conv2d over a fixed mask: y = x * W + b, where only the surviving weights of W exist.
+
+    `values` (nnz,) is the parameter, in CSR order of W as the matrix (O, C / groups * kernel_h * kernel_w);
+    `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers. Gradients and optimiser state are nnz-sized too.
+    `weight` is a dense copy for reading.
+
+    Args:
+        mask: bool (out_channels, in_channels / groups, *kernel_size), True where a weight survives; None keeps all.
+        all others: as in nn.Conv2d, and refused as there.
+    Raises TypeError or ValueError also if the mask is not boolean or not of that shape, for no channels, and for a
+    kernel_size, stride or dilation below 1 or a negative padding.
+    """
+
+    dense_type = nn.Conv2d
+    arguments = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        # Refuses what nn.Conv2d does and makes pairs of single numbers.
+        like = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
+                         "meta")  # fmt: skip
+        for name in self.arguments:
+            setattr(self, name, getattr(like, name))
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(f"in_channels, out_channels: expected at least 1, got {in_channels}, {out_channels}")
+        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+            pair = getattr(self, name)
+            if not isinstance(pair, str) and (len(pair) != 2 or min(pair) < least):
+                raise ValueError(f"{name}: expected two numbers of at least {least}, got {pair}")
+        sides = _sides(self.padding, self.kernel_size, self.dilation)
+        zeros = padding_mode == "zeros"
+        self._pad_first = None if zeros else sides[2:] + sides[:2]  # F.pad starts at the last dimension
+        sides = sides if zeros else (0, 0, 0, 0)
+        self.geometry = Geometry(in_channels, *self.kernel_size, *self.stride, *sides, *self.dilation, groups)
+        self._build(mask, bias, device, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the dense weight: (out_channels, in_channels / groups, *kernel_size)."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _compile(self, pattern: Pattern) -> Tensor:
+        return ops.compile_conv_plan(pattern, self.geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, OH, OW), or (C, H, W) -> (O, OH, OW); channels_last if x is, else contiguous."""
+        if self.execution == "sparse":
+            return run_conv(x, self)
+        x = _padded(x, self)
+        padding = self.padding if self._pad_first is None else 0
+        return F.conv2d(x, self._dense_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _sides(padding: str | tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, ...]:
+    """The padding (top, bottom, left, right)."""
+    if padding == "same":
+        total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
+        return total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2
+    pad_h, pad_w = (0, 0) if padding == "valid" else padding
+    return pad_h, pad_h, pad_w, pad_w
+
+
+def run_conv(x: Tensor, layer: MaskedConv2d, relu: bool = False) -> Tensor:
+    """relu?(layer(x)) in one native call."""
+    if x.dim() not in (3, 4) or x.shape[-3] != layer.in_channels:
+        expected = f"(N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)"
+        raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+    images = _padded(x if x.dim() == 4 else x[None], layer)
+    indices = layer.crow_indices, layer.col_indices, layer.plan
+    y = ops.conv2d(images, layer.values, layer.bias, *indices, layer.geometry, relu)
+    return y if x.dim() == 4 else y[0]
+
+
+def _padded(x: Tensor, layer: MaskedConv2d) -> Tensor:
+    """x with the padding that is not by zeros."""
+    return x if layer._pad_first is None else F.pad(x, layer._pad_first, layer.padding_mode)

@@ -1,0 +1,80 @@
+"""MaskedLinear, and chains of them in one native call."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..pattern import Pattern
+from .base import MaskedLayer
+
+
+class MaskedLinear(MaskedLayer):
+    """nn.Linear over a fixed mask: y = x Wᵀ + b, where only the surviving weights of W exist.
+
+    `values` (nnz,) is the parameter, in CSR order; `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers.
+    Gradients and optimiser state are nnz-sized too. `weight` is a dense copy for reading.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        mask: bool (out_features, in_features), True where a weight survives; None keeps all of them.
+    Raises TypeError or ValueError if the mask is not boolean or not of that shape.
+    """
+
+    dense_type = nn.Linear
+    arguments = ("in_features", "out_features")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Tensor | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._build(mask, bias, device, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense weight: (out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    def _compile(self, pattern: Pattern) -> Tensor:
+        return ops.compile_plan(pattern)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, in_features) -> (*, out_features)."""
+        if self.execution == "dense":
+            return F.linear(x, self._dense_weight(), self.bias)
+        return run_chain(x, [self])
+
+
+def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) -> Tensor:
+    """layers[-1](... relu(layers[0](x))) in one native call: (*, I) -> (*, O).
+
+    The result is batch-minor, strides (1, ld), if asked for or if x is; else contiguous.
+    """
+    first, last = layers[0], layers[-1]
+    if x.shape[-1:] != (first.in_features,):
+        raise ValueError(f"x: expected shape (*, {first.in_features}), got {tuple(x.shape)}")
+    for before, after in pairwise(layers):
+        if before.out_features != after.in_features:
+            raise ValueError(f"layers: expected {before.out_features} in_features, got {after.in_features}")
+    rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
+    y = ops.chain(
+        rows,
+        [layer.values for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.crow_indices for layer in layers],
+        [layer.col_indices for layer in layers],
+        [layer.plan for layer in layers],
+        batch_minor,
+    )
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], last.out_features)

@@ -1,0 +1,74 @@
+"""MaskedSequential: runs of masked layers and ReLUs, each in one native call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .conv import MaskedConv2d, run_conv
+from .linear import MaskedLinear, run_chain
+
+# Between two masked layers these keep the strides of their input, so it may stay batch-minor.
+_KEEPS_STRIDES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.Hardtanh, nn.Dropout, nn.Identity,
+)  # fmt: skip
+
+
+class MaskedSequential(nn.Sequential):
+    """nn.Sequential in which some runs of children are one native call each, forward and backward.
+
+    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d, ReLU. Where only elementwise modules stand before
+    the next MaskedLinear, activations stay batch-minor. The children keep their names, so the state_dict is that of an
+    nn.Sequential. Children with hooks are called as usual.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if nn.modules.module._has_any_global_hook():
+            return super().forward(x)
+        children, start = list(self._modules.values()), 0
+        while start < len(children):
+            stop = _run_end(children, start)
+            if stop == start:
+                x, stop = children[start](x), start + 1
+            elif type(children[start]) is MaskedLinear:
+                x = run_chain(x, children[start:stop:2], _stays_batch_minor(children, stop))
+            else:
+                x = run_conv(x, children[start], relu=True)
+            start = stop
+        return x
+
+
+def _run_end(children: list[nn.Module], start: int) -> int:
+    """One past the end of the longest run at `start`; `start` if there is none."""
+    if _sparse(children[start], MaskedConv2d):
+        followed = start + 1 < len(children) and _plain(children[start + 1], nn.ReLU)
+        return start + 2 if followed else start
+    if not _sparse(children[start], MaskedLinear):
+        return start
+    stop = start + 1
+    while stop + 1 < len(children) and _plain(children[stop], nn.ReLU) and _sparse(children[stop + 1], MaskedLinear):
+        stop += 2
+    return stop
+
+
+def _stays_batch_minor(children: list[nn.Module], start: int) -> bool:
+    """Is a masked layer the next reader of children[start - 1]'s output, with only elementwise modules before it?"""
+    if torch.compiler.is_exporting():  # the strides would pin down the batch size
+        return False
+    for child in children[start:]:
+        if _sparse(child, MaskedLinear):
+            return True
+        if type(child) not in _KEEPS_STRIDES:
+            return False
+    return False
+
+
+def _sparse(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return _plain(module, kind) and module.execution == "sparse"
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,17 @@
+"""The algebra, on torch tensors, dispatched by device.
+
+    op      equation                                   gradients
+    spmm    y = x Wᵀ + b                               gx = spmm(gy, Wᵀ)   gvalues = sddmm(gy, x)   gb = Σ gy
+    sddmm   gvalues = (gyᵀ x) at the pattern           by the reference
+    chain   spmm, ReLU, spmm, ReLU, ..., spmm          the same, from the back
+    conv2d  y = relu?(x * W + b)                       the same, over the taps of W
+
+x (N, I), y (N, O), values (nnz,), W (O, I) sparse; for conv2d x (N, C, H, W), y (N, O, OH, OW), I the C x taps of a
+filter. Four torch ops carry all of it, `torch.ops.sparselottery.chain`, `conv2d` and the `_backward` of each: an spmm
+is a chain of one, an sddmm is its gradient. Second derivatives run on the reference.
+"""
+
+from .conv import compile_conv_plan, conv2d
+from .linear import chain, compile_plan
+
+__all__ = ["chain", "compile_conv_plan", "compile_plan", "conv2d"]

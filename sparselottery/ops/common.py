@@ -1,0 +1,29 @@
+"""What the ops share: their library, their errors, their casts and their way past the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("sparselottery", "DEF")
+
+
+def misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Exception:
+    """The error for a tensor that is not of this dtype, the one of x, or not of this shape."""
+    if tensor.dtype != dtype:
+        return TypeError(f"{name}: expected {dtype}, the dtype of x, got {tensor.dtype}")
+    return ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What autocast to `dtype` makes of an argument."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def untraced(x: Tensor) -> bool:
+    """Is x an ordinary CPU tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
+    return type(x) is Tensor and x.is_cpu and not torch._C._len_torch_dispatch_stack()

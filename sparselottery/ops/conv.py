@@ -1,0 +1,151 @@
+"""The ops `conv2d` and `conv2d_backward`: one sparse 2-D convolution, with the ReLU that may follow it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import cpu, reference
+from ..kernels.reference import Geometry
+from ..pattern import Pattern
+from .common import LIBRARY, autocast, misfit, untraced
+
+LIBRARY.define(
+    "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
+    "int[] geometry, bool relu) -> Tensor"
+)
+LIBRARY.define(
+    "conv2d_backward(Tensor gy, Tensor x, Tensor y, Tensor values, Tensor crow_indices, Tensor col_indices, "
+    "Tensor plan, int[] geometry, bool relu, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)"
+)
+_CONV2D, _CONV2D_BACKWARD = torch.ops.sparselottery.conv2d.default, torch.ops.sparselottery.conv2d_backward.default
+
+
+def compile_conv_plan(pattern: Pattern, geometry: Geometry) -> Tensor:
+    """The native kernels' schedule for filters of a geometry: opaque int32, empty where no native kernel runs."""
+    if pattern.crow_indices.device.type == "cpu" and cpu.available() and all(pattern.shape):
+        return cpu.conv_plan(pattern.crow_indices, pattern.col_indices, geometry)
+    return pattern.crow_indices.new_empty(0)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    plan: Tensor,
+    geometry: Geometry,
+    relu: bool = False,
+) -> Tensor:
+    """relu?(x * W + b): (N, C, H, W) -> (N, O, OH, OW), differentiable in x, values and bias.
+
+    y is channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is computed
+    from inputs rounded to the autocast dtype.
+    Raises TypeError if x, values and bias differ in dtype, ValueError if sizes are not those of the indices and the
+    geometry or the kernel does not fit into the padded image.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values, bias = autocast(x, dtype), autocast(values, dtype), autocast(bias, dtype)
+    if x.dtype != values.dtype:
+        raise TypeError(f"x: expected {values.dtype}, the dtype of the values, got {x.dtype}")
+    if values.shape != col_indices.shape:
+        raise misfit("values", values, x.dtype, col_indices.shape)
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow_indices.shape[0] - 1,)):
+        raise misfit("bias", bias, x.dtype, (crow_indices.shape[0] - 1,))
+    if x.dim() != 4 or x.shape[1] != geometry.channels:
+        raise ValueError(f"x: expected shape (N, {geometry.channels}, H, W), got {tuple(x.shape)}")
+    if min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
+        raise ValueError(f"x: expected an image that the kernel fits into, got {tuple(x.shape)} for {geometry}")
+    args = x, values, bias, crow_indices, col_indices, plan, geometry, relu
+    if torch._C._are_functorch_transforms_active():
+        return reference.conv(x, values, bias, crow_indices, col_indices, geometry, relu)
+    if torch.compiler.is_compiling():
+        return _CONV2D(*args)
+    if torch.is_grad_enabled():
+        return _Conv2d.apply(*args)
+    return (_forward_impl if untraced(x) else _CONV2D)(*args)
+
+
+class _Conv2d(torch.autograd.Function):
+    """The eager path, of the op's arguments: what its registered autograd does, in a third of the time per call."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        if untraced(args[0]):
+            y = _forward_impl(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y = _CONV2D(*args)
+        _setup_context(ctx, args, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        return _backward(ctx, gy)
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, bias, crow_indices, col_indices, plan, geometry, relu = inputs
+    ctx.save_for_backward(x, values, bias, output if relu else None)
+    ctx.indices, ctx.geometry, ctx.relu = (crow_indices, col_indices, plan), geometry, relu
+
+
+def _backward(ctx, gy):
+    x, values, bias, y = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        grads = _differentiable_backward(ctx, gy, (x, values, bias), needs)
+    else:
+        op = _backward_impl if untraced(gy) else _CONV2D_BACKWARD
+        y = x.new_empty(0) if y is None else y
+        grads = op(gy, x, y, values, *ctx.indices, ctx.geometry, ctx.relu, *needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 5
+
+
+def _differentiable_backward(ctx, gy, inputs, needs):
+    """The same gradients by torch ops, for create_graph=True."""
+    # aliases: the gradient stops here, wherever x comes from
+    x, values, bias = (None if t is None else t.view_as(t) for t in inputs)
+    crow_indices, col_indices, _ = ctx.indices
+    y = reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*ctx.geometry), ctx.relu)
+    needed = [t for t, need in zip((x, values, bias), needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, needed, gy, create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+def _backend(x, plan):
+    """The kernels that this call runs on."""
+    return cpu if x.is_cpu and x.numel() and cpu.supports(x.dtype, [plan]) else reference
+
+
+def _forward_impl(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
+    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), relu
+    return _backend(x, plan).conv_forward(*args)
+
+
+def _backward_impl(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, *needs):
+    args = gy, x, y, values, crow_indices, col_indices, plan, Geometry(*geometry), relu, *needs
+    return _backend(x, plan).conv_backward(*args)
+
+
+def _forward_fake(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
+    size = Geometry(*geometry).output_size(x.shape[2], x.shape[3])
+    y = x.new_empty(x.shape[0], crow_indices.shape[0] - 1, *size)
+    return y.contiguous(memory_format=reference.image_format(x))
+
+
+def _backward_fake(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, need_x, need_values, need_bias):
+    gx = x.new_empty(x.shape if need_x else 0)
+    gx = gx.contiguous(memory_format=reference.image_format(x)) if need_x else gx
+    gvalues = values.new_empty(values.shape if need_values else 0)
+    return gx, gvalues, x.new_empty(crow_indices.shape[0] - 1 if need_bias else 0)
+
+
+LIBRARY.impl("conv2d", _forward_impl, "CompositeExplicitAutograd")
+LIBRARY.impl("conv2d_backward", _backward_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("sparselottery::conv2d", _forward_fake)
+torch.library.register_fake("sparselottery::conv2d_backward", _backward_fake)
+torch.library.register_autograd("sparselottery::conv2d", _backward, setup_context=_setup_context)
