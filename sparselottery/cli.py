@@ -19,7 +19,7 @@ from .export import FORMATS, export
 from .info import info
 from .lab import data
 from .lab.experiment import Settings, preset, run
-from .lab.models import lenet_300_100
+from .lab.models import MODELS, build
 from .lab.timing import linear_ms
 from .ticket import Ticket
 
@@ -50,13 +50,15 @@ def _fail(message: str) -> int:
 
 
 def _find(args: argparse.Namespace) -> None:
-    names = {field.name for field in fields(Settings)} - {"data"}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    settings = preset(args.data, **given)
+    names = {field.name for field in fields(Settings)}
+    settings = preset(**{name: value for name, value in vars(args).items() if name in names and value is not None})
     out = args.out / settings.name
-    rounds = settings.prunings[0]
+    rounds = settings.prunings
     columns = ROUND_COLUMNS + (REINIT_COLUMNS if settings.reinit else ())
-    print(f"{settings.data}: Lenet-300-100, {rounds + 1} trainings of {settings.iterations} iterations, into {out}")
+    print(f"{settings.data}: {settings.model}, {rounds + 1} trainings of {settings.iterations} iterations, into {out}")
+    images = data.load(settings.data)
+    if images.note:
+        print(f"note: {images.note}")
     print(_line(header for header, _ in columns))
     with _progress(f"round 0 of {rounds}", settings.iterations) as (update, say):
 
@@ -64,7 +66,7 @@ def _find(args: argparse.Namespace) -> None:
             say(_line(cell(record).rjust(len(header)) for header, cell in columns))
             update(completed=0, description=f"round {min(record['round'] + 1, rounds)} of {rounds}")
 
-        ticket = run(settings, out, on_round, on_eval=lambda iteration: update(completed=iteration))
+        ticket = run(settings, images, out, on_round, on_eval=lambda iteration: update(completed=iteration))
     path = out / "ticket.safetensors"
     print(f"\nticket: {path} ({ticket.density:.1%} of the weights, {path.stat().st_size:,} bytes)")
     print(f"next:   sparselottery explain {out}\n        sparselottery export {out} --out trained")
@@ -74,7 +76,7 @@ def _explain(args: argparse.Namespace) -> None:
     path = _round_file(args.run, None)
     ticket = Ticket.load(path)
     print(f"{path}: {ticket.density:.1%} of the weights")
-    _print_rows(explain(ticket.apply(_lenet(ticket))))
+    _print_rows(explain(ticket.apply(_net(ticket))))
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -176,13 +178,12 @@ def _round_file(run: Path, number: int | None) -> Path:
     return files[-1]
 
 
-def _lenet(ticket: Ticket) -> nn.Sequential:
-    """The net that a ticket of this command was found in."""
-    try:
-        outs, ins = zip(*(ticket.weights[f"fc{i}.weight"].shape for i in (1, 2, 3)), strict=True)
-    except KeyError as error:
-        raise ValueError(f"expected a Lenet-300-100 with fc1, fc2, fc3, found no {error}") from error
-    return lenet_300_100(ins[0], outs[-1], ins[1:])
+def _net(ticket: Ticket) -> nn.Sequential:
+    """A net like the one that a ticket of this command was found in."""
+    settings = ticket.recipe.get("settings") or {}
+    if missing := {"model", "shape", "classes"} - settings.keys():
+        raise ValueError(f"expected a ticket of `sparselottery find`, found one whose settings lack {sorted(missing)}")
+    return build(settings["model"], tuple(settings["shape"]), settings["classes"])
 
 
 def _positive(text: str) -> int:
@@ -208,12 +209,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    find = command("find", _find, "Find a ticket of Lenet-300-100 by iterative magnitude pruning, round by round.")
-    find.add_argument("--data", choices=data.NAMES, default="digits", help="default: %(default)s, offline")
-    find.add_argument("--rounds", type=int, help="prunings; default: 12, 16 for (Fashion-)MNIST")
-    find.add_argument("--fraction", type=float, help="of the survivors pruned per round, half in the output layer; 0.2")
-    find.add_argument("--iterations", type=int, help="per training; default: 3000, 50000 for (Fashion-)MNIST")
-    find.add_argument("--batch", type=int, help="default: 60")
+    find = command("find", _find, "Find a ticket of one of the paper's nets by iterative magnitude pruning.")
+    find.add_argument("--model", choices=MODELS, help="default: lenet-300-100")
+    find.add_argument("--data", choices=data.NAMES, help="default: digits, offline, for Lenet; else cifar10")
+    find.add_argument("--rounds", type=int, help="prunings; default: the net's, 16 or 20; for the digits 12")
+    find.add_argument("--fraction", type=float, help="of the survivors pruned per round, less in some layers; 0.2")
+    find.add_argument("--iterations", type=int, help="per training; default: the paper's; for the digits 3000")
+    find.add_argument("--batch", type=int, help="default: the paper's")
+    find.add_argument("--lr", type=float, help="learning rate; default: the paper's")
+    find.add_argument("--warmup", type=int, help="iterations until the learning rate is reached; default: 0")
     find.add_argument("--seed", type=int, help="of the first weights and the data order; default: 0")
     find.add_argument("--rewind-step", type=int, help="reset to the weights of this iteration; default: 0")
     find.add_argument("--one-shot", action="store_true", help="prune once, to where all rounds would lead")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparselottery import cli, convert
-from sparselottery.lab import experiment
+from sparselottery.lab import data, experiment
 from sparselottery.lab.data import ENVIRONMENT
 from sparselottery.ticket import Ticket
 
@@ -103,6 +103,30 @@ def test_find_draws_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 def test_find_without_the_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
     assert "train-images-idx3-ubyte" in fails(capsys, "find", "--data", "mnist", "--out", tmp_path / "runs")
+    assert "cifar-10-batches-bin" in fails(capsys, "find", "--model", "conv-2", "--out", tmp_path / "runs")
+
+
+def test_find_a_convolutional_net_and_explain_it(tmp_path, capsys, monkeypatch):
+    parts = []
+    for count in (16, 4, 4):
+        parts += [torch.randn(count, 3, 8, 8), torch.randint(10, (count,))]
+    monkeypatch.setattr(data, "load", lambda name: data.Dataset(name, 10, *parts, note="JPEG-recompressed"))
+    options = "--model conv-2 --rounds 1 --iterations 2 --batch 4 --lr 0.001 --warmup 1"
+    assert cli.main(["find", *options.split(), "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("cifar10-conv-2-")
+    settings = json.loads((folder / "settings.json").read_text())["settings"]
+    assert settings == settings | {"model": "conv-2", "lr": 0.001, "warmup": 1, "note": "JPEG-recompressed"}
+    head, note, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith("cifar10: conv-2, 2 trainings of 2 iterations")
+    assert note == "note: JPEG-recompressed"
+    assert cli.main(["explain", str(folder)]) == 0
+    assert "fc1" in capsys.readouterr().out
+
+
+def test_find_with_data_that_the_net_does_not_take(tmp_path, capsys):
+    error = fails(capsys, "find", "--data", "cifar10", "--out", tmp_path)
+    assert "lenet-300-100: expected data among digits, mnist, fashion-mnist, got 'cifar10'" in error
 
 
 @pytest.mark.parametrize(
@@ -148,7 +172,7 @@ def test_explain(run_folder, capsys):
 def test_explain_of_another_net(tmp_path, capsys):
     model = convert(nn.Sequential(nn.Linear(2, 2)), {"0.weight": torch.eye(2, dtype=torch.bool)})
     Ticket.from_model(model).save(tmp_path / "round-00.safetensors")
-    assert "fc1" in fails(capsys, "explain", tmp_path)
+    assert "sparselottery find" in fails(capsys, "explain", tmp_path)
 
 
 @pytest.mark.parametrize("command", [["explain"], ["export", "--out", "x"]])

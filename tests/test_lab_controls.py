@@ -9,7 +9,7 @@ from torch import nn
 
 from sparselottery.convert import convert, masks_of, to_dense
 from sparselottery.lab.controls import masked_dense, reinit
-from sparselottery.lab.models import lenet_300_100
+from sparselottery.lab.models import lenet_300_100, resnet_18
 from sparselottery.lab.training import stepper
 
 factory = partial(lenet_300_100, 12, 4, hidden=(9, 7))
@@ -55,6 +55,22 @@ def test_pruned_weights_get_no_gradient(model, masks):
     masked(torch.randn(5, 12)).square().sum().backward()
     assert not masked.fc1.weight.grad[~masks["fc1.weight"]].any()
     assert masked.fc1.weight.grad[masks["fc1.weight"]].any()
+
+
+def test_convolutions_too():
+    model = resnet_18((3, 8, 8), 4, widths=(2, 3, 4)).eval()
+    names = ("conv.weight", "block4.conv1.weight", "block4.shortcut.conv.weight")  # stride 1, 2, 2 and 1x1
+    masks = {name: torch.rand(model.get_parameter(name).shape) < 0.5 for name in names}
+    masked = masked_dense(model, masks)
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    torch.testing.assert_close(masked(x), model(x))
+    masked(x).square().sum().backward()
+    for name, mask in masks.items():
+        assert not masked.get_parameter(name).grad[~mask].any()
+        assert masked.get_parameter(name).grad[mask].any()
 
 
 def test_trains_as_the_sparse_model_does(model, masks):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
+import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +14,7 @@ import pooch
 import pytest
 import torch
 
-from sparselottery.lab import data
+from sparselottery.lab import cifar, data
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -50,7 +52,7 @@ def test_digits_are_three_disjoint_parts_of_the_whole():
     digits = data.load("digits")
     assert [len(digits.train_x), len(digits.val_x), len(digits.test_x)] == [1257, 180, 360]
     assert [len(digits.train_y), len(digits.val_y), len(digits.test_y)] == [1257, 180, 360]
-    assert (digits.features, digits.classes) == (64, 10)
+    assert (digits.shape, digits.features, digits.classes, digits.note) == ((64,), 64, 10, "")
     assert digits.train_x.dtype == torch.float32
     assert digits.train_y.dtype == torch.int64
     assert (digits.train_x.min().item(), digits.train_x.max().item()) == (0, 1)
@@ -125,8 +127,50 @@ def test_a_damaged_gzip_file_is_named(folder, damage):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"'cifar'.*digits, mnist, fashion-mnist"):
+    with pytest.raises(ValueError, match=r"'cifar'.*digits, mnist, fashion-mnist, cifar10"):
         data.load("cifar")
+
+
+@pytest.fixture
+def batches(monkeypatch) -> dict[str, bytes]:
+    """CIFAR-10 of 5 * 8 + 8 images: all numbers of an image but the first are its label, times 20."""
+    monkeypatch.setattr(cifar, "BATCH_IMAGES", 8)
+    files = {}
+    for i, name in enumerate((*cifar.TRAIN_BATCHES, "test_batch")):
+        labels = [(3 * i + j) % 10 for j in range(8)]
+        files[f"{name}.bin"] = b"".join(bytes([n, 8 * i + j]) + bytes([20 * n]) * 3071 for j, n in enumerate(labels))
+    return files
+
+
+@pytest.mark.parametrize("subfolder", [".", "cifar10"])
+def test_cifar10(batches, tmp_path, monkeypatch, subfolder):
+    monkeypatch.setenv(data.ENVIRONMENT, str(tmp_path))
+    (tmp_path / subfolder / "cifar-10-batches-bin").mkdir(parents=True)
+    for file, raw in batches.items():
+        (tmp_path / subfolder / "cifar-10-batches-bin" / file).write_bytes(raw)
+    loaded = data.load("cifar10")
+    assert (loaded.name, loaded.classes, loaded.shape, loaded.features) == ("cifar10", 10, (3, 32, 32), 3072)
+    assert [len(loaded.train_x), len(loaded.val_x), len(loaded.test_x)] == [36, 4, 8]
+    assert [len(loaded.train_y), len(loaded.val_y), len(loaded.test_y)] == [36, 4, 8]
+    assert loaded.train_x.dtype == torch.float32
+    assert loaded.train_y.dtype == torch.int64
+    std, mean = torch.std_mean(loaded.train_x, dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, torch.ones(3))
+    labels = torch.cat([loaded.train_y, loaded.val_y, loaded.test_y])
+    values = torch.cat([loaded.train_x, loaded.val_x, loaded.test_x])[:, 1, 5, 5]
+    slope = (values.max() - values.min()) / 9  # one scale for all three parts
+    torch.testing.assert_close(values, values.min() + slope * labels, rtol=0, atol=1e-4)
+    numbers = torch.cat([loaded.train_x, loaded.val_x])[:, 0, 0, 0]
+    assert len(numbers.unique()) == 40  # every image is in one part
+
+
+def test_cifar10_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv(data.ENVIRONMENT, str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=rf"cifar10: .*cifar-10-batches-bin.* in {tmp_path}/cifar10 or {tmp_path}"
+    ):
+        data.load("cifar10")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -169,6 +213,20 @@ def test_download_without_the_file_says_what_to_do(server):
     (server / f"{IMAGES}.gz").unlink()
     with pytest.raises(FileNotFoundError, match=rf"mnist: cannot download .*{IMAGES}.*set {data.ENVIRONMENT}"):
         data.load("mnist")
+
+
+def test_download_cifar10(server, batches, monkeypatch):
+    with tarfile.open(server / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for name, raw in batches.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    md5 = hashlib.md5((server / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
+    source = data.Source(data.SOURCES["mnist"].url, {"cifar-10-binary.tar": md5})
+    monkeypatch.setitem(data.SOURCES, "cifar10", source)
+    first = data.load("cifar10")
+    (server / "cifar-10-binary.tar.gz").unlink()
+    assert torch.equal(first.train_x, data.load("cifar10").train_x)
 
 
 @pytest.mark.skipif(data.ENVIRONMENT not in os.environ, reason=f"{data.ENVIRONMENT} is not set")

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparselottery.convert import convert, dense_state, masks_of
 from sparselottery.lab import training
+from sparselottery.lab.augment import MOVES, flip_and_crop
 from sparselottery.lab.controls import reinit
 from sparselottery.lab.data import Dataset
 from sparselottery.lab.models import lenet_300_100
@@ -64,6 +65,83 @@ def test_a_step_is_one_of_adam_on_the_cross_entropy(data):
         torch.testing.assert_close(a, b)
 
 
+def test_a_step_of_sgd_has_momentum_and_weight_decay(data):
+    ours, plain = reinit(factory, 0), reinit(factory, 0)
+    step = training.stepper(ours, 1e-2, "sgd", weight_decay=0.1)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
+    for x, y in islice(training.batches(data.train_x, data.train_y, 10, seed=0), 5):
+        step(x, y)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_at_another_rate(data):
+    ours, plain = reinit(factory, 0), reinit(factory, 0)
+    step = training.stepper(ours, 1.0, "sgd")
+    step(data.train_x, data.train_y, 0.25)
+    F.cross_entropy(plain(data.train_x), data.train_y).backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b - 0.25 * b.grad)
+
+
+def test_learning_rates():
+    drops = (2 / 3, 5 / 6)  # the paper's Resnet-18: after 20K and 25K of 30K
+    at = partial(training.learning_rate, iterations=30_000, lr=0.1, drops=drops)
+    assert [at(i) for i in (0, 19_999, 20_000, 24_999)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert [at(i) for i in (25_000, 29_999)] == pytest.approx([0.001, 0.001])
+    assert [at(i, warmup=10) for i in (0, 4, 9, 10)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
+    assert training.learning_rate(7, 10, 0.5) == 0.5
+
+
+def test_every_step_has_its_rate(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "stepper", lambda *how: seen.append(how) or (lambda x, y, lr: seen.append(lr)))
+    how = {"iterations": 12, "batch": 20, "lr": 0.6, "optimizer": "sgd", "weight_decay": 0.1, "eval_every": 5}
+    how |= {"drops": (0.5,), "warmup": 3}
+    model = reinit(factory, 0)
+    training.train(model, data, **how)
+    assert seen[0] == (model, 0.6, "sgd", 0.1)
+    assert seen[1:] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6] + [0.06] * 6)
+    seen.clear()
+    training.train(model, data, **how, stop=7)
+    training.train(model, data, **how, start=7)
+    assert [lr for lr in seen if isinstance(lr, float)] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6] + [0.06] * 6)
+
+
+def test_augmented_batches_are_those_images_moved():
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12)
+    all_of = list(islice(training.batches(x, y, 5, seed=3, augment=True), 6))
+    again = list(islice(training.batches(x, y, 5, seed=3, augment=True), 6))
+    later = list(islice(training.batches(x, y, 5, seed=3, start=3, augment=True), 3))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(all_of, again, strict=True))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(all_of[3:], later, strict=True))
+    moved = 0
+    for images, labels in all_of:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            moves = flip_and_crop(x[label].expand(MOVES, -1, -1, -1), torch.arange(MOVES))
+            assert (moves == image).flatten(1).all(1).any()
+            moved += not torch.equal(image, x[label])
+    assert moved > 20
+    assert not torch.equal(all_of[0][0], next(training.batches(x, y, 5, seed=4, augment=True))[0])
+
+
+def test_augments_the_training_images_only(data, monkeypatch):
+    images = Dataset("images", 3, *(part.view(-1, 1, 2, 3) if part.dim() == 2 else part for part in splits(data)))
+    model = nn.Sequential(nn.Flatten(), reinit(factory, 0))
+    monkeypatch.setattr(training, "flip_and_crop", lambda x, moves: torch.zeros_like(x))
+    seen = []
+    model[0].register_forward_pre_hook(lambda module, x: seen.append((module.training, bool(x[0].any()))))
+    training.train(model, images, iterations=3, batch=20, augment=True)
+    assert set(seen) == {(True, False), (False, True)}
+
+
+def splits(data: Dataset) -> list[torch.Tensor]:
+    return [data.train_x, data.train_y, data.val_x, data.val_y, data.test_x, data.test_y]
+
+
 def test_learns_in_place_and_keeps_the_mask(data):
     dense = reinit(factory, 0)
     masks = {"fc1.weight": torch.rand(16, 6, generator=torch.Generator().manual_seed(0)) < 0.5}
@@ -87,13 +165,13 @@ def test_the_same_twice(data):
 
 
 @pytest.mark.parametrize(
-    ("start", "iterations", "evaluated"),
-    [(0, 50, [0, 20, 40, 50]), (0, 40, [0, 20, 40]), (13, 50, [13, 20, 40, 50]), (0, 7, [0, 7])],
+    ("start", "stop", "evaluated"),
+    [(0, None, [0, 20, 40, 50]), (0, 40, [0, 20, 40]), (13, None, [13, 20, 40, 50]), (0, 7, [0, 7])],
 )
-def test_when_it_evaluates(data, start, iterations, evaluated):
+def test_when_it_evaluates(data, start, stop, evaluated):
     seen = []
     record = training.train(
-        reinit(factory, 0), data, iterations=iterations, batch=20, eval_every=20, start=start, on_eval=seen.append
+        reinit(factory, 0), data, iterations=50, batch=20, eval_every=20, start=start, stop=stop, on_eval=seen.append
     )
     assert record["curves"]["iteration"] == seen == evaluated
     assert {len(curve) for curve in record["curves"].values()} == {len(evaluated)}
@@ -120,7 +198,7 @@ def test_evaluate_in_parts_in_evaluation_mode(data, monkeypatch):
     model = nn.Sequential(reinit(factory, 0), nn.Dropout(0.9))
     logits = model[0](data.val_x)
     expected = F.cross_entropy(logits, data.val_y).item(), (logits.argmax(1) == data.val_y).float().mean().item()
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(training, "EVALUATION_NUMBERS", 4 * 6)
     assert training.evaluate(model, data.val_x, data.val_y) == pytest.approx(expected)
     assert model.training
     assert model[1].training
@@ -131,7 +209,20 @@ def test_divergence_is_an_error(data):
         training.train(reinit(factory, 0), data, iterations=20, batch=20, lr=1e30, eval_every=10)
 
 
-@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"start": 5}, {"start": -1}, {"eval_every": 0}, {"batch": 0}])
+WRONG = [
+    {"iterations": 0},
+    {"start": 5},
+    {"start": -1},
+    {"stop": 6},
+    {"stop": 0},
+    {"eval_every": 0},
+    {"batch": 0},
+    {"optimizer": "lion"},
+    {"augment": True},  # of vectors
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_arguments(data, wrong):
     with pytest.raises(ValueError, match="expected"):
         training.train(reinit(factory, 0), data, **{"iterations": 5, "batch": 20, **wrong})

@@ -1,8 +1,9 @@
-"""Image classification data held in memory as tensors: scikit-learn's digits, MNIST, Fashion-MNIST."""
+"""Image classification data held in memory as tensors: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR-10."""
 
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -12,12 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import cifar
+
 ENVIRONMENT = "SPARSELOTTERY_DATA"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits. ``*_x`` (N, features) float32 in [0, 1]; ``*_y`` (N,) int64 in [0, classes)."""
+    """Three splits. ``*_x`` (N, *shape) float32; ``*_y`` (N,) int64 in [0, classes).
+
+    Images are vectors of numbers in [0, 1], shape (features,), but for CIFAR-10: shape (3, 32, 32), and a channel has
+    mean 0 and deviation 1 in the training images. ``note``: what to say beside figures made from these data.
+    """
 
     name: str
     classes: int
@@ -27,15 +34,22 @@ class Dataset:
     val_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    note: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return tuple(self.train_x.shape[1:])
 
     @property
     def features(self) -> int:
-        return self.train_x.shape[1]
+        """How many numbers an image has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where four idx files are published, with their MD5 sums."""
+    """Where gzipped files are published, with the MD5 sums of them; the names are without ".gz"."""
 
     url: str
     md5: dict[str, str]
@@ -60,6 +74,10 @@ SOURCES = {
             "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
         },
     ),
+    "cifar10": Source(
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-binary.tar": "c32a1d4ab5d03f1284b67883e8d87530"},
+    ),
 }
 NAMES = ("digits", *SOURCES)
 
@@ -68,14 +86,17 @@ def load(name: str) -> Dataset:
     """The data set called ``name``, one of `NAMES`. The split never changes: seeds belong to the training.
 
     ``digits`` comes with scikit-learn. The others are read from the folder ``$SPARSELOTTERY_DATA`` (its subfolder
-    ``name`` or, for MNIST, itself) when that is set, and otherwise downloaded once, checked against their MD5 sums.
+    ``name`` or, but for Fashion-MNIST, itself) when that is set, and otherwise downloaded once, checked against their
+    MD5 sums. `cifar.read` says in which forms CIFAR-10 may come.
 
     Raises FileNotFoundError for what is not there and cannot be downloaded, ValueError for an unknown name or a file
     that is not what it should be.
     """
     if name not in NAMES:
         raise ValueError(f"unknown data {name!r}: expected one of {', '.join(NAMES)}")
-    return _digits() if name == "digits" else _idx_data(name)
+    if name == "digits":
+        return _digits()
+    return _cifar10() if name == "cifar10" else _idx_data(name)
 
 
 def _digits() -> Dataset:
@@ -100,21 +121,49 @@ def _idx_data(name: str) -> Dataset:
     return Dataset(name, 10, train_x[train], train_y[train], train_x[val], train_y[val], test_x, test_y)
 
 
+def _cifar10() -> Dataset:
+    """A tenth of the training images is kept for validation: 45k / 5k / 10k, as in the paper."""
+    name = "cifar10"
+    places = _places(name) or [_download(name, file).parent for file in SOURCES[name].md5]
+    images, note = cifar.read(places, _cache(name))
+    x, y = images["train_x"], images["train_y"]
+    held_out = len(y) // 10
+    val, train = _shuffled(len(y)).split([held_out, len(y) - held_out])
+    train_x, val_x, test_x = x[train].float(), x[val].float(), images["test_x"].float()
+    std, mean = torch.std_mean(train_x, dim=(0, 2, 3), keepdim=True)
+    for part in (train_x, val_x, test_x):
+        part.sub_(mean).div_(std)
+    return Dataset(name, 10, train_x, y[train], val_x, y[val], test_x, images["test_y"], note)
+
+
 def _shuffled(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def _locate(name: str, file: str) -> Path:
-    """The path of an idx file, gzipped or not, downloaded first if no folder is named."""
+def _places(name: str) -> list[Path]:
+    """Where the user keeps data, most special first; empty if no folder is named."""
     if ENVIRONMENT not in os.environ:
-        return _download(name, file)
+        return []
     folder = Path(os.environ[ENVIRONMENT])
     # Fashion-MNIST's files are named as MNIST's are: only its own subfolder can tell them apart.
-    folders = [folder / name, folder] if name == "mnist" else [folder / name]
-    for path in (place / (file + suffix) for place in folders for suffix in (".gz", "")):
+    return [folder / name] if name == "fashion-mnist" else [folder / name, folder]
+
+
+def _locate(name: str, file: str) -> Path:
+    """The path of an idx file, gzipped or not, downloaded first if no folder is named."""
+    places = _places(name)
+    if not places:
+        return _download(name, file)
+    for path in (place / (file + suffix) for place in places for suffix in (".gz", "")):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{name}: no {file}[.gz] in {' or '.join(map(str, folders))} ({ENVIRONMENT}={folder})")
+    raise FileNotFoundError(f"{name}: no {file}[.gz] in {' or '.join(map(str, places))} (of {ENVIRONMENT})")
+
+
+def _cache(name: str) -> Path:
+    import pooch
+
+    return Path(pooch.os_cache("sparselottery")) / name
 
 
 def _download(name: str, file: str) -> Path:
@@ -122,13 +171,13 @@ def _download(name: str, file: str) -> Path:
 
     pooch.get_logger().setLevel("WARNING")
     source = SOURCES[name]
-    cache = Path(pooch.os_cache("sparselottery")) / name
     try:
-        return Path(pooch.retrieve(f"{source.url}{file}.gz", f"md5:{source.md5[file]}", f"{file}.gz", cache))
+        return Path(pooch.retrieve(f"{source.url}{file}.gz", f"md5:{source.md5[file]}", f"{file}.gz", _cache(name)))
     except OSError as error:
+        files = ", ".join(f"{each}.gz" for each in source.md5)
         raise FileNotFoundError(
             f"{name}: cannot download {source.url}{file}.gz ({type(error).__name__}); "
-            f"put the four idx files into a folder {name}/ and set {ENVIRONMENT} to its parent"
+            f"put {files} into a folder {name}/ and set {ENVIRONMENT} to its parent"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The paper's training: Adam, a fixed number of iterations, early stopping computed afterwards (section 2).
+"""The paper's training: a fixed number of iterations, early stopping computed afterwards (section 2, App. G-I).
 
 A step of Lenet-300-100 on our kernels takes about 150 us in all, so nothing here touches Python more than it must:
 data are tensors in memory, a batch is one `index_select`, nothing is read back from a tensor between evaluations.
@@ -7,8 +7,8 @@ data are tensors in memory, a batch is one `index_select`, nothing is read back 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, repeat
 from statistics import median
 from time import perf_counter
 
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .augment import flip_and_crop, random_moves
 from .data import Dataset
 
-EVALUATION_BATCH = 2000
+EVALUATION_NUMBERS = 2000 * 784  # of the images in one batch of an evaluation
 
 
 def train(
@@ -30,14 +31,22 @@ def train(
     lr: float = 1.2e-3,
     eval_every: int = 100,
     seed: int = 0,
+    optimizer: str = "adam",
+    weight_decay: float = 0.0,
+    drops: Sequence[float] = (),
+    warmup: int = 0,
+    augment: bool = False,
     start: int = 0,
+    stop: int | None = None,
     on_eval: Callable[[int], None] | None = None,
 ) -> dict:
-    """Train ``model`` in place from iteration ``start`` to ``iterations`` and return what happened.
+    """Train ``model`` in place from iteration ``start`` to ``stop`` of ``iterations`` and return what happened.
 
-    The batches are those of a run from 0: an iteration sees the same images whatever ``start`` is. The optimiser is
-    new. Validation and test sets are evaluated before the first step, at every multiple of ``eval_every`` and after the
-    last step; ``on_eval(iteration)`` follows each.
+    The batches and learning rates are those of a run from 0: an iteration sees the same images whatever ``start`` and
+    ``stop`` (None: the last) are. The optimiser is new: `stepper` says which, `learning_rate` what ``drops`` and
+    ``warmup`` do. ``augment`` flips and crops the training images at random. Validation and test sets are evaluated
+    before the first step, at every multiple of ``eval_every`` and after the last step; ``on_eval(iteration)`` follows
+    each.
 
     Returns a JSON-able mapping: ``early_stop_iteration`` (of minimum validation loss), ``early_stop_test_accuracy``
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
@@ -45,8 +54,9 @@ def train(
     lists ``iteration``, ``val_loss``, ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no
     sense, and when the validation loss is not finite.
     """
-    if not 0 <= start < iterations:
-        raise ValueError(f"expected 0 <= start < iterations, got start={start}, iterations={iterations}")
+    stop = iterations if stop is None else stop
+    if not 0 <= start < stop <= iterations:
+        raise ValueError(f"expected 0 <= start < stop <= iterations, got {start=}, {stop=}, {iterations=}")
     if eval_every < 1:
         raise ValueError(f"expected eval_every >= 1, got {eval_every}")
     curves: dict[str, list] = {"iteration": [], "val_loss": [], "val_accuracy": [], "test_accuracy": []}
@@ -65,15 +75,16 @@ def train(
             on_eval(iteration)
 
     model.train()
-    step = stepper(model, lr)
-    stream = batches(data.train_x, data.train_y, batch, seed, start)
+    step = stepper(model, lr, optimizer, weight_decay)
+    rates = [learning_rate(each, iterations, lr, drops, warmup) for each in range(iterations)]
+    stream = batches(data.train_x, data.train_y, batch, seed, start, augment)
     iteration = start
     record()
-    while iteration < iterations:
-        until = min(iterations, iteration + eval_every - iteration % eval_every)
+    while iteration < stop:
+        until = min(stop, iteration + eval_every - iteration % eval_every)
         began = perf_counter()
-        for x, y in islice(stream, until - iteration):
-            step(x, y)
+        for rate, (x, y) in zip(rates[iteration:until], stream, strict=False):  # the stream has no end
+            step(x, y, rate)
         train_seconds.append(perf_counter() - began)
         step_seconds.append(train_seconds[-1] / (until - iteration))
         iteration = until
@@ -92,36 +103,64 @@ def train(
     }
 
 
-def stepper(model: nn.Module, lr: float) -> Callable[[Tensor, Tensor], None]:
-    """``step(x, y)``: one Adam step on the cross-entropy of ``model``, with a new optimiser."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+def learning_rate(iteration: int, iterations: int, lr: float, drops: Sequence[float] = (), warmup: int = 0) -> float:
+    """Of one iteration, counted from 0: ``lr``, a tenth of it after each share of ``iterations`` in ``drops``.
 
-    def step(x: Tensor, y: Tensor) -> None:
+    The first ``warmup`` iterations go up to it in equal steps (section 5).
+    """
+    lr /= 10 ** sum(iteration >= round(share * iterations) for share in drops)
+    return lr * (iteration + 1) / warmup if iteration < warmup else lr
+
+
+def stepper(
+    model: nn.Module, lr: float, optimizer: str = "adam", weight_decay: float = 0.0
+) -> Callable[[Tensor, Tensor, float], None]:
+    """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
+
+    ``optimizer`` is "adam" or "sgd", which has momentum 0.9; ``weight_decay`` is of all parameters. Raises ValueError
+    for another name.
+    """
+    parameters = list(model.parameters())
+    if optimizer == "adam":
+        chosen = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    elif optimizer == "sgd":
+        chosen = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    else:
+        raise ValueError(f"optimizer: expected adam or sgd, got {optimizer!r}")
+    (group,) = chosen.param_groups
+
+    def step(x: Tensor, y: Tensor, lr: float = lr) -> None:
         for parameter in parameters:  # zero_grad without its 5 us of profiling hooks
             parameter.grad = None
         F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        group["lr"] = lr
+        chosen.step()
 
     return step
 
 
-def batches(x: Tensor, y: Tensor, batch: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    x: Tensor, y: Tensor, batch: int, seed: int, start: int = 0, augment: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless shuffled batches, a new permutation per epoch, from the ``start``-th on.
 
-    Every batch is full: what an epoch leaves over is dropped, and drawn again in the next one.
+    Every batch is full: what an epoch leaves over is dropped, and drawn again in the next one. With ``augment`` each
+    image is flipped and cropped at random, anew in each epoch.
     """
     if not 1 <= batch <= len(x):
         raise ValueError(f"expected a batch between 1 and the {len(x)} training images, got {batch}")
-    for index in islice(_indices(len(x), batch, seed), start, None):
-        yield x.index_select(0, index), y.index_select(0, index)
+    for index, moves in islice(_draws(len(x), batch, seed, augment), start, None):
+        images = x.index_select(0, index)
+        yield (images if moves is None else flip_and_crop(images, moves)), y.index_select(0, index)
 
 
-def _indices(count: int, batch: int, seed: int) -> Iterator[Tensor]:
+def _draws(count: int, batch: int, seed: int, augment: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The images of each batch, and what `flip_and_crop` does to them."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count // batch * batch].view(-1, batch)
+        order = torch.randperm(count, generator=generator)[: count // batch * batch].view(-1, batch)
+        moves = random_moves(order.numel(), generator).view_as(order) if augment else repeat(None)
+        yield from zip(order, moves, strict=False)
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -129,7 +168,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(part) for part in x.split(EVALUATION_BATCH)])
+        logits = torch.cat([model(part) for part in x.split(max(1, EVALUATION_NUMBERS // x[0].numel()))])
         loss, correct = F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
     model.train(was_training)
     return loss.item(), correct.item() / len(y)
