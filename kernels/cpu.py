@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .reference import Geometry, image_format, is_packed, leading_dim, pack, saved_features, unpack
+from .reference import (
+    Geometry,
+    image_format,
+    is_packed,
+    leading_dim,
+    pack,
+    saved_features,
+    unpack,
+    winners_shape,
+)
 
 # What torch calls the processor's capability -> the levels of setup.py that run on it, best first.
 LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
@@ -182,40 +191,48 @@ def conv_block(geometry: Geometry, density: float, channels: int) -> int:
     return min(max(1, fits, int(12 / max(density * taps, 1e-9))), max(1, channels), 65536 // taps)
 
 
-def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
+def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
     """As reference.conv_forward."""
     if x.dtype in _HALF:
         wide = x.float(), values.float(), None if bias is None else bias.float()
-        return conv_forward(*wide, crow_indices, col_indices, plan, geometry, relu).to(x.dtype)
+        y, winners = conv_forward(*wide, crow_indices, col_indices, plan, geometry, relu, pool)
+        return y.to(x.dtype), winners
     geometry, x = Geometry(*geometry), _dense_images(x)
-    shape = x.shape[0], crow_indices.shape[0] - 1, *geometry.output_size(*x.shape[2:])
+    out_size = geometry.output_size(*x.shape[2:])
+    shape = x.shape[0], crow_indices.shape[0] - 1, *(size // pool for size in out_size)
     y = torch.empty(shape, dtype=x.dtype, memory_format=image_format(x))
+    winners = torch.empty(winners_shape(shape) if pool > 1 else 0, dtype=torch.uint8)
     values, bias = values.contiguous(), None if bias is None else bias.contiguous()
     pointers = [plan.data_ptr(), values.data_ptr(), 0 if bias is None else bias.data_ptr()]
     strides = [*_strides(x), *_strides(y), 0, 0, 0, 0, 0, 0]
     taps = array("i", _taps(geometry))
-    args = [*_sizes(x, y, relu), taps.buffer_info()[0], *pointers, x.data_ptr(), y.data_ptr(), 0, 0, *strides, 0, 0]
-    _call(_LIBRARY.sparselottery_conv_forward, args)
-    return y
+    args = [*_sizes(x, y, out_size, relu, pool), taps.buffer_info()[0], *pointers, x.data_ptr(), y.data_ptr(), 0, 0]
+    _call(_LIBRARY.sparselottery_conv_forward, [*args, *strides, 0, 0, winners.data_ptr()])
+    return y, winners
 
 
-def conv_backward(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, need_x, need_values, need_bias):
+def conv_backward(
+    gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, relu, pool, need_x, need_values, need_bias
+):
     """As reference.conv_backward."""
     if x.dtype in _HALF:
-        wide = gy.float(), x.float(), y.float(), values.float()
+        wide = gy.float(), x.float(), y.float(), winners, values.float()
         needs = need_x, need_values, need_bias
-        grads = conv_backward(*wide, crow_indices, col_indices, plan, geometry, relu, *needs)
+        grads = conv_backward(*wide, crow_indices, col_indices, plan, geometry, relu, pool, *needs)
         return tuple(g.to(x.dtype) for g in grads)
     geometry, x, gy, values = Geometry(*geometry), _dense_images(x), _dense_images(gy), values.contiguous()
-    if relu and gy.stride() != y.stride():
+    gated = relu and pool == 1
+    if gated and gy.stride() != y.stride():
         gy = torch.empty_like(y).copy_(gy)
     gx = torch.empty_like(x) if need_x else x.new_empty(0)
     gvalues = values.new_empty(values.shape if need_values else 0)
     gbias = values.new_empty(gy.shape[1] if need_bias else 0)
     strides = [*_strides(x), 0, 0, 0, *_strides(gy), *(_strides(gx) if need_x else (0, 0, 0))]
     taps = array("i", _taps(geometry))
-    args = [*_sizes(x, gy, relu), taps.buffer_info()[0], plan.data_ptr(), values.data_ptr(), 0, x.data_ptr()]
-    args += [y.data_ptr() if relu else 0, gy.data_ptr(), gx.data_ptr(), *strides, gvalues.data_ptr(), gbias.data_ptr()]
+    out_size = geometry.output_size(*x.shape[2:])
+    args = [*_sizes(x, gy, out_size, relu, pool), taps.buffer_info()[0], plan.data_ptr(), values.data_ptr(), 0]
+    args += [x.data_ptr(), y.data_ptr() if gated else 0, gy.data_ptr(), gx.data_ptr(), *strides]
+    args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr()]
     _call(_LIBRARY.sparselottery_conv_backward, args)
     return gx, gvalues, gbias
 
@@ -226,9 +243,9 @@ def _taps(g: Geometry) -> list[int]:
     return [g.channels, *around, g.groups]
 
 
-def _sizes(x: Tensor, y: Tensor, relu: bool) -> list[int]:
-    """The head of Args in csrc/conv.cpp: sizes of images in and out."""
-    return [x.element_size() == 8, torch.get_num_threads(), relu, *x.shape, *y.shape[1:]]
+def _sizes(x: Tensor, y: Tensor, out_size: tuple[int, int], relu: bool, pool: int) -> list[int]:
+    """The head of ConvArgs in csrc/cut.h: y may be pooled, out_size is before that."""
+    return [x.element_size() == 8, torch.get_num_threads(), relu, pool, *x.shape, y.shape[1], *out_size]
 
 
 def _dense_images(x: Tensor) -> Tensor:

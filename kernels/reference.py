@@ -6,6 +6,7 @@ int32`, `col_indices (nnz,) int32`, ascending within a row. All functions are di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ def sddmm(gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> T
 # Packed activations: batch-minor (features, ld), ld >= N a multiple of the widest vector, columns N.. are zero.
 
 LANES = 16
+FEW_IMAGES = 8  # up to here csrc/cut.h takes pixels for lanes
 
 
 def leading_dim(batch: int) -> int:
@@ -157,25 +159,54 @@ def conv_weight(values: Tensor, crow_indices: Tensor, col_indices: Tensor, geome
     return dense.view(len(dense), geometry.channels // geometry.groups, geometry.kernel_h, geometry.kernel_w)
 
 
-def conv(x, values, bias, crow_indices, col_indices, geometry, relu):
-    """`conv_forward` in whatever memory format comes out."""
+def conv(x, values, bias, crow_indices, col_indices, geometry, relu, pool):
+    """`conv_forward` in whatever memory format comes out, without the winners."""
     weight = conv_weight(values, crow_indices, col_indices, geometry)
     y = F.conv2d(_padded(x, geometry), weight, bias, *_steps(geometry), geometry.groups)
-    return torch.relu(y) if relu else y
+    y = torch.relu(y) if relu else y
+    return F.max_pool2d(y, pool) if pool > 1 else y
 
 
-def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
-    """(N, C, H, W) of any strides -> y (N, O, OH, OW), after a ReLU if `relu`, in the `image_format` of x."""
-    y = conv(x, values, bias, crow_indices, col_indices, geometry, relu)
-    return y.contiguous(memory_format=image_format(x))
+def winners_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of what is kept for the gradient of a pooling whose result has `shape` (N, O, PH, PW)."""
+    images, channels, height, width = shape
+    lanes = LANES if images > FEW_IMAGES else 1
+    return (images + lanes - 1) // lanes, channels, height, width, lanes
 
 
-def conv_backward(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, need_x, need_values, need_bias):
+def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
+    """(N, C, H, W) of any strides -> y (N, O, PH, PW) in the `image_format` of x, and the winners of the pooling.
+
+    After the convolution comes a ReLU if `relu`, then max pooling by windows of `pool` x `pool`; pool = 1 is none.
+    winners, uint8 of `winners_shape`, is which pixel of its window won, row-major, or 255 where the ReLU let nothing
+    through: (group of images, channel, row, column, image of the group). It is empty without pooling.
+    """
+    y = conv(x, values, bias, crow_indices, col_indices, geometry, relu, 1)
+    if pool == 1:
+        return y.contiguous(memory_format=image_format(x)), x.new_empty(0, dtype=torch.uint8)
+    windows = y[:, :, : y.shape[2] // pool * pool, : y.shape[3] // pool * pool]
+    windows = windows.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).transpose(3, 4).flatten(4)
+    best, which = windows.max(-1)
+    if relu:
+        which = torch.where(best > 0, which, 255)
+    shape = winners_shape(best.shape)
+    winners = which.new_zeros((shape[0] * shape[-1], *best.shape[1:]), dtype=torch.uint8)
+    winners[: len(x)] = which
+    winners = winners.unflatten(0, (shape[0], shape[-1])).movedim(1, -1).contiguous()
+    return best.contiguous(memory_format=image_format(x)), winners
+
+
+def conv_backward(
+    gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, relu, pool, need_x, need_values, need_bias
+):
     """gx (N, C, H, W), gvalues (nnz,), gbias (O,): the gradients of `conv_forward`; empty where not needed.
 
-    gy has any strides, gx the `image_format` of x. y is read only if `relu`.
+    gy has any strides, gx the `image_format` of x. y is read only if `relu` and nothing is pooled.
     """
-    gy = torch.where(y > 0, gy, 0) if relu else gy
+    if pool > 1:
+        gy = _unpooled(gy, winners, geometry.output_size(*x.shape[2:]), pool)
+    elif relu:
+        gy = torch.where(y > 0, gy, 0)
     weight = conv_weight(values, crow_indices, col_indices, geometry)
     stride, padding, dilation = _steps(geometry)
     gx, gweight, gbias = torch.ops.aten.convolution_backward(
@@ -189,6 +220,14 @@ def conv_backward(gy, x, y, values, crow_indices, col_indices, plan, geometry, r
         gweight = gweight.flatten(1)[row_indices(crow_indices, col_indices.numel()), col_indices]
     grads = zip((gx, gweight, gbias), (need_x, need_values, need_bias), strict=True)
     return tuple(grad if need else gy.new_empty(0) for grad, need in grads)
+
+
+def _unpooled(gy: Tensor, winners: Tensor, out_size: tuple[int, int], pool: int) -> Tensor:
+    """The gradient before the pooling, zero where another pixel won."""
+    won = winners.movedim(-1, 1).flatten(0, 1)[: len(gy), ..., None] == torch.arange(pool * pool, device=gy.device)
+    windows = torch.where(won, gy[..., None], 0)
+    pixels = windows.unflatten(4, (pool, pool)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return F.pad(pixels, (0, out_size[1] - pixels.shape[3], 0, out_size[0] - pixels.shape[2]))
 
 
 def _padded(x: Tensor, geometry: Geometry) -> Tensor:

@@ -18,7 +18,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Conv:
-    """y = x * W + b, then a ReLU if `relu`; gy is the gradient of y, mask the survivors of W (O, C / groups, R, S)."""
+    """y = x * W + b, a ReLU if `relu`, max pooling; gy is the gradient of y, mask the survivors of W (O, C / groups, R, S)."""
 
     x: Tensor
     gy: Tensor
@@ -27,6 +27,7 @@ class Conv:
     bias: Tensor | None
     geometry: Geometry
     relu: bool
+    pool: int
 
     def to(self, dtype: torch.dtype) -> Conv:
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -53,7 +54,7 @@ class Conv:
     def function(self):
         """ops.conv2d as a function of its leaves."""
         indices = self.indices()
-        return lambda x, values, bias=None: ops.conv2d(x, values, bias, *indices, self.geometry, self.relu)
+        return lambda x, values, bias=None: ops.conv2d(x, values, bias, *indices, self.geometry, self.relu, self.pool)
 
 
 def geometry(channels=1, kernel=(3, 3), stride=(1, 1), sides=(0, 0, 0, 0), dilation=(1, 1), groups=1) -> Geometry:
@@ -62,13 +63,13 @@ def geometry(channels=1, kernel=(3, 3), stride=(1, 1), sides=(0, 0, 0, 0), dilat
 
 
 def make(geometry: Geometry, filters=4, batch=2, size=(7, 9), density=0.5, entries=integers, bias=True, relu=False,
-         memory_format="contiguous") -> Conv:  # fmt: skip
+         pool=1, memory_format="contiguous") -> Conv:  # fmt: skip
     """A fp32 problem at a random mask."""
     mask = torch.rand(filters, geometry.columns) < density
     mask = mask.view(filters, geometry.channels // geometry.groups, geometry.kernel_h, geometry.kernel_w)
     x = entries(batch, geometry.channels, *size).to(memory_format=FORMATS[memory_format])
-    gy = entries(batch, filters, *geometry.output_size(*size))
-    return Conv(x, gy, mask, entries(int(mask.sum())), entries(filters) if bias else None, geometry, relu)
+    gy = entries(batch, filters, *(side // pool for side in geometry.output_size(*size)))
+    return Conv(x, gy, mask, entries(int(mask.sum())), entries(filters) if bias else None, geometry, relu, pool)
 
 
 @st.composite
@@ -97,6 +98,7 @@ def convs(draw, **options) -> Conv:
         "memory_format": draw(st.sampled_from(list(FORMATS))),
     }
     shape = geometry(channels, kernel, stride, sides, dilation, groups)
+    chosen["pool"] = draw(st.integers(1, min(4, *shape.output_size(*size))))
     return make(shape, filters, sizes["batch"], tuple(size), **{**chosen, **options})
 
 
@@ -109,6 +111,7 @@ def dense(conv: Conv) -> dict[str, Tensor]:
     steps = {"stride": (shape.stride_h, shape.stride_w), "dilation": (shape.dilation_h, shape.dilation_w)}
     y = F.conv2d(padded, weight, *bias, **steps, groups=shape.groups)
     y = torch.relu(y) if conv.relu else y
+    y = F.max_pool2d(y, conv.pool) if conv.pool > 1 else y
     return _named(y, torch.autograd.grad(y, [x, values, *bias], conv.gy))
 
 

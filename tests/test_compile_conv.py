@@ -107,19 +107,19 @@ def test_exports_with_images_of_any_size():
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shape", [geometry(4, sides=(0, 1, 1, 2), stride=(1, 2), groups=2), geometry(1, (7, 9))])
-def test_opcheck(shape, relu, bias, dtype, memory_format):
-    conv = make(shape, 2, batch=17, bias=bias, relu=relu, memory_format=memory_format).to(dtype)
+@pytest.mark.parametrize(("relu", "pool"), [(True, 1), (False, 1), (True, 2)])
+@pytest.mark.parametrize("shape", [geometry(4, sides=(0, 1, 1, 2), stride=(1, 2), groups=2), geometry(1, (6, 8))])
+def test_opcheck(shape, relu, pool, bias, dtype, memory_format):
+    conv = make(shape, 2, batch=17, bias=bias, relu=relu, pool=pool, memory_format=memory_format).to(dtype)
     forward, backward = torch.ops.sparselottery.conv2d.default, torch.ops.sparselottery.conv2d_backward.default
     x, values, *rest = conv.leaves()
-    indices, settings = conv.indices(), (conv.geometry, relu)
+    indices, settings = conv.indices(), (conv.geometry, relu, pool)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if dtype == torch.float32 and bias:
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(forward, (x, values, *(rest or [None]), *indices, *settings), test_utils=tests)
-    y = forward(conv.x, conv.values, conv.bias, *indices, *settings)
+    y, winners = forward(conv.x, conv.values, conv.bias, *indices, *settings)
     y = y if relu else y.new_empty(0)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        arguments = (conv.gy, conv.x, y, conv.values, *indices, *settings, *needs)
+        arguments = (conv.gy, conv.x, y, winners, conv.values, *indices, *settings, *needs)
         torch.library.opcheck(backward, arguments, test_utils=tests[:2])

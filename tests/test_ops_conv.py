@@ -37,6 +37,8 @@ HAND_MADE = {
     "no survivors": lambda: make(geometry(2), 3, density=0.0),
     "all survivors": lambda: make(geometry(2), 3, density=1.0),
     "ReLU": lambda: make(geometry(3, sides=(1, 1, 1, 1)), 17, relu=True),
+    "pooled": lambda: make(geometry(3, sides=(1, 1, 1, 1)), 17, relu=True, pool=2),
+    "pooled, many images": lambda: make(geometry(3, stride=(1, 2)), 5, batch=37, size=(11, 23), pool=3),
     "no bias": lambda: make(geometry(3, sides=(1, 1, 1, 1)), 4, bias=False, relu=True),
 }
 
@@ -85,7 +87,7 @@ def test_any_convolution(name, conv, dtype):
 
 
 @settings(max_examples=100, deadline=None)
-@given(convs(entries=gaussian, relu=False), st.sampled_from([torch.float32, torch.float64]))
+@given(convs(entries=gaussian, relu=False, pool=1), st.sampled_from([torch.float32, torch.float64]))
 def test_accuracy(conv, dtype):
     conv = conv.to(dtype)
     assert_accurate(results(conv), conv)
@@ -272,7 +274,7 @@ def test_functorch_vmap(backend):
 
 
 @settings(max_examples=50, deadline=None)
-@given(convs(relu=False, bias=False), st.integers(0, 2**31))
+@given(convs(relu=False, bias=False, pool=1), st.integers(0, 2**31))
 def test_laws(conv, seed):
     """Linear in x and in the values; gradients are adjoint; permutations of images and filters pass through."""
     torch.manual_seed(seed)

@@ -188,34 +188,39 @@ def dense(module):
     return module
 
 
-# Children, and of each call of the sparse convolution whether the ReLU is in it.
+# Children, and of each call of the sparse convolution whether the ReLU is in it, and windows of the pooling.
+BARE, RELU, POOLED = (False, 1), (True, 1), (True, 2)
 CONVOLUTIONS = {
-    "a ReLU after": (lambda: [conv(4, 6), nn.ReLU()], [True]),
-    "no ReLU after": (lambda: [conv(4, 6), conv(6, 5, bias=False)], [False, False]),
-    "the ReLU in place": (lambda: [conv(4, 6), nn.ReLU(inplace=True), conv(6, 5)], [True, False]),
-    "a norm between": (lambda: [conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 5)], [False, False]),
-    "another activation": (lambda: [conv(4, 6), nn.ReLU6()], [False]),
-    "padding that is not by zeros": (lambda: [conv(4, 6, padding=1, padding_mode="reflect"), nn.ReLU()], [True]),
+    "a ReLU after": (lambda: [conv(4, 6), nn.ReLU()], [RELU]),
+    "no ReLU after": (lambda: [conv(4, 6), conv(6, 5, bias=False)], [BARE, BARE]),
+    "the ReLU in place": (lambda: [conv(4, 6), nn.ReLU(inplace=True), conv(6, 5)], [RELU, BARE]),
+    "a norm between": (lambda: [conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 5)], [BARE, BARE]),
+    "another activation": (lambda: [conv(4, 6), nn.ReLU6()], [BARE]),
+    "padding that is not by zeros": (lambda: [conv(4, 6, padding=1, padding_mode="reflect"), nn.ReLU()], [RELU]),
     "pooling and a head": (
         lambda: [conv(4, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), layer(72, 9), nn.ReLU(), layer(9, 5)],
-        [True],
+        [POOLED],
     ),
+    "pooling without a ReLU": (lambda: [conv(4, 6), nn.MaxPool2d((3, 3), 3)], [(False, 3)]),
+    "windows that overlap": (lambda: [conv(4, 6), nn.ReLU(), nn.MaxPool2d(3, 2)], [RELU]),
+    "padded windows": (lambda: [conv(4, 6), nn.ReLU(), nn.MaxPool2d(2, padding=1)], [RELU]),
+    "windows with a rest": (lambda: [conv(4, 6), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)], [RELU]),
     "nothing pruned": (lambda: [MaskedConv2d(4, 6, 3), nn.ReLU()], []),
-    "executed densely": (lambda: [dense(conv(4, 6)), nn.ReLU(), conv(6, 5), nn.ReLU()], [True]),
-    "then executed densely": (lambda: [conv(4, 6), nn.ReLU(), nn.Flatten(), dense(layer(336, 5)), nn.ReLU()], [True]),
+    "executed densely": (lambda: [dense(conv(4, 6)), nn.ReLU(), conv(6, 5), nn.ReLU()], [RELU]),
+    "then executed densely": (lambda: [conv(4, 6), nn.ReLU(), nn.Flatten(), dense(layer(336, 5)), nn.ReLU()], [RELU]),
 }
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_convolution_and_its_relu_are_one_call(monkeypatch, name):
+def test_a_convolution_and_what_follows_are_one_call(monkeypatch, name):
     make, expected = CONVOLUTIONS[name]
-    children, relus, conv2d = [child.double() for child in make()], [], ops.conv2d
+    children, calls, conv2d = [child.double() for child in make()], [], ops.conv2d
     x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
     plain = results(nn.Sequential(*children), x)
-    monkeypatch.setattr(ops, "conv2d", lambda *args: relus.append(args[-1]) or conv2d(*args))
+    monkeypatch.setattr(ops, "conv2d", lambda *args: calls.append(args[-2:]) or conv2d(*args))
     model = MaskedSequential(*children)
     assert_same(results(model, x), plain)
-    assert relus == expected
+    assert calls == expected
     assert list(model.state_dict()) == list(nn.Sequential(*children).state_dict())
     torch.testing.assert_close(model.eval()(x[:1]), nn.Sequential(*children)(x[:1]))
 

@@ -15,17 +15,18 @@ thread_local Scratch offset_tables;  // of the calling thread
 
 template <class T>
 void forward(const ConvArgs& a) {
-    expect_writes(a.y, a.batch * a.out_channels * a.out_height * a.out_width * sizeof(T));
+    expect_writes(a.y, a.batch * a.out_channels * a.pooled_height() * a.pooled_width() * sizeof(T));
     const Schedule s = read_plan(a.plan).forward;
     const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
-    Cut<T> cut(a, a.out_height, a.out_width);
+    Cut<T> cut(a, a.used_height(), a.out_width);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
     const int64_t out_pitch = one.block.pitch * cut.lanes;
     cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T),
-                      (two.elements() - one.elements() + a.out_channels * out_pitch) * sizeof(T));
+                      (two.elements() - one.elements() + a.out_channels * out_pitch) * sizeof(T), a.pool);
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
-    const std::vector<int32_t> place = output.places(cut.height, a.out_width, 0, 0);
+    const Block result{cut.height / a.pool, a.pool == 1 ? output.pitch : a.pooled_width(), {1, 1}, cut.lanes};
+    const std::vector<int32_t> place = result.places(result.rows, a.pooled_width(), 0, 0);
     int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
     offsets(table, a.channels, *a.taps, [&](int64_t c, int64_t r, int64_t t) { return input.offset(c, r, t); });
     const int64_t plane = output.plane();
@@ -47,12 +48,16 @@ void forward(const ConvArgs& a) {
                                                    Mapped{table + b * s.block}, out + strip * s.strip * plane + step.at,
                                                    plane);
                 });
-            if (a.relu)
+            if (a.pool > 1)
+                for (int64_t o = channel; o < channel + channels; ++o)
+                    pool_plane<T>(out + o * plane, output.pitch, cut.lanes, a.windows(), a.relu, image, o, begin / a.pool,
+                                  end / a.pool, a.winners);
+            else if (a.relu)
                 for (T* y = out + channel * plane; y < out + (channel + channels) * plane; ++y) *y = *y < 0 ? T(0) : *y;
             Images<T> y = images<T>(a, a.y, a.y_strides, true);
             y.data += channel * y.channel;
             y.channels = channels;
-            unpack_images<T>(out + channel * plane, plane, place.data(), y, image, cut.lanes, begin, end);
+            unpack_images<T>(out + channel * plane, plane, place.data(), y, image, cut.lanes, begin / a.pool, end / a.pool);
         };
         const int64_t sharers = team_size() / cut.items();  // few items: threads share one, by its output channels
         if (sharers > 1) {
@@ -106,33 +111,62 @@ struct Gradients {
     T* copies;
 };
 
+// Packs the gradient of the convolution's output: rows [from, to), the first of them to `row` of the block.
 template <class T>
-void pack_output_gradient(const ConvArgs& a, T* packed, int64_t image, int64_t lanes, int64_t from, int64_t to,
-                          const int32_t* place, int64_t plane) {
-    const Images<const T> gy = images<const T>(a, a.gy, a.gy_strides, true);
-    if (a.relu)
-        pack_images<T, true>(gy, static_cast<const T*>(a.y), image, lanes, from, to, place, packed, plane);
-    else
-        pack_images<T, false>(gy, nullptr, image, lanes, from, to, place, packed, plane);
-}
+struct OutputGradient {
+    OutputGradient(const ConvArgs& a, const Block& block, int64_t left)
+        : a(a), block(block), left(left), gy(images<const T>(a, a.gy, a.gy_strides, true)) {
+        if (a.pool == 1) {
+            place = block.places(block.rows, a.out_width, 0, left);
+        } else {
+            pooled = {block.rows / a.pool + 2, a.pooled_width(), {1, 1}, block.lanes};
+            place = pooled.places(pooled.rows, a.pooled_width(), 0, 0);
+        }
+    }
+    // A block and, before it is pooled backwards, what comes in.
+    int64_t elements() const { return a.out_channels * (block.plane() + pooled.plane()) + kLanes * kMaxGroups<T>; }
+    void pack(T* packed, int64_t image, int64_t row, int64_t from, int64_t to) const {
+        if (a.pool > 1) return unpool(packed, image, row, from, std::min(to, a.used_height()));
+        const int32_t* first = place.data() + row * a.out_width;
+        if (a.relu)
+            pack_images<T, true>(gy, static_cast<const T*>(a.y), image, block.lanes, from, to, first, packed, block.plane());
+        else
+            pack_images<T, false>(gy, nullptr, image, block.lanes, from, to, first, packed, block.plane());
+    }
+    void unpool(T* packed, int64_t image, int64_t row, int64_t from, int64_t to) const {
+        if (from >= to) return;
+        const int64_t first = from / a.pool, last = ceil_div(to, a.pool);
+        T* temporary = packed + a.out_channels * block.plane() + kLanes * kMaxGroups<T>;
+        pack_images<T, false>(gy, nullptr, image, block.lanes, first, last, place.data(), temporary, pooled.plane());
+        for (int64_t o = 0; o < a.out_channels; ++o)
+            for (int64_t p = first; p < last; ++p)
+                unpool_row<T>(temporary + o * pooled.plane() + pooled.at(p - first, 0),
+                              packed + o * block.plane() + block.at(row, left), block.pitch, block.lanes, a.windows(), image,
+                              o, p, from, to, a.winners);
+    }
+    const ConvArgs& a;
+    Block block, pooled{0, 0, {1, 1}, block.lanes == 1 ? 1 : kLanes};
+    int64_t left;
+    Images<const T> gy;
+    std::vector<int32_t> place;
+};
 
 // gvalues and gbias alone, where gx is not wanted.
 template <class T>
 void values_gradient(const ConvArgs& a) {
     const Plan plan = read_plan(a.plan);
     const Schedule s = plan.forward;
-    Cut<T> cut(a, a.out_height, a.out_width);
+    Cut<T> cut(a, a.used_height(), a.out_width);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
-    cut.choose_height(
-        a.threads, a.out_width, one.elements() * sizeof(T),
-        (two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes) * sizeof(T));
+    cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T),
+                      (two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes) * sizeof(T), a.pool);
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
-    const std::vector<int32_t> place = output.places(cut.height, a.out_width, 0, 0);
+    const OutputGradient<T> gradient(a, output, 0);
     int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
     offsets(table, a.channels, *a.taps, [&](int64_t c, int64_t r, int64_t t) { return input.offset(c, r, t); });
     const Gradients<T> sums(a, plan.nnz);
-    const int64_t plane = output.plane(), gy_elements = a.out_channels * plane + kLanes * kMaxGroups<T>;
+    const int64_t plane = output.plane(), gy_elements = gradient.elements();
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         T* packed = blocks.get<T>(input.elements() + gy_elements);
@@ -141,7 +175,7 @@ void values_gradient(const ConvArgs& a) {
         each_item(cut, [&](int64_t i) {
             const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
             if (end - begin < cut.height) std::fill_n(gy, gy_elements, T(0));
-            pack_output_gradient<T>(a, gy, image, cut.lanes, begin, end, place.data(), plane);
+            gradient.pack(gy, image, 0, begin, end);
             if (sums.bias)
                 add_bias_gradient<T>(gy, output, a.out_channels, 0, end - begin, a.out_width, mine + sums.nnz);
             if (!sums.values) return;
@@ -182,7 +216,7 @@ void input_gradient(const ConvArgs& a) {
                       (a.out_channels + 2 * phases * a.channels) * row_bytes);
     const Block around{cut.height + high[0] - low[0], pitch, {1, 1}, cut.lanes};
     const Block inner{cut.height, pitch, {stride[0], stride[1]}, cut.lanes};
-    const std::vector<int32_t> place_gy = around.places(around.rows, a.out_width, 0, -low[1]);
+    const OutputGradient<T> gradient(a, around, -low[1]);
     const std::vector<int32_t> place_x = inner.places(cut.height * stride[0], a.width, 0, 0);
     const int64_t table_size = a.out_channels * taps.size();
     int32_t* tables = offset_tables.get<int32_t>(table_size * phases);
@@ -197,7 +231,7 @@ void input_gradient(const ConvArgs& a) {
     const Gradients<T> sums(a, plan.nnz);
     const T* values = static_cast<const T*>(a.values);
     const int64_t plane = inner.plane(), slack = kLanes * kMaxGroups<T>;
-    const int64_t gy_elements = a.out_channels * around.plane() + slack, x_elements = a.channels * plane + slack;
+    const int64_t gy_elements = gradient.elements(), x_elements = a.channels * plane + slack;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         T* gy = blocks.get<T>(gy_elements + 2 * x_elements);
@@ -207,11 +241,10 @@ void input_gradient(const ConvArgs& a) {
             const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
             const int64_t top = begin + low[0];  // the row of gy that is the first of its block
             const int64_t from = std::clamp<int64_t>(-top, 0, around.rows);
-            const int64_t to = std::clamp<int64_t>(a.out_height - top, from, around.rows);
+            const int64_t to = std::clamp<int64_t>(a.used_height() - top, from, around.rows);
             clear_rows(gy, around, a.out_channels, 0, from);
             clear_rows(gy, around, a.out_channels, to, around.rows);
-            pack_output_gradient<T>(a, gy, image, cut.lanes, top + from, top + to, place_gy.data() + from * a.out_width,
-                                    around.plane());
+            gradient.pack(gy, image, from, top + from, top + to);
             const int64_t first = begin * stride[0], last = std::min(a.height, end * stride[0]);
             if (sums.values) {
                 if (cut.lanes == 1) std::fill_n(x, x_elements, T(0));  // halos meet gy there

@@ -5,16 +5,22 @@
 
 #include "images.h"
 #include "plan.h"
+#include "pool.h"
 #include "team.h"
 
 struct ConvArgs {  // mirrored in cpu.py
-    int64_t is_double, threads, relu, batch, channels, height, width, out_channels, out_height, out_width;
+    int64_t is_double, threads, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
     const Taps* taps;
     const int32_t* plan;
     const void *values, *bias;  // bias: null if none
-    void *x, *y, *gy, *gx;      // forward: x -> y; backward: gy -> gx (null where not needed), y for the ReLU
+    void *x, *y, *gy, *gx;  // forward: x -> y; backward: gy -> gx (null where not needed), y for the ReLU; y, gy pooled
     int64_t x_strides[3], y_strides[3], gy_strides[3], gx_strides[3];  // image, channel, pixel
     void *gvalues, *gbias;                                             // null where not needed
+    uint8_t* winners;  // of the pooling: written by forward, read by backward
+    int64_t pooled_height() const { return out_height / pool; }
+    int64_t pooled_width() const { return out_width / pool; }
+    int64_t used_height() const { return pool == 1 ? out_height : pooled_height() * pool; }
+    Windows windows() const { return {pool, out_channels, pooled_height(), pooled_width(), batch}; }
 };
 
 constexpr int64_t kWorkingSet = 1 << 20;   // bytes of an item's packed blocks: about an L2
@@ -23,8 +29,8 @@ constexpr int64_t kFewImages = 8;          // up to here pixels serve as lanes: 
 
 template <class T>
 Images<T> images(const ConvArgs& a, void* data, const int64_t* strides, bool output) {
-    return {static_cast<T*>(data), a.batch, output ? a.out_channels : a.channels, output ? a.out_height : a.height,
-            output ? a.out_width : a.width, strides[0], strides[1], strides[2]};
+    return {static_cast<T*>(data), a.batch, output ? a.out_channels : a.channels, output ? a.pooled_height() : a.height,
+            output ? a.pooled_width() : a.width, strides[0], strides[1], strides[2]};
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,12 +86,13 @@ struct Cut {
         parts = ceil_div(a.batch, lanes);
     }
     // A working set of `fixed` + height * `per_row` bytes an item, but rows enough to read and write memory in long runs,
-    // and items for all threads.
-    void choose_height(int64_t threads, int64_t width, int64_t fixed, int64_t per_row) {
+    // and items for all threads. A
+    // multiple of `unit`.
+    void choose_height(int64_t threads, int64_t width, int64_t fixed, int64_t per_row, int64_t unit = 1) {
         height = std::max(ceil_div(kRun, width), (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
         const int64_t wanted = ceil_div(threads, parts);  // blocks per part
         height = std::max<int64_t>(1, std::min({height, ceil_div(rows, wanted), rows}));
-        height = ceil_div(rows, ceil_div(rows, height));
+        height = ceil_div(ceil_div(rows, ceil_div(rows, height)), unit) * unit;
         per_part = ceil_div(rows, height);
     }
     int64_t items() const { return parts * per_part; }

@@ -1,4 +1,4 @@
-"""MaskedConv2d, and its native call with the ReLU that may follow."""
+"""MaskedConv2d, and its native call with the ReLU and max pooling that may follow."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def _sides(padding: str | tuple[int, int], kernel_size: tuple[int, int], dilatio
     return pad_h, pad_h, pad_w, pad_w
 
 
-def run_conv(x: Tensor, layer: MaskedConv2d, relu: bool = False) -> Tensor:
-    """relu?(layer(x)) in one native call."""
+def run_conv(x: Tensor, layer: MaskedConv2d, relu: bool = False, pool: int = 1) -> Tensor:
+    """max_pool?(relu?(layer(x))) in one native call; the windows of the pooling are `pool` x `pool`."""
     if x.dim() not in (3, 4) or x.shape[-3] != layer.in_channels:
         expected = f"(N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
     images = _padded(x if x.dim() == 4 else x[None], layer)
     indices = layer.crow_indices, layer.col_indices, layer.plan
-    y = ops.conv2d(images, layer.values, layer.bias, *indices, layer.geometry, relu)
+    y = ops.conv2d(images, layer.values, layer.bias, *indices, layer.geometry, relu, pool)
     return y if x.dim() == 4 else y[0]
 
 

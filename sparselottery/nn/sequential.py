@@ -18,7 +18,7 @@ _KEEPS_STRIDES = (
 class MaskedSequential(nn.Sequential):
     """nn.Sequential in which some runs of children are one native call each, forward and backward.
 
-    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d, ReLU. Where only elementwise modules stand before
+    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU and MaxPool2d after it. Where only elementwise modules stand before
     the next MaskedLinear, activations stay batch-minor. The children keep their names, so the state_dict is that of an
     nn.Sequential. Children with hooks are called as usual.
     """
@@ -34,7 +34,10 @@ class MaskedSequential(nn.Sequential):
             elif type(children[start]) is MaskedLinear:
                 x = run_chain(x, children[start:stop:2], _stays_batch_minor(children, stop))
             else:
-                x = run_conv(x, children[start], relu=True)
+                followers = children[start + 1 : stop]
+                pool = followers[-1].kernel_size if isinstance(followers[-1], nn.MaxPool2d) else 1
+                relu = isinstance(followers[0], nn.ReLU)
+                x = run_conv(x, children[start], relu, pool if isinstance(pool, int) else pool[0])
             start = stop
         return x
 
@@ -42,8 +45,10 @@ class MaskedSequential(nn.Sequential):
 def _run_end(children: list[nn.Module], start: int) -> int:
     """One past the end of the longest run at `start`; `start` if there is none."""
     if _sparse(children[start], MaskedConv2d):
-        followed = start + 1 < len(children) and _plain(children[start + 1], nn.ReLU)
-        return start + 2 if followed else start
+        stop = start + 1
+        stop += stop < len(children) and _plain(children[stop], nn.ReLU)
+        stop += stop < len(children) and _plain(children[stop], nn.MaxPool2d) and _tiles(children[stop])
+        return stop if stop > start + 1 else start
     if not _sparse(children[start], MaskedLinear):
         return start
     stop = start + 1
@@ -62,6 +67,16 @@ def _stays_batch_minor(children: list[nn.Module], start: int) -> bool:
         if type(child) not in _KEEPS_STRIDES:
             return False
     return False
+
+
+def _tiles(pool: nn.MaxPool2d) -> bool:
+    """Is it over square windows that cover the image, and in eager mode, where the kernels may see its size?"""
+    size = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
+    stride = pool.stride if isinstance(pool.stride, tuple) else (pool.stride,) * 2
+    simple = (
+        pool.padding in (0, (0, 0)) and pool.dilation in (1, (1, 1)) and not (pool.ceil_mode or pool.return_indices)
+    )
+    return simple and size == stride and size[0] == size[1] <= 15 and not torch.compiler.is_compiling()
 
 
 def _sparse(module: nn.Module, kind: type[nn.Module]) -> bool:

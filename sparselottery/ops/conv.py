@@ -1,4 +1,4 @@
-"""The ops `conv2d` and `conv2d_backward`: one sparse 2-D convolution, with the ReLU that may follow it."""
+"""The ops `conv2d` and `conv2d_backward`: one sparse 2-D convolution, with the ReLU and max pooling that may follow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .common import LIBRARY, autocast, misfit, untraced
 
 LIBRARY.define(
     "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
-    "int[] geometry, bool relu) -> Tensor"
+    "int[] geometry, bool relu, int pool) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "conv2d_backward(Tensor gy, Tensor x, Tensor y, Tensor values, Tensor crow_indices, Tensor col_indices, "
-    "Tensor plan, int[] geometry, bool relu, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)"
+    "conv2d_backward(Tensor gy, Tensor x, Tensor y, Tensor winners, Tensor values, Tensor crow_indices, "
+    "Tensor col_indices, Tensor plan, int[] geometry, bool relu, int pool, bool need_x, bool need_values, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 _CONV2D, _CONV2D_BACKWARD = torch.ops.sparselottery.conv2d.default, torch.ops.sparselottery.conv2d_backward.default
 
@@ -37,10 +38,11 @@ def conv2d(
     plan: Tensor,
     geometry: Geometry,
     relu: bool = False,
+    pool: int = 1,
 ) -> Tensor:
-    """relu?(x * W + b): (N, C, H, W) -> (N, O, OH, OW), differentiable in x, values and bias.
+    """max_pool?(relu?(x * W + b)): (N, C, H, W) -> (N, O, OH // pool, OW // pool), differentiable in x, values and bias.
 
-    y is channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is computed
+    Windows of the pooling are `pool` x `pool` and do not overlap; 1 is none, 15 the largest. y is channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is computed
     from inputs rounded to the autocast dtype.
     Raises TypeError if x, values and bias differ in dtype, ValueError if sizes are not those of the indices and the
     geometry or the kernel does not fit into the padded image.
@@ -59,14 +61,16 @@ def conv2d(
         raise ValueError(f"x: expected shape (N, {geometry.channels}, H, W), got {tuple(x.shape)}")
     if min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
         raise ValueError(f"x: expected an image that the kernel fits into, got {tuple(x.shape)} for {geometry}")
-    args = x, values, bias, crow_indices, col_indices, plan, geometry, relu
+    if pool != 1 and not 1 < pool <= min(15, *geometry.output_size(x.shape[2], x.shape[3])):
+        raise ValueError(f"pool: expected windows of 1 to 15 pixels that fit into the output, got {pool}")
+    args = x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool
     if torch._C._are_functorch_transforms_active():
-        return reference.conv(x, values, bias, crow_indices, col_indices, geometry, relu)
+        return reference.conv(x, values, bias, crow_indices, col_indices, geometry, relu, pool)
     if torch.compiler.is_compiling():
-        return _CONV2D(*args)
+        return _CONV2D(*args)[0]
     if torch.is_grad_enabled():
         return _Conv2d.apply(*args)
-    return (_forward_impl if untraced(x) else _CONV2D)(*args)
+    return (_forward_impl if untraced(x) else _CONV2D)(*args)[0]
 
 
 class _Conv2d(torch.autograd.Function):
@@ -75,11 +79,11 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         if untraced(args[0]):
-            y = _forward_impl(*args)
+            y, winners = _forward_impl(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                y = _CONV2D(*args)
-        _setup_context(ctx, args, y)
+                y, winners = _CONV2D(*args)
+        _setup_context(ctx, args, (y, winners))
         return y
 
     @staticmethod
@@ -88,21 +92,26 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, bias, crow_indices, col_indices, plan, geometry, relu = inputs
-    ctx.save_for_backward(x, values, bias, output if relu else None)
-    ctx.indices, ctx.geometry, ctx.relu = (crow_indices, col_indices, plan), geometry, relu
+    x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool = inputs
+    y, winners = output
+    ctx.save_for_backward(x, values, bias, y if relu and pool == 1 else None, winners)
+    ctx.indices, ctx.settings = (crow_indices, col_indices, plan), (geometry, relu, pool)
 
 
 def _backward(ctx, gy):
-    x, values, bias, y = ctx.saved_tensors
+    x, values, bias, y, winners = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         grads = _differentiable_backward(ctx, gy, (x, values, bias), needs)
     else:
         op = _backward_impl if untraced(gy) else _CONV2D_BACKWARD
         y = x.new_empty(0) if y is None else y
-        grads = op(gy, x, y, values, *ctx.indices, ctx.geometry, ctx.relu, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 5
+        grads = op(gy, x, y, winners, values, *ctx.indices, *ctx.settings, *needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
+
+
+def _op_backward(ctx, gy, _gwinners):
+    return _backward(ctx, gy)
 
 
 def _differentiable_backward(ctx, gy, inputs, needs):
@@ -110,7 +119,8 @@ def _differentiable_backward(ctx, gy, inputs, needs):
     # aliases: the gradient stops here, wherever x comes from
     x, values, bias = (None if t is None else t.view_as(t) for t in inputs)
     crow_indices, col_indices, _ = ctx.indices
-    y = reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*ctx.geometry), ctx.relu)
+    geometry, relu, pool = ctx.settings
+    y = reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*geometry), relu, pool)
     needed = [t for t, need in zip((x, values, bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, needed, gy, create_graph=True))
     return [next(grads) if need else None for need in needs]
@@ -121,23 +131,25 @@ def _backend(x, plan):
     return cpu if x.is_cpu and x.numel() and cpu.supports(x.dtype, [plan]) else reference
 
 
-def _forward_impl(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
-    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), relu
+def _forward_impl(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
+    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), relu, pool
     return _backend(x, plan).conv_forward(*args)
 
 
-def _backward_impl(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, *needs):
-    args = gy, x, y, values, crow_indices, col_indices, plan, Geometry(*geometry), relu, *needs
+def _backward_impl(gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, *rest):
+    args = gy, x, y, winners, values, crow_indices, col_indices, plan, Geometry(*geometry), *rest
     return _backend(x, plan).conv_backward(*args)
 
 
-def _forward_fake(x, values, bias, crow_indices, col_indices, plan, geometry, relu):
-    size = Geometry(*geometry).output_size(x.shape[2], x.shape[3])
-    y = x.new_empty(x.shape[0], crow_indices.shape[0] - 1, *size)
-    return y.contiguous(memory_format=reference.image_format(x))
+def _forward_fake(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
+    height, width = Geometry(*geometry).output_size(x.shape[2], x.shape[3])
+    shape = x.shape[0], crow_indices.shape[0] - 1, height // pool, width // pool
+    winners = x.new_empty(reference.winners_shape(shape) if pool > 1 else 0, dtype=torch.uint8)
+    return x.new_empty(shape).contiguous(memory_format=reference.image_format(x)), winners
 
 
-def _backward_fake(gy, x, y, values, crow_indices, col_indices, plan, geometry, relu, need_x, need_values, need_bias):
+def _backward_fake(gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, relu, pool, *needs):
+    need_x, need_values, need_bias = needs
     gx = x.new_empty(x.shape if need_x else 0)
     gx = gx.contiguous(memory_format=reference.image_format(x)) if need_x else gx
     gvalues = values.new_empty(values.shape if need_values else 0)
@@ -148,4 +160,4 @@ LIBRARY.impl("conv2d", _forward_impl, "CompositeExplicitAutograd")
 LIBRARY.impl("conv2d_backward", _backward_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("sparselottery::conv2d", _forward_fake)
 torch.library.register_fake("sparselottery::conv2d_backward", _backward_fake)
-torch.library.register_autograd("sparselottery::conv2d", _backward, setup_context=_setup_context)
+torch.library.register_autograd("sparselottery::conv2d", _op_backward, setup_context=_setup_context)
