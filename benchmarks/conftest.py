@@ -9,8 +9,6 @@ import torch
 
 from benchmarks import peers, results, timing
 
-THREADS = 2
-
 
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, default=2.5, help="time budget of a benchmark case")
@@ -23,15 +21,15 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if peers.SPARSEPROP_MISSING:
-        terminalreporter.write_line(peers.SPARSEPROP_MISSING)
+    for reason in filter(None, (peers.SPARSEPROP_MISSING, peers.COMPILER_MISSING)):
+        terminalreporter.write_line(reason)
 
 
 @pytest.fixture(scope="module")
 def rows(request):
     """Collects the rows of a module (test_bench_<name>.py), which become <name>.csv when all its tests have run."""
     collected: list[dict] = []
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(results.THREADS)
     yield collected
     if collected:
         name = request.module.__name__.rpartition("test_bench_")[2]

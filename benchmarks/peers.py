@@ -6,6 +6,8 @@ Modules run as users run them, through autograd; the hand-composed peers pay for
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ try:
     SPARSEPROP_MISSING = None
 except ImportError as error:
     SPARSEPROP_MISSING = f"SparseProp is not installed ({error}); `make peers` installs it"
+COMPILER = os.environ.get("CXX", "g++")  # where torch.compile looks
+COMPILER_MISSING = None if shutil.which(COMPILER) else f"no C++ compiler {COMPILER}, so no row of torch.compile"
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,18 @@ class Problem:
 def nn_linear(problem: Problem, backward: bool) -> Candidate:
     """torch's dense layer (MKL)."""
     layer = _linear(problem)
-    return _module(problem, layer, lambda: layer.weight.grad[problem.mask], backward)
+    return module(problem, layer, lambda: layer.weight.grad[problem.mask], backward)
 
 
 def sparselottery(problem: Problem, backward: bool) -> Candidate:
     layer = MaskedLinear.from_dense(_linear(problem), problem.mask)
-    return _module(problem, layer, lambda: layer.values.grad, backward)
+    return module(problem, layer, lambda: layer.values.grad, backward)
 
 
 def sparseprop(problem: Problem, backward: bool) -> Candidate:
     """The AVX2 kernels of Nikdan et al. (2023). It infers the mask from weight != 0, which holds for our weights."""
     layer = SparseLinear(problem.weight, bias=nn.Parameter(problem.bias.clone()))
-    return _module(problem, layer, lambda: layer.W_val.grad, backward)
+    return module(problem, layer, lambda: layer.W_val.grad, backward)
 
 
 def onednn(problem: Problem, backward: bool) -> Candidate:
@@ -139,8 +143,17 @@ def _linear(problem: Problem) -> nn.Linear:
     return linear
 
 
-def _module(problem: Problem, layer: nn.Module, gvalues: Callable[[], Tensor], backward: bool) -> Candidate:
-    """A layer run as users run it: under no_grad, or forward and backward with a gradient for x as well."""
+def module(
+    problem,
+    layer: nn.Module,
+    gvalues: Callable[[], Tensor],
+    backward: bool,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Candidate:
+    """A layer run as users run it: under no_grad, or forward and backward with a gradient for x as well.
+
+    problem: has `x` and `gy`. y comes in `memory_format`, the gradient of x in the format of x.
+    """
     leaves = [problem.x.clone().requires_grad_(backward), *layer.parameters()]
     x = leaves[0]
     y = x
@@ -148,13 +161,13 @@ def _module(problem: Problem, layer: nn.Module, gvalues: Callable[[], Tensor], b
     def forward() -> None:
         nonlocal y
         with torch.no_grad():
-            y = layer(x).contiguous()
+            y = layer(x).contiguous(memory_format=memory_format)
 
     def forward_backward() -> None:
         nonlocal y
         for leaf in leaves:
             leaf.grad = None
-        y = layer(x).contiguous()
+        y = layer(x).contiguous(memory_format=memory_format)
         y.backward(problem.gy)
 
     if backward:

@@ -1,4 +1,7 @@
-"""Draws speed-up against density from the CSV files alone, losing rows included: `python -m benchmarks.plot [DIR]`."""
+"""Draws speed-up against density from the CSV files alone, losing rows included: `python -m benchmarks.plot [DIR]`.
+
+A small circle marks where dense overtakes. Without DIR, the folders of all machines are drawn.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,13 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
 
-PANELS = {  # file -> columns that name a panel
-    "linear": ("op", "batch", "in_features", "out_features"),
-    "batch1": ("in_features", "out_features"),
-    "mlp_step": ("net", "batch"),
+CONV = "{batch:g} x {channels:g} -> {filters:g}, {kernel:g}x{kernel:g}/{stride:g}, {size:g}x{size:g}"
+PANELS = {  # file -> the title of a row's panel
+    "linear": "{op}, {batch:g}, {in_features:g}, {out_features:g}",
+    "batch1": "{in_features:g}, {out_features:g}",
+    "mlp_step": "{net}, {batch:g}",
+    "conv": "{op}, {layout}\n" + CONV,
+    "conv_step": "{net}, {batch:g}",
 }
 LABELS = {
     "nn_linear": "nn.Linear (MKL)",
@@ -31,22 +37,26 @@ LABELS = {
     "sparseprop": "SparseProp",
     "masked_dense": "w * mask",
     "dense": "unpruned",
+    "masked_dense_channels_last": "w * mask, channels_last",
+    "nn_conv2d": "nn.Conv2d NCHW",
+    "nn_conv2d_channels_last": "nn.Conv2d channels_last",
 }
 TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 
 
 def main(folder: Path) -> None:
-    for name, keys in PANELS.items():
+    for name, title in PANELS.items():
         source = folder / f"{name}.csv"
         if source.exists():
-            draw(source, keys, folder / f"{name}.svg")
+            draw(source, title, folder / f"{name}.svg")
             print(f"{source} -> {folder / name}.svg")
 
 
-def draw(source: Path, keys: tuple[str, ...], target: Path) -> None:
-    """A panel for each combination of `keys`, a line for each implementation, written atomically as SVG."""
+def draw(source: Path, title: str, target: Path) -> None:
+    """A panel for each `title` of a row, a line for each implementation, written atomically as SVG."""
     head, rows = results.read(source)
-    panels = sorted(dict.fromkeys(tuple(row[key] for key in keys) for row in rows), key=lambda panel: panel[0])
+    titles = dict.fromkeys(title.format_map(row) for row in rows)
+    panels = sorted(titles, key=lambda panel: panel.partition(",")[0])  # an op's are together, in the file's order
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     size = max(7, 3.6 * columns), 3.2 * lines
@@ -56,11 +66,11 @@ def draw(source: Path, keys: tuple[str, ...], target: Path) -> None:
             points = sorted(
                 (row["density"], row["speedup"])
                 for row in rows
-                if row["impl"] == impl and tuple(row[key] for key in keys) == panel
+                if row["impl"] == impl and title.format_map(row) == panel
             )
             if points:
                 draw_line(axis, LABELS[impl], points, f"C{list(LABELS).index(impl)}")
-        decorate(axis, ", ".join(f"{value:g}" if isinstance(value, float) else value for value in panel))
+        decorate(axis, panel)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"times faster with {results.OURS}")
     drawn = [line for axis in axes.flat for line in axis.get_lines()]
@@ -104,4 +114,5 @@ def decorate(axis: Axes, title: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else results.FOLDER)
+    for each in results.folders(sys.argv[1:]):
+        main(each)

@@ -1,6 +1,7 @@
 """Prints each bar of the project beside the measured rows: `python -m benchmarks.report [DIR]`.
 
 A bar is reached when the statistic (the geometric mean or the minimum over the rows it names) is at or above it.
+Without DIR, the folders of all machines are reported.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ class Bar:
 
 
 DENSE, ONEDNN, MASKED = ("nn_linear",), ("onednn",), ("masked_dense",)
+CONV, SPARSEPROP = ("nn_conv2d", "nn_conv2d_channels_last"), ("sparseprop",)
+CONV_MASKED, NET = ("masked_dense", "masked_dense_channels_last"), ("dense", "dense_channels_last", "dense_compiled")
 BOTH, FORWARD = {"op": "forward+backward"}, {"op": "forward"}
-MLP, LENET = {"net": "mlp-2048"}, {"net": "lenet-300-100"}
+MLP, LENET, CONV6 = {"net": "mlp-2048"}, {"net": "lenet-300-100"}, {"net": "conv-6"}
+CONV3 = {**BOTH, "layout": "nchw", "batch": 128, "kernel": 3, "stride": 1}
 BARS = [
     Bar("linear fwd+bwd vs nn.Linear, 50 % pruned", 1.7, None, "linear", DENSE, {**BOTH, "density": 0.5}),
     Bar("linear fwd+bwd vs nn.Linear, 80 %", 4, None, "linear", DENSE, {**BOTH, "density": 0.2}),
@@ -57,25 +61,38 @@ BARS = [
     Bar("MLP step vs w*mask, 95 %", 13, 18, "mlp_step", MASKED, {**MLP, "density": 0.05}),
     Bar("Lenet step vs w*mask, 90 %", 2.2, None, "mlp_step", MASKED, {**LENET, "density": 0.1}),
     Bar("Lenet step vs w*mask, 95 %", 2.8, 5, "mlp_step", MASKED, {**LENET, "density": 0.05}),
+    Bar("conv 3x3 fwd+bwd vs better nn.Conv2d, 50 %", 1.3, None, "conv", CONV, {**CONV3, "density": 0.5}),
+    Bar("conv 3x3 fwd+bwd vs better nn.Conv2d, 80 %", 2.5, None, "conv", CONV, {**CONV3, "density": 0.2}),
+    Bar("conv 3x3 fwd+bwd vs better nn.Conv2d, 90 %", 3.5, 6, "conv", CONV, {**CONV3, "density": 0.1}),
+    Bar("conv 3x3 fwd+bwd vs better nn.Conv2d, 95 %", 5, None, "conv", CONV, {**CONV3, "density": 0.05}),
+    Bar("conv vs better nn.Conv2d, worst case", 0.95, None, "conv", CONV, {}, min),
+    Bar("conv fwd+bwd vs SparseProp, 80-95 %", 3, None, "conv", SPARSEPROP, BOTH),
+    Bar("conv-6 step vs better w*mask, 90 %", 3.5, None, "conv_step", CONV_MASKED, {**CONV6, "density": 0.1}),
+    Bar("conv-6 step vs better w*mask, 95 %", 4.5, 6, "conv_step", CONV_MASKED, {**CONV6, "density": 0.05}),
+    Bar("conv-6 step vs better w*mask, 98 %", 6, None, "conv_step", CONV_MASKED, {**CONV6, "density": 0.02}),
+    Bar("VGG-19 forward, batch 1 vs best dense, 95 %", 4, None, "conv_net", NET, {"batch": 1}),
+    Bar("VGG-19 forward, batch 128 vs best dense, 95 %", 5, None, "conv_net", NET, {"batch": 128}),
 ]
 
 
 def main(folder: Path) -> None:
     paths = [folder / f"{name}.csv" for name in dict.fromkeys(bar.file for bar in BARS)]
     files = {path.stem: results.read(path) for path in paths if path.exists()}
+    print(f"{folder}\n")
     for name, (head, rows) in files.items():
         impls = dict.fromkeys(row["impl"] for row in rows)
         print(f"{name}.csv: {len(rows)} rows; {'; '.join(head.values())}\n    measured: {', '.join(impls)}")
-    print(f"\n{'':44} {'bar':>6} {'aim':>6} {'here':>7}   {'lowest..highest':>17}")
+    print(f"\n{'':46} {'bar':>6} {'aim':>6} {'here':>7}   {'lowest..highest':>17}")
     for bar in BARS:
         speedups = bar.speedups(files[bar.file][1]) if bar.file in files else []
         if not speedups:
-            print(f"{bar.what:44} {_times(bar.bar):>6} {_times(bar.aim):>6}   no rows")
+            print(f"{bar.what:46} {_times(bar.bar):>6} {_times(bar.aim):>6}   no rows")
             continue
         here = bar.statistic(speedups)
         verdict = "aim" if bar.aim and here >= bar.aim else "bar" if bar.bar and here >= bar.bar else "short"
         spread = f"{min(speedups):.2f}..{max(speedups):.2f} of {len(speedups)}"
-        print(f"{bar.what:44} {_times(bar.bar):>6} {_times(bar.aim):>6} {here:>6.2f}x   {spread:>17}  {verdict}")
+        print(f"{bar.what:46} {_times(bar.bar):>6} {_times(bar.aim):>6} {here:>6.2f}x   {spread:>17}  {verdict}")
+    print()
 
 
 def _times(factor: float | None) -> str:
@@ -83,4 +100,5 @@ def _times(factor: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else results.FOLDER)
+    for each in results.folders(sys.argv[1:]):
+        main(each)

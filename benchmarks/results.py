@@ -1,4 +1,7 @@
-"""Rows <-> CSV files: `# key: value` lines that name the machine, the versions and the date, then a table."""
+"""Rows <-> CSV files: `# key: value` lines that name the machine, the versions and the date, then a table.
+
+Each machine has a folder of its own, results/<machine>/.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import datetime
 import io
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -14,31 +18,54 @@ import torch
 import sparselottery
 from sparselottery.kernels import backends
 
-FOLDER = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"
 OURS = "sparselottery"
+THREADS = 2  # of every measurement
+
+
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def cpu_model(facts: dict[str, str]) -> str:
+    """The processor as the operating system names it."""
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
+def machine(facts: dict[str, str]) -> str:
+    """A short name for a folder: epyc-zen5; of a processor whose generation is not known here, all of `cpu_model`."""
+    if facts.get("vendor_id") == "AuthenticAMD":
+        family, model = int(facts["cpu family"]), int(facts["model"])
+        zen = "zen5" if family == 26 else "zen4" if family == 25 and 16 <= model < 32 else None
+        if zen:
+            return f"{facts['model name'].split()[1].lower()}-{zen}"
+    return re.sub("[^a-z0-9]+", "-", cpu_model(facts).lower()).strip("-")
+
+
+FOLDER = RESULTS / machine(cpu_facts())
+
+
+def folders(given: list[str]) -> list[Path]:
+    """The folders named on a command line; without one, those of all machines."""
+    return [Path(name) for name in given] or sorted(path for path in RESULTS.iterdir() if path.is_dir())
 
 
 def header() -> dict[str, str]:
     """What the rows were measured on and with, and when."""
     return {
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{cpu_model(cpu_facts())}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "isa": f"torch {torch.backends.cpu.get_cpu_capability()}; sparselottery {backends()['cpu']}",
         "versions": f"torch {torch.__version__}, sparselottery {sparselottery.__version__}, "
         f"python {platform.python_version()}",
         "date": datetime.date.today().isoformat(),
     }
-
-
-def cpu_model() -> str:
-    """The processor as the operating system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in facts:
-        return platform.machine()
-    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -6,24 +6,17 @@ net costs.
 
 from __future__ import annotations
 
-from copy import deepcopy
-from functools import partial
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.timing import Candidate
+from benchmarks import steps
 from sparselottery import convert, to_dense
 from sparselottery.lab.controls import masked_dense
 from sparselottery.lab.models import lenet_300_100
-from sparselottery.lab.training import stepper
 from sparselottery.lottery import prune
 
 NETS = {"mlp-2048": ((2048, 2048), 256), "lenet-300-100": ((300, 100), 60)}  # hidden widths, batch
 DENSITIES = [0.5, 0.2, 0.1, 0.05, 0.02]  # of every layer
-LEARNING_RATE = 1e-6  # the nets hardly move, so that loss and gradients stay alike (and normal numbers) for all steps
 TOLERANCE = 1e-2  # rounding flips a few ReLUs against fp64, each worth one sample's share of a gradient
 
 
@@ -37,22 +30,11 @@ def test_mlp_step(net, density, measure):
     sparse = convert(model, masks)
     dense = to_dense(sparse)
     models = {"sparselottery": sparse, "masked_dense": masked_dense(model, masks), "dense": dense}
-    truth = deepcopy(dense).double()
-    F.cross_entropy(truth(x.double()), labels).backward()
     measure(
-        {
-            name: Candidate(partial(stepper(model, LEARNING_RATE), x, labels), partial(gradients, model, masks))
-            for name, model in models.items()
-        },
-        gradients(truth, masks),
+        {name: steps.step(model, x, labels, masks) for name, model in models.items()},
+        steps.true_gradients(dense, x, labels, masks),
         TOLERANCE,
         net=net,
         batch=batch,
         density=density,
     )
-
-
-def gradients(model: nn.Module, masks: dict[str, Tensor]) -> list[Tensor]:
-    """The gradients of all parameters in order, the dense ones at the mask."""
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return [grad[masks[name]] if name in masks else grad for name, grad in grads.items()]

@@ -20,6 +20,7 @@ from torch import Tensor
 MIN_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 MIN_ROUNDS = 5  # clean samples of each candidate, whatever the budget
 WARM_UP = 5  # calls; the first ones also pay for autotuning
+WARM_UP_SECONDS = 0.2  # after which long calls are warm enough
 STALL = 1.5  # a sample this many times the lower quartile of its candidate is a stall, and dropped
 PATIENCE = 4  # give up after this many times the budget and MIN_ROUNDS
 
@@ -85,8 +86,10 @@ def clean_samples(rounds: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 def _calls(run: Callable[[], object]) -> int:
     """Calls in a sample, so that it lasts MIN_SAMPLE; warms up on the way."""
-    best = min(_sample(run, 1) for _ in range(WARM_UP))
-    return max(1, math.ceil(MIN_SAMPLE / best))
+    samples: list[float] = []
+    while len(samples) < WARM_UP and sum(samples) < WARM_UP_SECONDS:
+        samples.append(_sample(run, 1))
+    return max(1, math.ceil(MIN_SAMPLE / min(samples)))
 
 
 def _sample(run: Callable[[], object], calls: int) -> float:

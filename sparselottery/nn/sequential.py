@@ -18,9 +18,9 @@ _KEEPS_STRIDES = (
 class MaskedSequential(nn.Sequential):
     """nn.Sequential in which some runs of children are one native call each, forward and backward.
 
-    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU and MaxPool2d after it. Where only elementwise modules stand before
-    the next MaskedLinear, activations stay batch-minor. The children keep their names, so the state_dict is that of an
-    nn.Sequential. Children with hooks are called as usual.
+    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU and MaxPool2d after it. Where only
+    elementwise modules stand before the next MaskedLinear, activations stay batch-minor. The children keep their names,
+    so the state_dict is that of an nn.Sequential. Children with hooks are called as usual.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,10 +40,11 @@ def conv2d(
     relu: bool = False,
     pool: int = 1,
 ) -> Tensor:
-    """max_pool?(relu?(x * W + b)): (N, C, H, W) -> (N, O, OH // pool, OW // pool), differentiable in x, values and bias.
+    """max_pool?(relu?(x * W + b)): (N, C, H, W) -> (N, O, OH // pool, OW // pool).
 
-    Windows of the pooling are `pool` x `pool` and do not overlap; 1 is none, 15 the largest. y is channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is computed
-    from inputs rounded to the autocast dtype.
+    Differentiable in x, values and bias. Windows of the pooling are `pool` x `pool` and do not overlap; 1 is none, 15
+    the largest. y is channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is
+    computed from inputs rounded to the autocast dtype.
     Raises TypeError if x, values and bias differ in dtype, ValueError if sizes are not those of the indices and the
     geometry or the kernel does not fit into the padded image.
     """
