@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .reference import (
     Geometry,
+    Norm,
     image_format,
     is_packed,
+    lanes,
     leading_dim,
     pack,
     saved_features,
@@ -191,23 +193,37 @@ def conv_block(geometry: Geometry, density: float, channels: int) -> int:
     return min(max(1, fits, int(12 / max(density * taps, 1e-9))), max(1, channels), 65536 // taps)
 
 
-def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
+def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool, norm=None):
     """As reference.conv_forward."""
     if x.dtype in _HALF:
         wide = x.float(), values.float(), None if bias is None else bias.float()
-        y, winners = conv_forward(*wide, crow_indices, col_indices, plan, geometry, relu, pool)
+        norm = norm and Norm(*(None if t is None else t.float() for t in norm[:4]), norm.epsilon)
+        y, winners = conv_forward(*wide, crow_indices, col_indices, plan, geometry, relu, pool, norm)
         return y.to(x.dtype), winners
     geometry, x = Geometry(*geometry), _dense_images(x)
     out_size = geometry.output_size(*x.shape[2:])
     shape = x.shape[0], crow_indices.shape[0] - 1, *(size // pool for size in out_size)
     y = torch.empty(shape, dtype=x.dtype, memory_format=image_format(x))
-    winners = torch.empty(winners_shape(shape) if pool > 1 else 0, dtype=torch.uint8)
+    size = winners_shape(*shape[:2], geometry, out_size, pool) if pool > 1 else 0
+    winners = torch.empty(size, dtype=torch.uint8)
     values, bias = values.contiguous(), None if bias is None else bias.contiguous()
     pointers = [plan.data_ptr(), values.data_ptr(), 0 if bias is None else bias.data_ptr()]
     strides = [*_strides(x), *_strides(y), 0, 0, 0, 0, 0, 0]
     taps = array("i", _taps(geometry))
-    args = [*_sizes(x, y, out_size, relu, pool), taps.buffer_info()[0], *pointers, x.data_ptr(), y.data_ptr(), 0, 0]
-    _call(_LIBRARY.sparselottery_conv_forward, [*args, *strides, 0, 0, winners.data_ptr()])
+    args = [
+        *_sizes(x, y, geometry, out_size, relu, pool),
+        taps.buffer_info()[0],
+        *pointers,
+        x.data_ptr(),
+        y.data_ptr(),
+        0,
+        0,
+    ]
+    statistics, epsilon = [0, 0, 0, 0], 0.0
+    if norm is not None:
+        norm = Norm(*(None if t is None else t.contiguous() for t in norm[:4]), norm.epsilon)
+        statistics, epsilon = [0 if t is None else t.data_ptr() for t in norm[:4]], norm.epsilon
+    _call(_LIBRARY.sparselottery_conv_forward, [*args, *strides, 0, 0, winners.data_ptr(), *statistics, _bits(epsilon)])
     return y, winners
 
 
@@ -230,9 +246,15 @@ def conv_backward(
     strides = [*_strides(x), 0, 0, 0, *_strides(gy), *(_strides(gx) if need_x else (0, 0, 0))]
     taps = array("i", _taps(geometry))
     out_size = geometry.output_size(*x.shape[2:])
-    args = [*_sizes(x, gy, out_size, relu, pool), taps.buffer_info()[0], plan.data_ptr(), values.data_ptr(), 0]
+    args = [
+        *_sizes(x, gy, geometry, out_size, relu, pool),
+        taps.buffer_info()[0],
+        plan.data_ptr(),
+        values.data_ptr(),
+        0,
+    ]
     args += [x.data_ptr(), y.data_ptr() if gated else 0, gy.data_ptr(), gx.data_ptr(), *strides]
-    args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr()]
+    args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr(), 0, 0, 0, 0, 0]
     _call(_LIBRARY.sparselottery_conv_backward, args)
     return gx, gvalues, gbias
 
@@ -243,9 +265,10 @@ def _taps(g: Geometry) -> list[int]:
     return [g.channels, *around, g.groups]
 
 
-def _sizes(x: Tensor, y: Tensor, out_size: tuple[int, int], relu: bool, pool: int) -> list[int]:
+def _sizes(x: Tensor, y: Tensor, geometry: Geometry, out_size: tuple[int, int], relu: bool, pool: int) -> list[int]:
     """The head of ConvArgs in csrc/cut.h: y may be pooled, out_size is before that."""
-    return [x.element_size() == 8, torch.get_num_threads(), relu, pool, *x.shape, y.shape[1], *out_size]
+    flat = lanes(x.shape[0], geometry, out_size) == 1
+    return [x.element_size() == 8, torch.get_num_threads(), flat, relu, pool, *x.shape, y.shape[1], *out_size]
 
 
 def _dense_images(x: Tensor) -> Tensor:
@@ -270,6 +293,11 @@ def _call(function: Callable[[int], None], args: list[int]) -> None:
     """Calls a function of csrc/chain.cpp: an Args and its Layers, all fields 8 bytes."""
     block = array("q", args)
     function(block.buffer_info()[0])
+
+
+def _bits(number: float) -> int:
+    """A double as the integer of the same bits."""
+    return array("q", array("d", [number]).tobytes())[0]
 
 
 def _layout(x: Tensor) -> tuple[Tensor, int, int]:

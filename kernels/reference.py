@@ -6,7 +6,6 @@ int32`, `col_indices (nnz,) int32`, ascending within a row. All functions are di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +40,6 @@ def sddmm(gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> T
 # Packed activations: batch-minor (features, ld), ld >= N a multiple of the widest vector, columns N.. are zero.
 
 LANES = 16
-FEW_IMAGES = 8  # up to here csrc/cut.h takes pixels for lanes
 
 
 def leading_dim(batch: int) -> int:
@@ -167,21 +165,46 @@ def conv(x, values, bias, crow_indices, col_indices, geometry, relu, pool):
     return F.max_pool2d(y, pool) if pool > 1 else y
 
 
-def winners_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of what is kept for the gradient of a pooling whose result has `shape` (N, O, PH, PW)."""
-    images, channels, height, width = shape
-    lanes = LANES if images > FEW_IMAGES else 1
-    return (images + lanes - 1) // lanes, channels, height, width, lanes
+def lanes(images: int, geometry: Geometry, out_size: tuple[int, int]) -> int:
+    """How many images a vector of the native kernels holds, pixel by pixel: LANES, or 1, pixels then being the lanes.
+
+    Pixels run on through the padding of their rows, and are a third slower for being unaligned; lanes of missing images
+    are lost as well.
+    """
+    height, width = out_size
+    halo = (geometry.kernel_w - 1) * geometry.dilation_w // geometry.stride_w
+    pixels = ((height - 1) * (width + halo) + width + LANES - 1) // LANES
+    return 1 if 4 * images * pixels < 3 * height * width * ((images + LANES - 1) // LANES) else LANES
 
 
-def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
+def winners_shape(images: int, channels: int, geometry: Geometry, out_size: tuple[int, int], pool: int) -> list[int]:
+    """Of what is kept for the gradient of a pooling; out_size is before that."""
+    per_group = lanes(images, geometry, out_size)
+    return [(images + per_group - 1) // per_group, channels, out_size[0] // pool, out_size[1] // pool, per_group]
+
+
+class Norm(NamedTuple):
+    """A batchnorm by running statistics: tensors (O,); weight and bias may be None."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+
+
+def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool, norm=None):
     """(N, C, H, W) of any strides -> y (N, O, PH, PW) in the `image_format` of x, and the winners of the pooling.
 
-    After the convolution comes a ReLU if `relu`, then max pooling by windows of `pool` x `pool`; pool = 1 is none.
+    After the convolution comes the `Norm`, if any, for which there is no gradient here, then a ReLU if `relu`, then max
+    pooling by windows of `pool` x `pool`; pool = 1 is none.
     winners, uint8 of `winners_shape`, is which pixel of its window won, row-major, or 255 where the ReLU let nothing
     through: (group of images, channel, row, column, image of the group). It is empty without pooling.
     """
-    y = conv(x, values, bias, crow_indices, col_indices, geometry, relu, 1)
+    y = conv(x, values, bias, crow_indices, col_indices, geometry, relu and norm is None, 1)
+    if norm is not None:
+        y = F.batch_norm(y, *norm[:4], training=False, eps=norm.epsilon)
+        y = torch.relu(y) if relu else y
     if pool == 1:
         return y.contiguous(memory_format=image_format(x)), x.new_empty(0, dtype=torch.uint8)
     windows = y[:, :, : y.shape[2] // pool * pool, : y.shape[3] // pool * pool]
@@ -189,7 +212,7 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
     best, which = windows.max(-1)
     if relu:
         which = torch.where(best > 0, which, 255)
-    shape = winners_shape(best.shape)
+    shape = winners_shape(*y.shape[:2], geometry, (y.shape[2], y.shape[3]), pool)
     winners = which.new_zeros((shape[0] * shape[-1], *best.shape[1:]), dtype=torch.uint8)
     winners[: len(x)] = which
     winners = winners.unflatten(0, (shape[0], shape[-1])).movedim(1, -1).contiguous()

@@ -18,7 +18,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Conv:
-    """y = x * W + b, a ReLU if `relu`, max pooling; gy is y's gradient, mask the survivors of W (O, C / groups, R, S)."""
+    """y = x * W + b, a ReLU if `relu`, pooling; gy is y's gradient, mask the survivors of W (O, C / groups, R, S)."""
 
     x: Tensor
     gy: Tensor

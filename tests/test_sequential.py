@@ -217,7 +217,7 @@ def test_a_convolution_and_what_follows_are_one_call(monkeypatch, name):
     children, calls, conv2d = [child.double() for child in make()], [], ops.conv2d
     x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
     plain = results(nn.Sequential(*children), x)
-    monkeypatch.setattr(ops, "conv2d", lambda *args: calls.append(args[-2:]) or conv2d(*args))
+    monkeypatch.setattr(ops, "conv2d", lambda *args: calls.append(args[-3:-1]) or conv2d(*args))
     model = MaskedSequential(*children)
     assert_same(results(model, x), plain)
     assert calls == expected
@@ -245,3 +245,42 @@ def test_a_chain_ends_at_a_layer_that_executes_densely(monkeypatch):
     y = model(x)
     assert made == [2, 1]
     torch.testing.assert_close(y, nn.Sequential(*model)(x))
+
+
+def norm(**arguments):
+    """A batchnorm of 6 channels that has seen some data."""
+    module = nn.BatchNorm2d(6, **arguments)
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -2, 2)
+    module(3 * torch.randn(5, 6, 4, 4) + 1)
+    return module
+
+
+NORMS = {
+    "a norm": (lambda: [conv(4, 6), norm()], True),
+    "a norm without a scale": (lambda: [conv(4, 6, bias=False), norm(affine=False), nn.ReLU()], True),
+    "a norm and all else": (lambda: [conv(4, 6, padding=1), norm(eps=0.1), nn.ReLU(), nn.MaxPool2d(2)], True),
+    "a norm of each batch": (lambda: [conv(4, 6), norm(track_running_stats=False), nn.ReLU()], False),
+    "a ReLU before the norm": (lambda: [conv(4, 6), nn.ReLU(), norm()], False),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_in_the_call_in_evaluation_without_gradients(monkeypatch, name, dtype, batch):
+    make, expected = NORMS[name]
+    children, norms, conv2d = [child.to(dtype) for child in make()], [], ops.conv2d
+    monkeypatch.setattr(ops, "conv2d", lambda *args: norms.append(args[-1] is not None) or conv2d(*args))
+    plain, model = nn.Sequential(*children).eval(), MaskedSequential(*children).eval()
+    x = torch.randn(batch, 4, 9, 10).to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x), plain(x), **({} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.05})
+        )
+    assert norms == [expected, False]
+    norms.clear()
+    results(model, x)
+    with torch.no_grad():
+        model.train()(x)
+    assert norms == [False, False]

@@ -4,6 +4,8 @@
 // (a table holds them); then each step multiplies all weights with a few vectors of neighbouring output pixels. A vector
 // holds one pixel of kLanes images or, where the batch is too small for that, kLanes pixels of one image. For a stride,
 // pixels with the same coordinates modulo the stride (a phase) lie together, so that neighbours stay neighbours.
+#include <cmath>
+
 #include "cut.h"
 #include "tile.h"
 
@@ -12,6 +14,15 @@ namespace {
 thread_local Scratch blocks;         // of a thread
 thread_local Scratch gradients;      // of the calling thread: every thread's share of gvalues and gbias
 thread_local Scratch offset_tables;  // of the calling thread
+
+// Channel o by its running statistics: (y - mean) / sqrt(variance + epsilon) * gain + offset.
+template <class T>
+void normalise(const ConvArgs& a, int64_t o, T* y, int64_t count) {
+    const auto of = [&](const void* p, T otherwise) { return p ? static_cast<const T*>(p)[o] : otherwise; };
+    const T scale = of(a.gain, 1) / std::sqrt(of(a.variance, 1) + T(a.epsilon));
+    const T shift = of(a.offset, 0) - of(a.mean, 0) * scale;
+    for (int64_t i = 0; i < count; ++i) y[i] = y[i] * scale + shift;
+}
 
 template <class T>
 void forward(const ConvArgs& a) {
@@ -48,12 +59,15 @@ void forward(const ConvArgs& a) {
                                                    Mapped{table + b * s.block}, out + strip * s.strip * plane + step.at,
                                                    plane);
                 });
-            if (a.pool > 1)
-                for (int64_t o = channel; o < channel + channels; ++o)
-                    pool_plane<T>(out + o * plane, output.pitch, cut.lanes, a.windows(), a.relu, image, o, begin / a.pool,
-                                  end / a.pool, a.winners);
-            else if (a.relu)
-                for (T* y = out + channel * plane; y < out + (channel + channels) * plane; ++y) *y = *y < 0 ? T(0) : *y;
+            for (int64_t o = channel; o < channel + channels; ++o) {
+                T* y = out + o * plane;
+                if (a.mean) normalise<T>(a, o, y, plane);
+                if (a.pool > 1)
+                    pool_plane<T>(y, output.pitch, cut.lanes, a.windows(), a.relu, image, o, begin / a.pool, end / a.pool,
+                                  a.winners);
+                else if (a.relu)
+                    for (int64_t i = 0; i < plane; ++i) y[i] = y[i] < 0 ? T(0) : y[i];
+            }
             Images<T> y = images<T>(a, a.y, a.y_strides, true);
             y.data += channel * y.channel;
             y.channels = channels;

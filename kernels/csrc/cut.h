@@ -8,8 +8,8 @@
 #include "pool.h"
 #include "team.h"
 
-struct ConvArgs {  // mirrored in cpu.py
-    int64_t is_double, threads, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
+struct ConvArgs {  // mirrored in cpu.py; flat: pixels are lanes
+    int64_t is_double, threads, flat, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
     const Taps* taps;
     const int32_t* plan;
     const void *values, *bias;  // bias: null if none
@@ -17,6 +17,8 @@ struct ConvArgs {  // mirrored in cpu.py
     int64_t x_strides[3], y_strides[3], gy_strides[3], gx_strides[3];  // image, channel, pixel
     void *gvalues, *gbias;                                             // null where not needed
     uint8_t* winners;  // of the pooling: written by forward, read by backward
+    const void *mean, *variance, *gain, *offset;  // of a batchnorm by running statistics; all null: none; no backward
+    double epsilon;
     int64_t pooled_height() const { return out_height / pool; }
     int64_t pooled_width() const { return out_width / pool; }
     int64_t used_height() const { return pool == 1 ? out_height : pooled_height() * pool; }
@@ -25,7 +27,6 @@ struct ConvArgs {  // mirrored in cpu.py
 
 constexpr int64_t kWorkingSet = 1 << 20;   // bytes of an item's packed blocks: about an L2
 constexpr int64_t kRun = 128;              // pixels of a channel that an item reads or writes, at least
-constexpr int64_t kFewImages = 8;          // up to here pixels serve as lanes: lanes of missing images would be wasted
 
 template <class T>
 Images<T> images(const ConvArgs& a, void* data, const int64_t* strides, bool output) {
@@ -79,7 +80,7 @@ template <class T>
 struct Cut {
     Cut(const ConvArgs& a, int64_t rows, int64_t width) : rows(rows) {
         lanes = 1;
-        if (a.batch > kFewImages) {
+        if (!a.flat) {
             const int64_t groups = ceil_div(a.batch, kLanes);
             lanes = kLanes * std::max<int64_t>(1, std::min(kMaxGroups<T> / width, groups / a.threads));
         }

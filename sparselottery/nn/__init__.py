@@ -1,8 +1,8 @@
 """Layers that store and multiply only the surviving weights."""
 
-from .base import MaskedLayer
+from .base import EXECUTIONS, MaskedLayer, Measured
 from .conv import MaskedConv2d
 from .linear import MaskedLinear
 from .sequential import MaskedSequential
 
-__all__ = ["MaskedConv2d", "MaskedLayer", "MaskedLinear", "MaskedSequential"]
+__all__ = ["EXECUTIONS", "MaskedConv2d", "MaskedLayer", "MaskedLinear", "MaskedSequential", "Measured"]

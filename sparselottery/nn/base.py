@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,23 @@ from ..pattern import Pattern, matrix_shape
 EXECUTIONS = ("sparse", "dense")
 
 
+class Measured(NamedTuple):
+    """Median milliseconds of a layer's two executions, for an input of one shape, with backward if `training`."""
+
+    sparse_ms: float
+    dense_ms: float
+    input_shape: tuple[int, ...]
+    training: bool
+
+
 class MaskedLayer(nn.Module):
     """A layer over a fixed mask, in which only the surviving entries of its weight (O, ...) exist.
 
     `values` (nnz,) is the parameter, in CSR order of the weight as a matrix (O, I), I all its other dimensions;
     `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers. Gradients and optimiser state are nnz-sized too.
+
+    `measured` is what its present `execution` was chosen by, or None: not part of the state_dict, gone when another
+    pattern is loaded or an execution set.
 
     A subclass sets the attributes named in `arguments`, which are those of the dense layer, then calls `_build`.
     """
@@ -45,7 +57,8 @@ class MaskedLayer(nn.Module):
         self.register_buffer("col_indices", pattern.col_indices)
         self.register_buffer("plan", self._compile(pattern), persistent=False)
         self.register_buffer("_positions", None, persistent=False)
-        self._execution = "sparse"
+        self._execution: str | None = None  # not chosen
+        self.measured: Measured | None = None
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         if bias:
@@ -120,23 +133,41 @@ class MaskedLayer(nn.Module):
         """How forward runs: "sparse", or "dense" if set so: `values` are scattered into a dense weight, for PyTorch.
 
         A layer with nothing pruned is "dense" whatever was set, its `values` being the dense weight as it stands.
-        Neither in the state_dict nor kept by `convert`. Raises ValueError if set to anything else.
+        Not in the state_dict, nor kept by a `convert` that masks the layer anew. Raises ValueError if set to anything else.
         """
-        return "dense" if self.nnz == math.prod(self.shape) else self._execution
+        return "dense" if self._whole else self._execution or EXECUTIONS[0]
 
     @execution.setter
     def execution(self, execution: str) -> None:
         if execution not in EXECUTIONS:
             raise ValueError(f"execution: expected one of {EXECUTIONS}, got {execution!r}")
-        self._execution = execution
-        self._positions = self.pattern.positions() if execution == "dense" else None
+        self._execution, self.measured = execution, None
+        self._locate()
+
+    @property
+    def why(self) -> str:
+        """Why the `execution` is what it is."""
+        if self._whole:
+            return "nothing is pruned"
+        if self.measured is None:
+            return "set by hand" if self._execution else "not measured"
+        sparse_ms, dense_ms, shape, training = self.measured
+        mode = "training" if training else "inference"
+        return f"measured: sparse {sparse_ms:.3g} ms, dense {dense_ms:.3g} ms for {shape}, {mode}"
+
+    @property
+    def _whole(self) -> bool:
+        return self.nnz == math.prod(self.shape)
+
+    def _locate(self) -> None:
+        """Finds the values' positions, for a dense execution."""
+        self._positions = self.pattern.positions() if self._execution == "dense" else None
 
     def _dense_weight(self) -> Tensor:
         """`weight` for a dense execution: a view of `values` if nothing is pruned."""
-        size = math.prod(self.shape)
-        if self.nnz == size:
+        if self._whole:
             return self.values.view(self.shape)
-        return self.values.new_zeros(size).scatter(0, self._positions, self.values).view(self.shape)
+        return self.values.new_zeros(math.prod(self.shape)).scatter(0, self._positions, self.values).view(self.shape)
 
     def _apply(self, fn, recurse=True):
         """Module.to and the like; a layer that arrives on the CPU gets the plan that it had no use for elsewhere."""
@@ -172,11 +203,14 @@ class MaskedLayer(nn.Module):
         """Take over another pattern of the same shape; values are resized, their content is the caller's to set."""
         device = self.values.device
         pattern = Pattern(pattern.crow_indices.to(device), pattern.col_indices.to(device), pattern.shape).validate()
+        before = self.crow_indices, self.col_indices
         self.crow_indices, self.col_indices = pattern.crow_indices.clone(), pattern.col_indices.clone()
+        if self.measured and not all(map(torch.equal, before, (self.crow_indices, self.col_indices))):
+            self._execution = self.measured = None
         self.plan = self._compile(pattern)
         if self.nnz != pattern.nnz:
             self.values.data, self.values.grad = self.values.new_empty(pattern.nnz), None
-        self.execution = self._execution
+        self._locate()
 
     def extra_repr(self) -> str:
         arguments = "".join(f"{name}={getattr(self, name)!r}, " for name in self.arguments)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels.reference import Geometry
+from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
 from .base import MaskedLayer
 
@@ -91,17 +91,26 @@ def _sides(padding: str | tuple[int, int], kernel_size: tuple[int, int], dilatio
     return pad_h, pad_h, pad_w, pad_w
 
 
-def run_conv(x: Tensor, layer: MaskedConv2d, relu: bool = False, pool: int = 1) -> Tensor:
-    """max_pool?(relu?(layer(x))) in one native call; the windows of the pooling are `pool` x `pool`."""
+def run_conv(
+    x: Tensor, layer: MaskedConv2d, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None
+) -> Tensor:
+    """max_pool?(relu?(norm?(layer(x)))) in one native call; the windows of the pooling are `pool` x `pool`.
+
+    norm is in evaluation mode and has the dtype of the layer; x is such that `ops.takes_norm(x)`.
+    """
     if x.dim() not in (3, 4) or x.shape[-3] != layer.in_channels:
         expected = f"(N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
     images = _padded(x if x.dim() == 4 else x[None], layer)
     indices = layer.crow_indices, layer.col_indices, layer.plan
-    y = ops.conv2d(images, layer.values, layer.bias, *indices, layer.geometry, relu, pool)
+    y = ops.conv2d(images, layer.values, layer.bias, *indices, layer.geometry, relu, pool, norm and _statistics(norm))
     return y if x.dim() == 4 else y[0]
 
 
 def _padded(x: Tensor, layer: MaskedConv2d) -> Tensor:
     """x with the padding that is not by zeros."""
     return x if layer._pad_first is None else F.pad(x, layer._pad_first, layer.padding_mode)
+
+
+def _statistics(norm: nn.BatchNorm2d) -> Norm:
+    return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)

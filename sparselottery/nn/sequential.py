@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .conv import MaskedConv2d, run_conv
 from .linear import MaskedLinear, run_chain
 
@@ -18,7 +21,8 @@ _KEEPS_STRIDES = (
 class MaskedSequential(nn.Sequential):
     """nn.Sequential in which some runs of children are one native call each, forward and backward.
 
-    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU and MaxPool2d after it. Where only
+    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU and MaxPool2d after it, in evaluation
+    without gradients the BatchNorm2d as well. Where only
     elementwise modules stand before the next MaskedLinear, activations stay batch-minor. The children keep their names,
     so the state_dict is that of an nn.Sequential. Children with hooks are called as usual.
     """
@@ -28,26 +32,23 @@ class MaskedSequential(nn.Sequential):
             return super().forward(x)
         children, start = list(self._modules.values()), 0
         while start < len(children):
-            stop = _run_end(children, start)
+            stop = _run_end(children, start, x)
             if stop == start:
                 x, stop = children[start](x), start + 1
             elif type(children[start]) is MaskedLinear:
                 x = run_chain(x, children[start:stop:2], _stays_batch_minor(children, stop))
             else:
-                followers = children[start + 1 : stop]
-                pool = followers[-1].kernel_size if isinstance(followers[-1], nn.MaxPool2d) else 1
-                relu = isinstance(followers[0], nn.ReLU)
-                x = run_conv(x, children[start], relu, pool if isinstance(pool, int) else pool[0])
+                x = _run_with_followers(x, children[start], children[start + 1 : stop])
             start = stop
         return x
 
 
-def _run_end(children: list[nn.Module], start: int) -> int:
-    """One past the end of the longest run at `start`; `start` if there is none."""
+def _run_end(children: list[nn.Module], start: int, x: Tensor) -> int:
+    """One past the end of the longest run at `start` that one call on x can do; `start` if there is none."""
     if _sparse(children[start], MaskedConv2d):
         stop = start + 1
-        stop += stop < len(children) and _plain(children[stop], nn.ReLU)
-        stop += stop < len(children) and _plain(children[stop], nn.MaxPool2d) and _tiles(children[stop])
+        for kind, fits in ((nn.BatchNorm2d, _normalises(x, children[start])), (nn.ReLU, bool), (nn.MaxPool2d, _tiles)):
+            stop += stop < len(children) and _plain(children[stop], kind) and fits(children[stop])
         return stop if stop > start + 1 else start
     if not _sparse(children[start], MaskedLinear):
         return start
@@ -67,6 +68,25 @@ def _stays_batch_minor(children: list[nn.Module], start: int) -> bool:
         if type(child) not in _KEEPS_STRIDES:
             return False
     return False
+
+
+def _run_with_followers(x: Tensor, conv: MaskedConv2d, followers: list[nn.Module]) -> Tensor:
+    by_kind = {type(follower): follower for follower in followers}
+    pool = by_kind[nn.MaxPool2d].kernel_size if nn.MaxPool2d in by_kind else 1
+    pool = pool if isinstance(pool, int) else pool[0]
+    return run_conv(x, conv, nn.ReLU in by_kind, pool, by_kind.get(nn.BatchNorm2d))
+
+
+def _normalises(x: Tensor, conv: MaskedConv2d) -> Callable[[nn.BatchNorm2d], bool]:
+    """Is a norm but a scale and a shift of the channels, after this convolution?"""
+    takes, dtype, channels = ops.takes_norm(x), conv.values.dtype, conv.out_channels
+    return lambda norm: (
+        takes
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_mean.dtype == dtype
+        and norm.num_features == channels
+    )
 
 
 def _tiles(pool: nn.MaxPool2d) -> bool:

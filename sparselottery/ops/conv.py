@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import cpu, reference
-from ..kernels.reference import Geometry
+from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
 from .common import LIBRARY, autocast, misfit, untraced
 
@@ -39,12 +39,13 @@ def conv2d(
     geometry: Geometry,
     relu: bool = False,
     pool: int = 1,
+    norm: Norm | None = None,
 ) -> Tensor:
     """max_pool?(relu?(x * W + b)): (N, C, H, W) -> (N, O, OH // pool, OW // pool).
 
     Differentiable in x, values and bias. Windows of the pooling are `pool` x `pool` and do not overlap; 1 is none, 15
-    the largest. y is channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is
-    computed from inputs rounded to the autocast dtype.
+    the largest. A `norm` comes before the ReLU, and only where `takes_norm(x)`. y is channels_last where x is that and
+    not contiguous too, else contiguous. Under autocast everything is computed from inputs rounded to its dtype.
     Raises TypeError if x, values and bias differ in dtype, ValueError if sizes are not those of the indices and the
     geometry or the kernel does not fit into the padded image.
     """
@@ -65,6 +66,8 @@ def conv2d(
     if pool != 1 and not 1 < pool <= min(15, *geometry.output_size(x.shape[2], x.shape[3])):
         raise ValueError(f"pool: expected windows of 1 to 15 pixels that fit into the output, got {pool}")
     args = x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool
+    if norm is not None:
+        return _forward_impl(*args, norm)[0]
     if torch._C._are_functorch_transforms_active():
         return reference.conv(x, values, bias, crow_indices, col_indices, geometry, relu, pool)
     if torch.compiler.is_compiling():
@@ -72,6 +75,12 @@ def conv2d(
     if torch.is_grad_enabled():
         return _Conv2d.apply(*args)
     return (_forward_impl if untraced(x) else _CONV2D)(*args)[0]
+
+
+def takes_norm(x: Tensor) -> bool:
+    """May a call on x have a `norm`? Where nobody asks for gradients, traces or casts."""
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not observed and untraced(x) and not torch.is_autocast_enabled("cpu")
 
 
 class _Conv2d(torch.autograd.Function):
@@ -132,8 +141,8 @@ def _backend(x, plan):
     return cpu if x.is_cpu and x.numel() and cpu.supports(x.dtype, [plan]) else reference
 
 
-def _forward_impl(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
-    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), relu, pool
+def _forward_impl(x, values, bias, crow_indices, col_indices, plan, geometry, *rest):
+    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), *rest
     return _backend(x, plan).conv_forward(*args)
 
 
@@ -143,10 +152,11 @@ def _backward_impl(gy, x, y, winners, values, crow_indices, col_indices, plan, g
 
 
 def _forward_fake(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
-    height, width = Geometry(*geometry).output_size(x.shape[2], x.shape[3])
-    shape = x.shape[0], crow_indices.shape[0] - 1, height // pool, width // pool
-    winners = x.new_empty(reference.winners_shape(shape) if pool > 1 else 0, dtype=torch.uint8)
-    return x.new_empty(shape).contiguous(memory_format=reference.image_format(x)), winners
+    images, channels, geometry = x.shape[0], crow_indices.shape[0] - 1, Geometry(*geometry)
+    size = height, width = geometry.output_size(x.shape[2], x.shape[3])
+    kept = reference.winners_shape(images, channels, geometry, size, pool) if pool > 1 else 0
+    winners, y = x.new_empty(kept, dtype=torch.uint8), x.new_empty(images, channels, height // pool, width // pool)
+    return y.contiguous(memory_format=reference.image_format(x)), winners
 
 
 def _backward_fake(gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, relu, pool, *needs):
