@@ -8,14 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
-from benchmarks import peers, plot, results, timing
+from benchmarks import conv_peers, memory, peers, plot, report, results, steps, timing
+from benchmarks.conv_peers import ConvProblem
 from benchmarks.report import MASKED, MLP, Bar
 from benchmarks.timing import Candidate
+from sparselottery import convert, to_dense
+from sparselottery.lab.controls import masked_dense
+from sparselottery.lab.models import conv_net
+from sparselottery.lottery import prune
 
 TRUTH = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
+CONVS = [conv_peers.sparselottery, conv_peers.nn_conv2d]
+CONVS += [conv_peers.sparseprop] if peers.SPARSEPROP_MISSING is None else []
 BACKWARD = [peers.sparselottery, peers.nn_linear, *peers.sparse_peers()]
 
 
@@ -78,6 +86,108 @@ def test_onednn_computes_the_same():
         peers.onednn(problem, True)
 
 
+# SparseProp goes wrong at stride 1 where it vectorises over a batch that is no multiple of 8.
+@pytest.mark.parametrize("make", CONVS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("shape", [(8, 3, 4, 3, 1, 8), (2, 3, 2, 3, 1, 32), (16, 4, 6, 3, 2, 6), (8, 5, 7, 1, 1, 4)])
+def test_convolutions_compute_the_same(make, shape):
+    problem = ConvProblem.random(*shape, 0.3)
+    truth = problem.truth()
+    problems = [problem] if make is getattr(conv_peers, "sparseprop", None) else [problem, problem.channels_last()]
+    for each in problems:
+        candidate = make(each, True)
+        for _ in range(2):
+            candidate.run()
+        timing.check(make.__name__, candidate.read(), truth, 1e-5)
+        forward = make(each, False)
+        forward.run()
+        timing.check(make.__name__, forward.read(), truth[:1], 1e-5)
+
+
+def test_channels_last_is_timed_in_channels_last():
+    problem = ConvProblem.random(2, 3, 4, 3, 1, 5, 0.5).channels_last()
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (problem.x, problem.gy))
+    seen = []
+
+    class Layer(nn.Conv2d):
+        def forward(self, x):
+            seen.append(x.stride())
+            return super().forward(x)
+
+    peers.module(problem, Layer(3, 4, 3, padding=1), list, False, problem.memory_format).run()
+    assert seen == [problem.x.stride()]
+
+
+def test_steps_leave_true_gradients():
+    model, images = conv_net((8,), shape=(3, 8, 8)), torch.randn(6, 3, 8, 8)
+    labels = torch.randint(10, (6,))
+    masks = prune(model, 0.7, method="random")
+    sparse = convert(model, masks)
+    truth = steps.true_gradients(to_dense(sparse), images, labels, masks)
+    assert [t.dim() for t in truth] == [1] * len(truth)
+    for net in (sparse, masked_dense(model, masks)):
+        candidate = steps.step(net, images, labels, masks)
+        candidate.run()
+        timing.check(type(net).__name__, candidate.read(), truth, 1e-4)
+
+
+def test_memory_counts_each_piece_once():
+    x = torch.zeros(4, 8)
+    assert memory.storage_bytes([x, x[1:], x.t(), torch.zeros(2)]) == 4 * 8 * 4 + 2 * 4
+
+
+def test_memory_of_activations():
+    """Kept for the backward pass: the ReLU's output and what cross-entropy makes of the logits, not the input."""
+    model, x, labels = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 10)), torch.randn(3, 5), torch.zeros(3)
+    saved = memory.saved_bytes(model, x, labels.long())
+    assert 3 * (7 + 10) * 4 <= saved <= 3 * (7 + 10) * 4 + 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_of_a_step(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    torch.save(model, tmp_path / "net")
+    measured = memory.measure(tmp_path / "net", (3, 2, 2), batch=4)
+    weights = 4 * (12 * 10 + 10)
+    assert measured["parameters"] == measured["gradients"] == weights
+    assert measured["optimiser"] == 2 * weights + 2 * 4  # two moments, and a step count for each parameter
+    assert measured["buffers"] == 0
+    assert measured["peak_rss"] > 0
+
+
+EPYC = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC 9B14 96-Core Processor"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({**EPYC, "cpu family": "26", "model": "2"}, "epyc-zen5"),
+        ({**EPYC, "cpu family": "25", "model": "17"}, "epyc-zen4"),
+        ({**EPYC, "cpu family": "25", "model": "1"}, "amd-epyc-9b14-96-core-processor-family-25-model-1"),
+        (
+            {"vendor_id": "GenuineIntel", "model name": "Intel(R) Xeon(R) CPU", "cpu family": "6", "model": "143"},
+            "intel-r-xeon-r-cpu-family-6-model-143",
+        ),
+    ],
+    ids=["zen5", "zen4", "zen3", "intel"],
+)
+def test_a_machine_has_a_folder(facts, name):
+    assert results.machine(facts) == name
+    assert "(family" in results.cpu_model(facts)
+
+
+def test_machines_are_reported_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name, speedup in (("slow", 2), ("fast", 50)):
+        row = {"op": "forward+backward", "density": 0.1, "impl": "nn_linear", "ms": 1, "speedup": speedup}
+        results.write(tmp_path / name / "linear.csv", [row])
+    assert results.folders(["here"]) == [Path("here")]
+    assert results.folders([]) == [tmp_path / "fast", tmp_path / "slow"]
+    for folder in results.folders([]):
+        report.main(folder)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "nn.Linear, 90 %" in line and "fwd+bwd" in line]
+    assert [line.split()[-1] for line in lines] == ["aim", "short"]
+
+
 def test_rows_survive_the_csv(tmp_path):
     rows = [{"net": "a, b", "ms": 1.5, "speedup": 2.0}, {"net": "c", "ms": 3.0, "speedup": 0.5}]
     path = tmp_path / "new" / "rows.csv"
@@ -116,3 +226,17 @@ def test_plots_come_from_the_csv_alone(tmp_path):
         drawn.append((tmp_path / name).read_text())
     assert "w * mask" in drawn[0]
     assert drawn[0] == drawn[1]
+
+
+def test_a_shape_is_a_panel(tmp_path):
+    case = {"op": "forward", "layout": "nchw", "batch": 2, "channels": 3, "filters": 4, "kernel": 3, "stride": 1}
+    rows = [
+        {**case, "size": size, "density": 0.1, "impl": impl, "ms": 1, "speedup": 2}
+        for size in (8, 16)
+        for impl in ("nn_conv2d", "nn_conv2d_channels_last")
+    ]
+    results.write(tmp_path / "conv.csv", rows)
+    plot.main(tmp_path)
+    drawn = (tmp_path / "conv.svg").read_text()
+    assert [f"2 x 3 -&gt; 4, 3x3/1, {size}x{size}" in drawn for size in (8, 16, 32)] == [True, True, False]
+    assert "nn.Conv2d channels_last" in drawn
