@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import reference
 from .reference import (
     Geometry,
     Norm,
@@ -42,9 +43,10 @@ def load(path: Path) -> ctypes.CDLL:
     library.sparselottery_workspace.argtypes = [ctypes.c_int64]
     library.sparselottery_workspace.restype = ctypes.c_void_p
     library.sparselottery_conv_plan.restype = ctypes.c_int64
-    for name in ("chain_forward", "chain_backward", "conv_forward", "conv_backward"):
-        function = getattr(library, f"sparselottery_{name}")
-        function.argtypes, function.restype = [ctypes.c_void_p], None
+    for name, result in (("chain", None), ("conv", ctypes.c_bool)):
+        for direction in ("forward", "backward"):
+            function = getattr(library, f"sparselottery_{name}_{direction}")
+            function.argtypes, function.restype = [ctypes.c_void_p], result
     return library
 
 
@@ -223,7 +225,10 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
     if norm is not None:
         norm = Norm(*(None if t is None else t.contiguous() for t in norm[:4]), norm.epsilon)
         statistics, epsilon = [0 if t is None else t.data_ptr() for t in norm[:4]], norm.epsilon
-    _call(_LIBRARY.sparselottery_conv_forward, [*args, *strides, 0, 0, winners.data_ptr(), *statistics, _bits(epsilon)])
+    args += [*strides, 0, 0, winners.data_ptr(), *statistics, _bits(epsilon)]
+    if not _call(_LIBRARY.sparselottery_conv_forward, args):
+        indices = crow_indices, col_indices, plan
+        return reference.conv_forward(x, values, bias, *indices, geometry, relu, pool, norm)
     return y, winners
 
 
@@ -255,7 +260,9 @@ def conv_backward(
     ]
     args += [x.data_ptr(), y.data_ptr() if gated else 0, gy.data_ptr(), gx.data_ptr(), *strides]
     args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr(), 0, 0, 0, 0, 0]
-    _call(_LIBRARY.sparselottery_conv_backward, args)
+    if not _call(_LIBRARY.sparselottery_conv_backward, args):
+        tensors, needs = (gy, x, y, winners, values, crow_indices, col_indices), (need_x, need_values, need_bias)
+        return reference.conv_backward(*tensors, plan, geometry, relu, pool, *needs)
     return gx, gvalues, gbias
 
 
@@ -289,10 +296,10 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if is_packed(x) else x.float().contiguous()
 
 
-def _call(function: Callable[[int], None], args: list[int]) -> None:
-    """Calls a function of csrc/chain.cpp: an Args and its Layers, all fields 8 bytes."""
+def _call(function: Callable[[int], bool | None], args: list[int]) -> bool | None:
+    """Calls a function of csrc/chain.cpp or conv.cpp with its arguments, all fields 8 bytes."""
     block = array("q", args)
-    function(block.buffer_info()[0])
+    return function(block.buffer_info()[0])
 
 
 def _bits(number: float) -> int:

@@ -25,7 +25,7 @@ void normalise(const ConvArgs& a, int64_t o, T* y, int64_t count) {
 }
 
 template <class T>
-void forward(const ConvArgs& a) {
+bool forward(const ConvArgs& a) {
     expect_writes(a.y, a.batch * a.out_channels * a.pooled_height() * a.pooled_width() * sizeof(T));
     const Schedule s = read_plan(a.plan).forward;
     const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
@@ -38,8 +38,9 @@ void forward(const ConvArgs& a) {
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
     const Block result{cut.height / a.pool, a.pool == 1 ? output.pitch : a.pooled_width(), {1, 1}, cut.lanes};
     const std::vector<int32_t> place = result.places(result.rows, a.pooled_width(), 0, 0);
+    if (input.elements() > kMaxElements) return false;
     int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
-    offsets(table, a.channels, *a.taps, [&](int64_t c, int64_t r, int64_t t) { return input.offset(c, r, t); });
+    offsets(table, a.channels, input.block.plane(), *a.taps, [&](int64_t r, int64_t t) { return input.offset(r, t); });
     const int64_t plane = output.plane();
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
@@ -81,6 +82,7 @@ void forward(const ConvArgs& a) {
             each_item(cut, [&](int64_t i) { item(i, 0, s.strips); });
         }
     }
+    return true;
 }
 
 // gbias += Σ gy over the rows [from, to) of a packed block.
@@ -167,7 +169,7 @@ struct OutputGradient {
 
 // gvalues and gbias alone, where gx is not wanted.
 template <class T>
-void values_gradient(const ConvArgs& a) {
+bool values_gradient(const ConvArgs& a) {
     const Plan plan = read_plan(a.plan);
     const Schedule s = plan.forward;
     Cut<T> cut(a, a.used_height(), a.out_width);
@@ -177,8 +179,9 @@ void values_gradient(const ConvArgs& a) {
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
     const OutputGradient<T> gradient(a, output, 0);
+    if (input.elements() > kMaxElements) return false;
     int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
-    offsets(table, a.channels, *a.taps, [&](int64_t c, int64_t r, int64_t t) { return input.offset(c, r, t); });
+    offsets(table, a.channels, input.block.plane(), *a.taps, [&](int64_t r, int64_t t) { return input.offset(r, t); });
     const Gradients<T> sums(a, plan.nnz);
     const int64_t plane = output.plane(), gy_elements = gradient.elements();
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -204,11 +207,12 @@ void values_gradient(const ConvArgs& a) {
         });
         sums.reduce();
     }
+    return true;
 }
 
 // gx, and gvalues with it where wanted: phase by phase, each a convolution of gy with the taps that reach it.
 template <class T>
-void input_gradient(const ConvArgs& a) {
+bool input_gradient(const ConvArgs& a) {
     expect_writes(a.gx, a.batch * a.channels * a.height * a.width * sizeof(T));
     const Taps& taps = *a.taps;
     const Plan plan = read_plan(a.plan);
@@ -233,13 +237,14 @@ void input_gradient(const ConvArgs& a) {
     const OutputGradient<T> gradient(a, around, -low[1]);
     const std::vector<int32_t> place_x = inner.places(cut.height * stride[0], a.width, 0, 0);
     const int64_t table_size = a.out_channels * taps.size();
+    if (a.out_channels * around.plane() > kMaxElements || a.channels * inner.plane() > kMaxElements) return false;
     int32_t* tables = offset_tables.get<int32_t>(table_size * phases);
     for (int64_t phase = 0; phase < phases; ++phase)
-        offsets(tables + phase * table_size, a.out_channels, taps, [&](int64_t o, int64_t r, int64_t t) {
+        offsets(tables + phase * table_size, a.out_channels, around.plane(), taps, [&](int64_t r, int64_t t) {
             int row = 0, column = 0;  // taps of other phases have no entries there
             const bool meets = taps.reaches(0, int(phase / stride[1]), int(r), &row) &&
                                taps.reaches(1, int(phase % stride[1]), int(t), &column);
-            return meets ? int32_t(o * around.plane() + around.at(row - low[0], column - low[1])) : 0;
+            return meets ? around.at(row - low[0], column - low[1]) : 0;
         });
     const int64_t left = around.at(0, -low[1]);
     const Gradients<T> sums(a, plan.nnz);
@@ -294,19 +299,21 @@ void input_gradient(const ConvArgs& a) {
         });
         sums.reduce();
     }
+    return true;
 }
 
 template <class T>
-void backward(const ConvArgs& a) {
-    a.gx ? input_gradient<T>(a) : values_gradient<T>(a);
+bool backward(const ConvArgs& a) {
+    return a.gx ? input_gradient<T>(a) : values_gradient<T>(a);
 }
 
 }  // namespace
 
-EXPORT void sparselottery_conv_forward(const ConvArgs* args) {
-    args->is_double ? forward<double>(*args) : forward<float>(*args);
+// Both return false, with nothing done, where a single row of the images is too large for 32-bit offsets.
+EXPORT bool sparselottery_conv_forward(const ConvArgs* args) {
+    return args->is_double ? forward<double>(*args) : forward<float>(*args);
 }
 
-EXPORT void sparselottery_conv_backward(const ConvArgs* args) {
-    args->is_double ? backward<double>(*args) : backward<float>(*args);
+EXPORT bool sparselottery_conv_backward(const ConvArgs* args) {
+    return args->is_double ? backward<double>(*args) : backward<float>(*args);
 }

@@ -28,6 +28,8 @@ struct ConvArgs {  // mirrored in cpu.py; flat: pixels are lanes
 constexpr int64_t kWorkingSet = 1 << 20;   // bytes of an item's packed blocks: about an L2
 constexpr int64_t kRun = 128;              // pixels of a channel that an item reads or writes, at least
 
+constexpr int64_t kMaxElements = INT32_MAX;
+
 template <class T>
 Images<T> images(const ConvArgs& a, void* data, const int64_t* strides, bool output) {
     return {static_cast<T*>(data), a.batch, output ? a.out_channels : a.channels, output ? a.pooled_height() : a.height,
@@ -140,9 +142,7 @@ struct Input {
         pack_images<T, false>(images<const T>(a, a.x, a.x_strides, false), nullptr, image, block.lanes, top + from, top + to,
                               place.data() + from * a.width, packed, block.plane());
     }
-    int32_t offset(int64_t channel, int64_t r, int64_t s) const {
-        return int32_t(channel * block.plane() + block.at(r * a.taps->dilation[0], s * a.taps->dilation[1]));
-    }
+    int64_t offset(int64_t r, int64_t s) const { return block.at(r * a.taps->dilation[0], s * a.taps->dilation[1]); }
     int64_t elements() const { return a.channels * block.plane() + kMaxGroups<T> * kLanes; }
 
     const ConvArgs& a;
@@ -151,11 +151,12 @@ struct Input {
     std::vector<int32_t> place;
 };
 
-// offset(channel, r, s) of all taps of `channels`.
+// channel * plane + offset(r, s) of all taps of `channels`.
 template <class F>
-int32_t* offsets(int32_t* to, int64_t channels, const Taps& taps, F offset) {
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t r = 0; r < taps.kernel[0]; ++r)
-            for (int64_t s = 0; s < taps.kernel[1]; ++s) *to++ = offset(c, r, s);
-    return to;
+void offsets(int32_t* to, int64_t channels, int64_t plane, const Taps& taps, F offset) {
+    for (int64_t r = 0; r < taps.kernel[0]; ++r)
+        for (int64_t s = 0; s < taps.kernel[1]; ++s, ++to) {
+            const int64_t first = offset(r, s);
+            for (int64_t c = 0; c < channels; ++c) to[c * taps.size()] = int32_t(c * plane + first);
+        }
 }

@@ -50,10 +50,16 @@ void pack_images(const Images<const T>& x, const T* gate, int64_t first, int64_t
     if (GATED) gate += start;
     const T* const other = GATED ? gate : data;
     if (lanes == 1) {
+        const int64_t step = x.width > 1 ? place[1] - place[0] : 1;
         for (int64_t c = 0; c < x.channels; ++c)
-            for (int64_t i = 0; i < pixels; ++i) {
-                const int64_t at = c * x.channel + i * x.pixel;
-                packed[c * plane + place[i]] = !GATED || other[at] > 0 ? data[at] : T(0);
+            for (int64_t row = 0; row < pixels; row += x.width) {
+                const T *source = data + c * x.channel + row * x.pixel, *g = other + c * x.channel + row * x.pixel;
+                T* target = packed + c * plane + place[row];
+                if (step == 1 && x.pixel == 1)
+                    for (int64_t i = 0; i < x.width; ++i) target[i] = !GATED || g[i] > 0 ? source[i] : T(0);
+                else
+                    for (int64_t i = 0; i < x.width; ++i)
+                        packed[c * plane + place[row + i]] = !GATED || g[i * x.pixel] > 0 ? source[i * x.pixel] : T(0);
             }
         return;
     }
@@ -93,8 +99,16 @@ void unpack_images(const T* packed, int64_t plane, const int32_t* place, const I
     const int64_t pixels = (to - from) * y.width;
     T* data = y.data + first * y.image + from * y.width * y.pixel;
     if (lanes == 1) {
+        const int64_t step = y.width > 1 ? place[1] - place[0] : 1;
         for (int64_t c = 0; c < y.channels; ++c)
-            for (int64_t i = 0; i < pixels; ++i) data[c * y.channel + i * y.pixel] = packed[c * plane + place[i]];
+            for (int64_t row = 0; row < pixels; row += y.width) {
+                const T* source = packed + c * plane + place[row];
+                T* target = data + c * y.channel + row * y.pixel;
+                if (step == 1 && y.pixel == 1)
+                    for (int64_t i = 0; i < y.width; ++i) target[i] = source[i];
+                else
+                    for (int64_t i = 0; i < y.width; ++i) target[i * y.pixel] = packed[c * plane + place[row + i]];
+            }
         return;
     }
     const auto none = [](int) { return static_cast<const T*>(nullptr); };
