@@ -4,7 +4,7 @@ import platform
 import torch
 
 from sparselottery import info
-from sparselottery.kernels import cpu
+from sparselottery.kernels import native
 
 
 def test_info_says_what_runs():
@@ -13,10 +13,10 @@ def test_info_says_what_runs():
     assert facts["python"] == platform.python_version()
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == "1"
-    assert facts["cpu"] == cpu.status()
+    assert facts["cpu"] == native.status()
     assert json.loads(json.dumps(facts)) == facts
 
 
 def test_info_says_why_native_code_does_not_run(monkeypatch):
-    monkeypatch.setattr(cpu, "_STATUS", "torch reference: no native library was built")
+    monkeypatch.setattr(native, "_STATUS", "torch reference: no native library was built")
     assert info()["cpu"] == "torch reference: no native library was built"

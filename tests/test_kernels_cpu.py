@@ -10,7 +10,7 @@ import pytest
 import torch
 from chains import Chain, assert_accurate, assert_exact, integers, make, of_masks, run, truth
 
-from sparselottery.kernels import backends, cpu, reference
+from sparselottery.kernels import backends, cpu, native, reference
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -19,7 +19,7 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float64]
 BATCHES = [1, 2, 15, 16, 17, 60, 128, 129, 240, 256, 300]
 FEATURES = [1, 7, 16, 100, 1000]
-LEVELS = cpu.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",))
+LEVELS = native.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",))
 BACKENDS = pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 
 MASKS = {
@@ -171,10 +171,10 @@ def test_tiles_change_nothing(tile, batch):
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     """Each instruction-set level that was built and that this processor runs, in turn."""
-    paths = sorted(cpu.Path(cpu.__file__).parent.glob(f"_native_{request.param}.*"))
+    paths = sorted(native.Path(native.__file__).parent.glob(f"_native_{request.param}.*"))
     if not paths:
         pytest.skip(f"{request.param} was not built")
-    monkeypatch.setattr(cpu, "_LIBRARY", cpu.load(paths[0]))
+    monkeypatch.setattr(native, "LIBRARY", native.load(paths[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,11 +253,11 @@ def test_unsupported_dtypes_are_not_claimed():
 def test_status_says_what_runs_or_why_not(monkeypatch, tmp_path):
     assert backends() == {"cpu": cpu.status()}
     assert cpu.status().startswith("native, ")
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    library, why = cpu._best()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    library, why = native._best()
     assert library is None
     assert "no native library was built" in why
     (tmp_path / "_native_base.so").write_bytes(b"not a library")
-    library, why = cpu._best()
+    library, why = native._best()
     assert library is None
     assert "_native_base.so does not load" in why

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
 from sparselottery import Pattern, ops
-from sparselottery.kernels import cpu, reference
+from sparselottery.kernels import cpu, native, reference
 
 BATCHES = [0, 1, 2, 15, 16, 17, 60, 128, 129, 240, 256, 300]
 
@@ -18,7 +18,7 @@ BATCHES = [0, 1, 2, 15, 16, 17, 60, 128, 129, 240, 256, 300]
 @pytest.fixture(params=["native", "reference"])
 def backend(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(cpu, "_LIBRARY", None)
+        monkeypatch.setattr(native, "LIBRARY", None)
     elif not cpu.available():
         pytest.skip(cpu.status())
 
@@ -85,7 +85,7 @@ def test_no_native_library_no_plan(monkeypatch):
     pattern = Pattern.from_mask(torch.ones(2, 3, dtype=torch.bool))
     assert ops.compile_plan(pattern).dtype == torch.int32
     assert bool(ops.compile_plan(pattern).numel()) == cpu.available()
-    monkeypatch.setattr(cpu, "_LIBRARY", None)
+    monkeypatch.setattr(native, "LIBRARY", None)
     assert ops.compile_plan(pattern).numel() == 0
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
 from sparselottery import Pattern, ops
-from sparselottery.kernels import cpu, reference
+from sparselottery.kernels import cpu, native, reference
 
 BACKENDS = ["native", "reference"]
 HAND_MADE = {
@@ -51,7 +51,7 @@ def gaussian(*shape):
 def on(backend):
     with pytest.MonkeyPatch.context() as patch:
         if backend == "reference":
-            patch.setattr(cpu, "_LIBRARY", None)
+            patch.setattr(native, "LIBRARY", None)
         elif not cpu.available():
             pytest.skip(cpu.status())
         yield
@@ -291,5 +291,12 @@ def test_laws(conv, seed):
 def test_no_native_library_no_plan(monkeypatch):
     pattern, shape = Pattern.from_mask(torch.ones(2, 9, dtype=torch.bool)), geometry()
     assert ops.compile_conv_plan(pattern, shape).dtype == torch.int32
-    monkeypatch.setattr(cpu, "_LIBRARY", None)
+    monkeypatch.setattr(native, "LIBRARY", None)
     assert ops.compile_conv_plan(pattern, shape).numel() == 0
+
+
+def test_a_row_too_large_for_the_native_kernel_runs_on_the_reference(monkeypatch):
+    conv = make(geometry(3, sides=(1, 1, 1, 1)), 5, relu=True, pool=2)
+    expected = results(conv)
+    monkeypatch.setattr(native, "call", lambda function, arguments: False)  # what it says then
+    assert all(torch.equal(got, expected[name]) for name, got in results(conv).items())

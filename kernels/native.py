@@ -1,0 +1,79 @@
+"""The native library of csrc/: which one this processor gets, and calls of it.
+
+One shared library per instruction-set level is built by setup.py; the best one that this processor runs is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# What torch calls the processor's capability -> the levels of setup.py that run on it, best first.
+LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
+
+HALF = (torch.bfloat16, torch.float16)  # computed in fp32
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The native library at `path`. Raises OSError if it does not load."""
+    library = ctypes.CDLL(str(path))
+    library.sparselottery_plan.restype = ctypes.c_int64
+    library.sparselottery_workspace.argtypes = [ctypes.c_int64]
+    library.sparselottery_workspace.restype = ctypes.c_void_p
+    library.sparselottery_conv_plan.restype = ctypes.c_int64
+    for name, result in (("chain", None), ("conv", ctypes.c_bool)):
+        for direction in ("forward", "backward"):
+            function = getattr(library, f"sparselottery_{name}_{direction}")
+            function.argtypes, function.restype = [ctypes.c_void_p], result
+    return library
+
+
+def _best() -> tuple[ctypes.CDLL | None, str]:
+    """The library for this processor, and in words which one it is or why there is none."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = Path(__file__).resolve().parent
+    for level in LEVELS.get(capability, ("base",)):
+        for path in sorted(folder.glob(f"_native_{level}.*")):
+            try:
+                return load(path), f"native, {level} (processor: {capability})"
+            except OSError as error:
+                return None, f"torch reference: {path.name} does not load ({error})"
+    return None, "torch reference: no native library was built (was there a C++ compiler at install time?)"
+
+
+LIBRARY, _STATUS = _best()
+
+
+def available() -> bool:
+    return LIBRARY is not None
+
+
+def status() -> str:
+    return _STATUS
+
+
+def call(function: Callable[[int], bool | None], args: list[int]) -> bool | None:
+    """Calls a function of csrc/chain.cpp or conv.cpp with its arguments, all fields 8 bytes."""
+    block = array("q", args)
+    return function(block.buffer_info()[0])
+
+
+def take(build: Callable[..., int], *args: object) -> Tensor:
+    """The words that a native plan builder leaves, as an int32 tensor."""
+    words = ctypes.POINTER(ctypes.c_int32)()
+    count = build(*args, ctypes.byref(words))
+    if count < 0:
+        raise MemoryError("no memory for the plan")
+    out = torch.empty(count, dtype=torch.int32)
+    ctypes.memmove(out.data_ptr(), words, 4 * count)
+    LIBRARY.sparselottery_free(words)
+    return out
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
