@@ -21,7 +21,7 @@ class Writer {
     int32_t append(const std::vector<E>& items) {
         const size_t at = (words.size() + 15) / 16 * 16;
         words.resize(at + (items.size() * sizeof(E) + 3) / 4 + kSlack);
-        std::memcpy(words.data() + at, items.data(), items.size() * sizeof(E));
+        if (!items.empty()) std::memcpy(words.data() + at, items.data(), items.size() * sizeof(E));
         return static_cast<int32_t>(at);
     }
     std::vector<int32_t> words;
