@@ -29,11 +29,7 @@ bool forward(const ConvArgs& a) {
     expect_writes(a.y, a.batch * a.out_channels * a.pooled_height() * a.pooled_width() * sizeof(T));
     const Schedule s = read_plan(a.plan).forward;
     const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
-    Cut<T> cut(a, a.used_height(), a.out_width);
-    const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
-    const int64_t out_pitch = one.block.pitch * cut.lanes;
-    cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T),
-                      (two.elements() - one.elements() + a.out_channels * out_pitch) * sizeof(T), a.pool);
+    const Cut<T> cut = cut_output<T>(a);
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
     const Block result{cut.height / a.pool, a.pool == 1 ? output.pitch : a.pooled_width(), {1, 1}, cut.lanes};
@@ -172,10 +168,7 @@ template <class T>
 bool values_gradient(const ConvArgs& a) {
     const Plan plan = read_plan(a.plan);
     const Schedule s = plan.forward;
-    Cut<T> cut(a, a.used_height(), a.out_width);
-    const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
-    cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T),
-                      (two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes) * sizeof(T), a.pool);
+    const Cut<T> cut = cut_output<T>(a);
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
     const OutputGradient<T> gradient(a, output, 0);

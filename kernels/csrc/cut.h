@@ -151,6 +151,16 @@ struct Input {
     std::vector<int32_t> place;
 };
 
+// Items by rows of the output.
+template <class T>
+Cut<T> cut_output(const ConvArgs& a) {
+    Cut<T> cut(a, a.used_height(), a.out_width);
+    const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
+    const int64_t row = two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes;
+    cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T), row * sizeof(T), a.pool);
+    return cut;
+}
+
 // channel * plane + offset(r, s) of all taps of `channels`.
 template <class F>
 void offsets(int32_t* to, int64_t channels, int64_t plane, const Taps& taps, F offset) {
