@@ -21,6 +21,7 @@ test: .venv/test.stamp
 bench: .venv/test.stamp
 	-$(MAKE) peers
 	$(BIN)/pytest benchmarks/ --benchmark-only
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.report
 

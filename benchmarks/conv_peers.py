@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.timing import Candidate
-from sparselottery import MaskedConv2d
+from sparselottery import convert
 
 if peers.SPARSEPROP_MISSING is None:
     from sparseprop.modules import SparseConv2d
@@ -73,7 +73,9 @@ def nn_conv2d(problem: ConvProblem, backward: bool) -> Candidate:
 
 
 def sparselottery(problem: ConvProblem, backward: bool) -> Candidate:
-    layer = MaskedConv2d.from_dense(_conv(problem), problem.mask)
+    """As `convert` makes it of an example: sparse, or dense where that is faster on such images."""
+    example = problem.x.detach().requires_grad_(backward)
+    layer = convert(_conv(problem).train(backward), {"weight": problem.mask}, example)
     return _module(problem, layer, lambda: layer.values.grad, backward)
 
 

@@ -3,8 +3,9 @@
     SPARSELOTTERY_DATA=... python -m benchmarks.imp_mnist --rounds 16 --iterations 50000 --trials 5
 
 Both runs are the same code, each prunes by its own weights, and they take turns round by round, so that the machine's
-drift hits both alike. A random reinit of each of our masks is trained as well. A row per round and trial; the file is
-rewritten after every round. Columns `seconds` are what the clock said, `ms` medians, which stalls do not move.
+drift hits both alike; `--only sparse` leaves w * mask out, whose round 0 is the same net. A random reinit of each of
+our masks is trained as well. A row per round and trial; the file is rewritten after every round. Columns `seconds` are
+what the clock said, `ms` medians, which stalls do not move.
 """
 
 from __future__ import annotations
@@ -47,22 +48,27 @@ def imp(execute: Callable, factory: Callable[[], nn.Module], fit: Callable, sett
         masks = prune(trained, settings.fraction, masks, output_fraction=settings.fraction / 2)
 
 
-def trial(settings: Settings) -> Iterator[dict]:
-    """A row per round."""
+RUNS = {"sparse": convert, "dense": masked_dense}
+
+
+def trial(settings: Settings, runs: list[str]) -> Iterator[dict]:
+    """A row per round; runs: names in RUNS."""
     images = data.load(settings.data)
     factory = partial(lenet_300_100, images.features, images.classes)
     recipe = {key: getattr(settings, key) for key in ("iterations", "batch", "lr", "eval_every", "seed")}
     fit = partial(train, data=images, **recipe)
-    sparse_run, dense_run = (imp(execute, factory, fit, settings) for execute in (convert, masked_dense))
+    ladders = {name: imp(RUNS[name], factory, fit, settings) for name in runs}
     for number in range(settings.rounds + 1):
-        sparse, dense = next(sparse_run), next(dense_run)
-        control = fit(convert(reinit(factory, settings.seed + REINIT_SEED), sparse.masks))
-        density = survivors(sparse.masks) / sum(mask.numel() for mask in sparse.masks.values())
+        rounds = {name: next(ladder) for name, ladder in ladders.items()}
+        masks = rounds[runs[0]].masks
+        outcomes = {name: each.outcome for name, each in rounds.items()}
+        outcomes["reinit"] = fit(convert(reinit(factory, settings.seed + REINIT_SEED), masks))
+        density = survivors(masks) / sum(mask.numel() for mask in masks.values())
         row = {"data": settings.data, "trial": settings.seed, "round": number, "density": round(density, 5)}
         row |= {key: recipe[key] for key in ("iterations", "batch", "eval_every")}
         for key in ("train_seconds", "eval_seconds", "train_step_ms", "eval_ms"):
-            row |= {f"sparse_{key}": round(sparse.outcome[key], 4), f"dense_{key}": round(dense.outcome[key], 4)}
-        for name, outcome in (("sparse", sparse.outcome), ("dense", dense.outcome), ("reinit", control)):
+            row |= {f"{name}_{key}": round(outcomes[name][key], 4) for name in runs}
+        for name, outcome in outcomes.items():
             for key in ("early_stop_iteration", "early_stop_test_accuracy", "final_test_accuracy"):
                 row[f"{name}_{key}"] = round(outcome[key], 4)
         yield row
@@ -88,16 +94,20 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=RUNS, help="this run alone")
     parser.add_argument("--out", type=Path, default=results.FOLDER / "imp-mnist.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    runs = [args.only] if args.only else list(RUNS)
     chosen = {key: getattr(args, key) for key in ("rounds", "iterations", "eval_every")}
     rows: list[dict] = []
     for seed in range(args.trials):
-        for row in trial(preset(args.data, seed=seed, **chosen)):
+        for row in trial(preset(args.data, seed=seed, **chosen), runs):
             rows.append(row)
             results.write(args.out, rows)
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if args.only:
+        return
     for name, seconds in (("by the clock", clock_seconds), ("from the medians", median_seconds)):
         sparse, dense = seconds(rows, "sparse"), seconds(rows, "dense")
         print(f"seconds {name}: {sparse:.1f} sparse, {dense:.1f} w * mask, ratio {sparse / dense:.3f}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Candidate
-from sparselottery import MaskedLinear
+from sparselottery import convert
 
 try:
     from sparseprop.modules import SparseLinear
@@ -65,7 +65,9 @@ def nn_linear(problem: Problem, backward: bool) -> Candidate:
 
 
 def sparselottery(problem: Problem, backward: bool) -> Candidate:
-    layer = MaskedLinear.from_dense(_linear(problem), problem.mask)
+    """As `convert` makes it of an example: sparse, or dense where that is faster on such a batch."""
+    example = problem.x.detach().requires_grad_(backward)
+    layer = convert(_linear(problem).train(backward), {"weight": problem.mask}, example)
     return module(problem, layer, lambda: layer.values.grad, backward)
 
 

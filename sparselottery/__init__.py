@@ -1,6 +1,7 @@
 """Lottery tickets that train and infer faster: only the surviving weights are stored and multiplied."""
 
-from .convert import convert, explain, to_dense
+from .convert import convert, to_dense
+from .explain import explain
 from .export import export
 from .info import info
 from .lottery import find_ticket, prune

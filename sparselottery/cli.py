@@ -14,7 +14,8 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from .convert import explain
+from .execution import choose_execution
+from .explain import explain
 from .export import FORMATS, export
 from .info import info
 from .lab import data
@@ -75,8 +76,11 @@ def _find(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace) -> None:
     path = _round_file(args.run, None)
     ticket = Ticket.load(path)
-    print(f"{path}: {ticket.density:.1%} of the weights")
-    _print_rows(explain(ticket.apply(_net(ticket))))
+    model, settings = ticket.apply(_net(ticket)), ticket.recipe["settings"]
+    choose_execution(model, torch.randn(settings["batch"], *settings["shape"]))
+    print(f"{path}: {ticket.density:.1%} of the weights; measured with {torch.get_num_threads()} threads")
+    _print_rows(explain(model))
+    print(EXPLAIN_NOTE)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -108,6 +112,11 @@ def _bench(args: argparse.Namespace) -> None:
     _print_rows(rows)
 
 
+EXPLAIN_NOTE = (
+    "ms: forward and backward of the native call that the layer is part of, with the layer sparse and dense.\n"
+    "packs: whole activations and gradients that a training step rewrites for the layer: of a chain of linear layers\n"
+    "its input and its output's gradient; of a convolution none, its kernel rewrites blocks that fit a cache."
+)
 ROUND_COLUMNS: tuple[tuple[str, Callable[[dict], str]], ...] = (
     ("round", lambda r: str(r["round"])),
     ("weights %", lambda r: f"{100 * r['density']:.1f}"),
@@ -130,9 +139,9 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _print_rows(rows: list[dict]) -> None:
-    """Rows with the same keys as a right-aligned table."""
+    """Rows with the same keys as a table: right-aligned, but for the reasons at the end."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [0 if column[0] == "why" else max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print(_line(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
@@ -142,7 +151,9 @@ def _cell(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 @contextmanager
@@ -181,7 +192,7 @@ def _round_file(run: Path, number: int | None) -> Path:
 def _net(ticket: Ticket) -> nn.Sequential:
     """A net like the one that a ticket of this command was found in."""
     settings = ticket.recipe.get("settings") or {}
-    if missing := {"model", "shape", "classes"} - settings.keys():
+    if missing := {"model", "shape", "classes", "batch"} - settings.keys():
         raise ValueError(f"expected a ticket of `sparselottery find`, found one whose settings lack {sorted(missing)}")
     return build(settings["model"], tuple(settings["shape"]), settings["classes"])
 
@@ -226,7 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("--threads", type=_positive, help="default: torch's")
     find.add_argument("--out", type=Path, default=Path("runs"), help="parent of the run folder; default: %(default)s")
 
-    sub = command("explain", _explain, "Show how each layer of a run's last round is stored and executed.")
+    sub = command(
+        "explain", _explain, "Measure how each layer of a run's last round runs best; show that, and its bytes."
+    )
     sub.add_argument("run", type=Path, metavar="RUN", help="a run folder of `find`")
 
     command("info", _info, "Show versions and which backends run here, or why not.")

@@ -6,28 +6,41 @@ Masks are keyed by the name that the weight has in the dense model ("fc1.weight"
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .nn import MaskedConv2d, MaskedLayer, MaskedLinear, MaskedSequential
+from .execution import choose_execution
+from .maskable import MASKED, TORCH_PRUNED, unmaskable
+from .nn import MaskedLayer, MaskedSequential
+from .random_state import random_state_kept
 
-MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
-def convert(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `model` that stores and multiplies only the surviving weights; `model` is left as it is.
+def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor | tuple | None = None) -> nn.Module:
+    """A copy of `model` that stores and multiplies only the surviving weights.
 
+    `model` and the random state are left as they are.
     masks: bool tensors keyed by parameter name, each of its weight's shape. Each named nn.Linear or nn.Conv2d (or, in a
-    converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its weights at the mask;
-    layers not named stay as they are. Each nn.Sequential with masked layers in it becomes a MaskedSequential.
-    Raises ValueError if a name is not the weight of such a layer or a mask has the wrong shape, TypeError if a mask is
-    not boolean.
+    converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its weights at the mask,
+    with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential with masked layers in it
+    becomes a MaskedSequential.
+    example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
+    layer then runs sparse or dense, as a measurement decides (`choose_execution`). None: sparse.
+    Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or
+    is parametrized or pruned by torch's own utilities) or a mask has the wrong shape, TypeError if a mask is not
+    boolean.
     """
+    refused = unmaskable(model)
     layers = {_weight_name(name): module for name, module in _layers(model)}
     for name, mask in masks.items():
+        if why := refused.get(name.rpartition(".")[0]):
+            raise ValueError(f"masks[{name!r}]: expected a layer that can be masked, got one that cannot: {why}")
         if name not in layers:
             raise ValueError(f"masks: expected names among {list(layers)}, got {name!r}")
         if mask.dtype != torch.bool:
@@ -36,11 +49,15 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         if tuple(mask.shape) != shape:
             raise ValueError(f"masks[{name!r}]: expected shape {shape}, got {tuple(mask.shape)}")
     replaced = {}
-    for name, mask in masks.items():
-        module = layers[name]
-        dense = module.to_dense() if isinstance(module, MaskedLayer) else module
-        replaced[module] = MASKED[type(dense)].from_dense(dense, mask)
-    return _rebuild(model, replaced)
+    with random_state_kept():  # a layer initialises itself before it takes its values
+        for name, mask in masks.items():
+            module = layers[name]
+            dense = module.to_dense() if isinstance(module, MaskedLayer) else module
+            replaced[module] = MASKED[type(dense)].from_dense(dense, mask)
+    converted = _rebuild(model, replaced)
+    if example_input is not None:
+        choose_execution(converted, example_input)
+    return converted
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -74,28 +91,13 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """The dense weights (detached) of all nn.Linear and nn.Conv2d layers, masked or not, by name, in module order."""
+    """The dense weights (detached) of all layers that are masked or can be, by name, in module order.
+
+    Raises ValueError for a layer that torch.nn.utils.prune has pruned: its mask would be lost.
+    """
+    if pruned := [name for name, why in unmaskable(model).items() if why == TORCH_PRUNED]:
+        raise ValueError(f"model: expected ordinary layers, got {pruned[0]!r}: {TORCH_PRUNED}")
     return {_weight_name(name): module.weight.detach() for name, module in _layers(model)}
-
-
-def explain(model: nn.Module) -> list[dict]:
-    """A row for each masked layer: layer, shape, density, nnz, bytes (values and indices), dense_bytes, execution."""
-    rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLayer):
-            tensors = (module.values, module.crow_indices, module.col_indices)
-            rows.append(
-                {
-                    "layer": name,
-                    "shape": module.shape,
-                    "density": module.density,
-                    "nnz": module.nnz,
-                    "bytes": sum(t.numel() * t.element_size() for t in tensors),
-                    "dense_bytes": math.prod(module.shape) * module.values.element_size(),
-                    "execution": module.execution,
-                }
-            )
-    return rows
 
 
 def _weight_name(module_name: str) -> str:
@@ -107,15 +109,20 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All that can be masked or is; not the subclasses of dense layers, which may compute something else."""
+    """All that can be masked or is."""
+    refused = unmaskable(model)
     for name, module in model.named_modules():
-        if type(module) in MASKED or isinstance(module, MaskedLayer):
+        if isinstance(module, MaskedLayer) or (type(module) in MASKED and name not in refused):
             yield name, module
 
 
 def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy with some modules replaced (shared ones stay shared) and the Sequential classes to match."""
-    model = copy.deepcopy(model, {id(old): new for old, new in replaced.items()})
+    memo = {id(old): new for old, new in replaced.items()}
+    model = copy.deepcopy(model, memo)
+    for old, new in replaced.items():
+        for hooks in HOOKS:
+            setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
     for module in model.modules():
         if type(module) in (nn.Sequential, MaskedSequential):
             masked = any(isinstance(child, MaskedLayer) for child in module)

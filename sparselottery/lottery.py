@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .convert import dense_state, masks_of, prunable
 from .masks import Masks, at_random, by_magnitude, check, pools, prune_pools
+from .random_state import random_state_kept
 from .ticket import Ticket, atomic, json_copy
 
 METHODS = ("magnitude", "random")
@@ -54,7 +54,7 @@ def prune(
         output_fraction: the rate of the last layer; the paper takes half of `fraction` (App. G.4).
         ignore: names or patterns of layers to leave as they are.
         generator: for "random"; None uses torch's.
-    Returns a mask for every linear and 2-D convolutional layer, in module order.
+    Returns a mask for every layer that `convert` can mask, in module order.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
     [0, 1), an unknown method, scope, name or pattern, and a mask that is not boolean or not of its weight's shape.
     """
@@ -169,7 +169,7 @@ def find_ticket(
 
 def _train(model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any]) -> tuple[Ticket, dict[str, Any]]:
     """The ticket after one training from `start`, and what to record of it."""
-    with _random_state_kept():
+    with random_state_kept():
         current = start.apply(model)
         _seed(start.recipe["seed"])
         began = perf_counter()
@@ -209,18 +209,6 @@ def _check_count(what: str, value: int, least: int) -> None:
 def _seed(seed: int) -> None:
     for seed_one in (random.seed, np.random.seed, torch.manual_seed):
         seed_one(seed)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Every global generator is afterwards as it was before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 class _Files:

@@ -163,10 +163,16 @@ def test_find_interrupted(tmp_path, capsys, monkeypatch):
 
 def test_explain(run_folder, capsys):
     assert cli.main(["explain", str(run_folder)]) == 0
-    title, header, *layers = capsys.readouterr().out.splitlines()
-    assert "round-02.safetensors: 64.3% of the weights" in title
-    assert header.split()[:3] == ["layer", "shape", "density"]
+    title, header, *layers, ms, packs, _ = capsys.readouterr().out.splitlines()
+    assert "round-02.safetensors: 64.3% of the weights; measured with 2 threads" in title
+    columns = "layer shape density nnz bytes dense_bytes execution packs sparse_ms dense_ms why"
+    assert header.split() == columns.split()
     assert [layer.split()[:2] for layer in layers] == [["fc1", "300x64"], ["fc2", "100x300"], ["fc3", "10x100"]]
+    assert all(layer.split()[6] in ("sparse", "dense") for layer in layers)
+    assert all("measured: sparse" in layer for layer in layers)
+    assert layers[0].endswith("for (60, 64), training")
+    assert ms.startswith("ms: ")
+    assert packs.startswith("packs: ")
 
 
 def test_explain_of_another_net(tmp_path, capsys):

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..convert import convert, explain, masks_of, prunable
+from ..convert import convert, masks_of, prunable
+from ..explain import explain
 from ..lottery import find_ticket
 from ..ticket import Ticket
+from ..timing import interleaved_ms
 from . import data as data_sets
 from .controls import masked_dense, reinit
 from .models import build
-from .timing import interleaved_ms
 from .training import batches, stepper, train
 
 REINIT_SEED = 1_000_003  # added to the seed: no trial's first weights are another trial's control

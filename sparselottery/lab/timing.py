@@ -1,40 +1,14 @@
-"""Timing that survives a shared machine: short bursts of every candidate in turn, then the medians."""
+"""A linear layer, sparse against dense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from statistics import median
-from time import perf_counter
 
 import torch
 from torch import nn
 
 from ..nn import MaskedLinear
-
-
-def interleaved_ms(*calls: Callable[[], object], bursts: int = 15, burst_ms: float = 3.0) -> list[float]:
-    """Median milliseconds of one call of each of ``calls``, over ``bursts`` bursts of about ``burst_ms`` each.
-
-    The bursts alternate between the calls, so whatever slows the machine down for a while slows all of them.
-    """
-    repeats = []
-    for call in calls:
-        for _ in range(3):
-            call()
-        repeats.append(max(1, round(burst_ms / _ms(call, 1))))
-    columns: list[list[float]] = [[] for _ in calls]
-    for _ in range(bursts):
-        for call, repeat, column in zip(calls, repeats, columns, strict=True):
-            column.append(_ms(call, repeat))
-    return [median(column) for column in columns]
-
-
-def _ms(call: Callable[[], object], repeat: int) -> float:
-    began = perf_counter()
-    for _ in range(repeat):
-        call()
-    return (perf_counter() - began) * 1e3 / repeat
+from ..timing import interleaved_ms
 
 
 def linear_ms(batch: int, in_features: int, out_features: int, density: float) -> dict[str, float]:

@@ -1,8 +1,17 @@
 """Layers that store and multiply only the surviving weights."""
 
-from .base import EXECUTIONS, MaskedLayer, Measured
+from .base import MaskedLayer, Measured
 from .conv import MaskedConv2d
 from .linear import MaskedLinear
+from .runs import count_packs, native_runs
 from .sequential import MaskedSequential
 
-__all__ = ["EXECUTIONS", "MaskedConv2d", "MaskedLayer", "MaskedLinear", "MaskedSequential", "Measured"]
+__all__ = [
+    "MaskedConv2d",
+    "MaskedLayer",
+    "MaskedLinear",
+    "MaskedSequential",
+    "Measured",
+    "count_packs",
+    "native_runs",
+]

@@ -14,7 +14,10 @@ EXECUTIONS = ("sparse", "dense")
 
 
 class Measured(NamedTuple):
-    """Median milliseconds of a layer's two executions, for an input of one shape, with backward if `training`."""
+    """Median milliseconds of a layer's two executions, by `choose_execution`, with backward if `training`.
+
+    input_shape is the layer's; the times are those of the whole native call that the layer is part of when sparse.
+    """
 
     sparse_ms: float
     dense_ms: float
@@ -133,7 +136,8 @@ class MaskedLayer(nn.Module):
         """How forward runs: "sparse", or "dense" if set so: `values` are scattered into a dense weight, for PyTorch.
 
         A layer with nothing pruned is "dense" whatever was set, its `values` being the dense weight as it stands.
-        Not in the state_dict, nor kept by a `convert` that masks the layer anew. Raises ValueError if set to anything else.
+        It is not in the state_dict, and a `convert` that masks the layer anew forgets it. Raises ValueError if set to
+        anything else.
         """
         return "dense" if self._whole else self._execution or EXECUTIONS[0]
 

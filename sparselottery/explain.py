@@ -1,0 +1,62 @@
+"""How each weight of a model is stored and executed, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from .maskable import unmaskable
+from .nn import MaskedLayer, Measured, count_packs
+
+
+def explain(model: nn.Module) -> list[dict[str, Any]]:
+    """A row for each masked layer, and for each dense parameter of two dimensions or more, in module order.
+
+    layer: its name; of a parameter that is not its module's `weight`, the parameter's. shape, density, nnz: of the
+    weight. bytes: of values and indices. dense_bytes: of the weight if it were dense. execution: "sparse" or "dense".
+    packs: how often in a training step a whole activation or gradient is rewritten for the layer's kernels, forward and
+    backward (0 for a convolution, whose kernels rewrite what they read in blocks that fit a cache).
+    sparse_ms, dense_ms: of the native call that the layer is part of, with the layer sparse and dense, as measured by
+    `convert` with an example input; else None.
+    why: why that execution; of what is not masked "kept dense: " and the reason.
+    """
+    packs, refused, rows = count_packs(model), unmaskable(model), []
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer):
+            stored = module.values, module.crow_indices, module.col_indices
+            rows.append(_row(name, module.shape, stored, module.execution, module.why, packs[module], module.measured))
+            continue
+        why = f"kept dense: {refused.get(name, 'no mask was given')}"
+        for part, parameter in module.named_parameters(name, recurse=False):
+            if parameter.dim() > 1:
+                layer = name if part.rpartition(".")[2] == "weight" else part
+                rows.append(_row(layer, tuple(parameter.shape), (parameter,), "dense", why))
+    return rows
+
+
+def _row(
+    layer: str,
+    shape: tuple[int, ...],
+    stored: tuple[Tensor, ...],
+    execution: str,
+    why: str,
+    packs: int = 0,
+    measured: Measured | None = None,
+) -> dict[str, Any]:
+    """stored: the weight's values, and where they are."""
+    values, total = stored[0], math.prod(shape)
+    return {
+        "layer": layer,
+        "shape": shape,
+        "density": values.numel() / total if total else 0.0,
+        "nnz": values.numel(),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
+        "dense_bytes": total * values.element_size(),
+        "execution": execution,
+        "packs": packs,
+        "sparse_ms": measured and measured.sparse_ms,
+        "dense_ms": measured and measured.dense_ms,
+        "why": why,
+    }
