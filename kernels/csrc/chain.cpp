@@ -1,6 +1,7 @@
 // The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward and backward, each in one parallel region.
 //
-// Work is handed out by strips of output rows (and tiles of the batch), so nothing is written by two threads.
+// Forward, threads share out the batch and then strips of output rows (`Team`); backward, strips. Nothing is written by
+// two threads.
 #include <algorithm>
 
 #include "pack.h"

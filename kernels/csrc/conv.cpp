@@ -1,7 +1,7 @@
 // Direct sparse convolution: no im2col, the tiles of a matrix product over packed images.
 //
-// An item of work is a range of rows of some images. Its input is packed with a halo, so that a tap is a constant offset
-// (a table holds them); then each step multiplies all weights with a few vectors of neighbouring output pixels. A vector
+// An item of work is a range of rows of some images. Its input is packed with a halo, so that a tap is a constant offset,
+// kept in a table; then each step multiplies all weights with a few vectors of neighbouring output pixels. A vector
 // holds one pixel of kLanes images or, where the batch is too small for that, kLanes pixels of one image. For a stride,
 // pixels with the same coordinates modulo the stride (a phase) lie together, so that neighbours stay neighbours.
 #include <cmath>

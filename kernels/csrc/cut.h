@@ -8,7 +8,7 @@
 #include "pool.h"
 #include "team.h"
 
-struct ConvArgs {  // mirrored in cpu.py; flat: pixels are lanes
+struct ConvArgs {  // mirrored in cpu_conv.py; flat: pixels are lanes
     int64_t is_double, threads, flat, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
     const Taps* taps;
     const int32_t* plan;
@@ -25,10 +25,9 @@ struct ConvArgs {  // mirrored in cpu.py; flat: pixels are lanes
     Windows windows() const { return {pool, out_channels, pooled_height(), pooled_width(), batch}; }
 };
 
-constexpr int64_t kWorkingSet = 1 << 20;   // bytes of an item's packed blocks: about an L2
-constexpr int64_t kRun = 128;              // pixels of a channel that an item reads or writes, at least
-
-constexpr int64_t kMaxElements = INT32_MAX;
+constexpr int64_t kWorkingSet = 1 << 20;     // bytes of an item's packed blocks: about an L2
+constexpr int64_t kRun = 128;                // pixels of a channel that an item reads or writes, at least
+constexpr int64_t kMaxElements = INT32_MAX;  // of a packed block: offsets into it have 32 bits
 
 template <class T>
 Images<T> images(const ConvArgs& a, void* data, const int64_t* strides, bool output) {
@@ -89,8 +88,7 @@ struct Cut {
         parts = ceil_div(a.batch, lanes);
     }
     // A working set of `fixed` + height * `per_row` bytes an item, but rows enough to read and write memory in long runs,
-    // and items for all threads. A
-    // multiple of `unit`.
+    // and items for all threads; a multiple of `unit`.
     void choose_height(int64_t threads, int64_t width, int64_t fixed, int64_t per_row, int64_t unit = 1) {
         height = std::max(ceil_div(kRun, width), (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
         const int64_t wanted = ceil_div(threads, parts);  // blocks per part

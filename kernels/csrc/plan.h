@@ -43,7 +43,7 @@ struct Plan {
 // A plan is stored as a flat int32 array; this reads it in place.
 Plan read_plan(const int32_t* words);
 
-struct Taps {  // mirrored in cpu.py: what of a convolution's geometry decides which weights meet
+struct Taps {  // mirrored in cpu_conv.py: what of a convolution's geometry decides which weights meet
     int32_t channels, kernel[2], stride[2], before[2], dilation[2], groups;  // rows, then columns; before: padding
     int32_t size() const { return kernel[0] * kernel[1]; }
     int phases() const { return stride[0] * stride[1]; }
