@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import dense_state, masks_of, prunable
-from .masks import Masks, at_random, by_magnitude, check, pools, prune_pools
+from .masks import Granularity, Masks, at_random, by_magnitude, check, check_blocks, pools, prune_pools
 from .random_state import random_state_kept
 from .ticket import Ticket, atomic, json_copy
 
@@ -36,33 +36,40 @@ def prune(
     rates: Mapping[str, float] | None = None,
     output_fraction: float | None = None,
     ignore: Sequence[str] = (),
+    granularity: Granularity = (1, 1),
     generator: torch.Generator | None = None,
 ) -> Masks:
     """Masks with `fraction` of the surviving weights gone; the model and the given masks are left as they are.
 
-    Exactly round(fraction * survivors) weights go, per layer or over all of them; ties are broken by index, and a
-    weight that is pruned stays pruned. Biases are never pruned. Give the result to `convert`.
+    Exactly round(fraction * survivors) weights, or blocks of them, go, per layer or over all of them; ties are broken
+    by index, and a weight that is pruned stays pruned. Biases are never pruned. Give the result to `convert`.
 
     Args:
         fraction: in [0, 1), of the weights that survive now, not of all of them.
         masks: what survives now, bool tensors keyed by parameter name ("fc1.weight"); layers not named are whole.
             None: the masks that the model was converted with; all True if it was not.
-        method: "magnitude" removes the smallest |w|, "random" any.
-        scope: "layer" takes `fraction` of each layer, "global" of all layers together.
+        method: "magnitude" removes the smallest |w|, of blocks the smallest mean |w|, "random" any.
+        scope: "layer" takes `fraction` of each layer, "global" of all layers together, or if their granularity differs,
+            of all with the same one.
         rates: fractions of single layers, by name or fnmatch pattern (the first that matches counts). Such a layer
             is pruned on its own in either scope.
         output_fraction: the rate of the last layer; the paper takes half of `fraction` (App. G.4).
         ignore: names or patterns of layers to leave as they are.
+        granularity: (R, C) removes whole blocks of R rows x C columns, of a convolution R filters x C channels at one
+            tap; the border of the weight may cut blocks off. A mapping gives it by name or pattern as `rates` does;
+            layers not named are (1, 1), single weights. The output layer is usually left so.
         generator: for "random"; None uses torch's.
     Returns a mask for every layer that `convert` can mask, in module order.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
-    [0, 1), an unknown method, scope, name or pattern, and a mask that is not boolean or not of its weight's shape.
+    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, and a mask that is
+    not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     weights = prunable(model)
     masks = _complete(weights, masks_of(model) if masks is None else masks)
-    chosen = pools(list(weights), fraction, scope=scope, rates=rates, output_fraction=output_fraction, ignore=ignore)
+    how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
+    chosen = pools(list(weights), fraction, **how, granularity=granularity)
     score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
     return prune_pools(masks, chosen, score)
 
@@ -79,6 +86,7 @@ def find_ticket(
     rates: Mapping[str, float] | None = None,
     output_fraction: float | None = None,
     ignore: Sequence[str] = (),
+    granularity: Granularity = (1, 1),
     out: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -109,7 +117,7 @@ def find_ticket(
             With `rewind_step=k > 0` it is called as `train(model, start=0, stop=k)` once, to reach theta_k, and as
             `train(model, start=k, stop=None)` in each round: to skip the first k steps of data and schedule.
         rounds: how often to prune, at least 1.
-        fraction, scope, rates, output_fraction, ignore: how to prune, by magnitude: see `prune`.
+        fraction, scope, rates, output_fraction, ignore, granularity: how to prune, by magnitude: see `prune`.
         rewind_step: k, the step whose weights the survivors go back to; 0 is the initialisation.
         reset: False trains on from the pruned weights instead, and goes back to theta_k only in the ticket that is
             returned ("continued training", paper App. B).
@@ -131,9 +139,13 @@ def find_ticket(
     weights = prunable(model)
     masks = _complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
-    chosen = pools(list(weights), fraction, **how)
+    chosen = pools(list(weights), fraction, **how, granularity=granularity)
+    check_blocks(masks, chosen)
     recipe = {"fraction": fraction, **how, "rewind_step": rewind_step, "reset": reset, "settings": settings}
     recipe |= {"layers": {name: list(weight.shape) for name, weight in weights.items()}}
+    blocked = [pool for pool in chosen if pool.fraction and pool.block != (1, 1)]
+    if blocked:  # else left out, so that runs begun before there were blocks go on
+        recipe["granularity"] = {name: pool.block for pool in blocked for name in pool.names}
     files = _Files(out)
     recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, ()))}))
 

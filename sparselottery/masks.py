@@ -2,28 +2,37 @@
 
 A mask is a bool tensor, True where a weight survives; `Masks` keys them by parameter name ("fc1.weight"). Masks are
 data: they are never read off the values of weights, and here they only ever lose True entries. Every function is pure.
+
+What is pruned are blocks (R, C) of a weight (O, C', ...): R rows (filters) x C columns (channels) at one place of the
+other dimensions (a convolution's taps). Blocks begin at multiples of R and C and are cut off at the border; with (1, 1)
+they are single weights. The grid of a mask is the bool tensor (ceil(O / R), ceil(C' / C), ...), True where a block
+survives; block order is index order in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Masks = dict[str, Tensor]
-Score = Callable[[str], Tensor]  # layer name -> scores (nnz,) of its survivors, in index order; the lowest go first
+Block = tuple[int, int]
+Granularity = Block | Mapping[str, Block]  # of all layers, or by name or fnmatch pattern, the others being (1, 1)
+Score = Callable[[str, Block], Tensor]  # layer -> scores (n,) of its n surviving blocks, in order; the lowest go first
 SCOPES = ("layer", "global")
 
 
 class Pool(NamedTuple):
-    """Weights that compete: `fraction` of the survivors of all `names` together is removed."""
+    """Blocks that compete: `fraction` of the surviving ones of all `names` together is removed."""
 
     names: tuple[str, ...]
     fraction: float
+    block: Block = (1, 1)
 
 
 def survivors(masks: Mapping[str, Tensor]) -> int:
@@ -55,14 +64,63 @@ def lowest(scores: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """The smallest |w| go first. The score raises ValueError for a layer with survivors that are not finite."""
+def grid_of(masks: Mapping[str, Tensor], name: str, block: Block) -> Tensor:
+    """Which blocks of a layer survive; its mask itself for (1, 1). ValueError if of any block only a part does."""
+    mask = masks[name]
+    if block == (1, 1):
+        return mask
+    counts = block_sums(mask, block)
+    grid = counts > 0
+    if partial := int((grid & (counts < block_sums(torch.ones_like(mask), block))).sum()):
+        height, width = block
+        raise ValueError(
+            f"masks[{name!r}]: expected whole {height}x{width} blocks, got {partial} that are partly pruned"
+        )
+    return grid
 
-    def score(name: str) -> Tensor:
-        scores = weights[name].detach()[masks[name]].abs()
+
+def check_blocks(masks: Mapping[str, Tensor], chosen: Iterable[Pool]) -> None:
+    """Raise ValueError unless the mask of each layer that is to be pruned has whole blocks."""
+    for pool in chosen:
+        for name in pool.names if pool.fraction else ():
+            grid_of(masks, name, pool.block)
+
+
+def mask_of(grid: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
+    """The mask of `shape` whose surviving blocks are those of the grid; the inverse of `grid_of`."""
+    if block == (1, 1):
+        return grid
+    rows, cols = (torch.arange(size, device=grid.device) // step for size, step in zip(shape[:2], block, strict=True))
+    return grid[rows][:, cols]
+
+
+def block_sums(tensor: Tensor, block: Block) -> Tensor:
+    """Sums (ceil(O / R), ceil(C' / C), ...) of an (O, C', ...) tensor over its blocks; int64 of a bool one."""
+    sizes = tensor.shape[:2]
+    height, width = (max(1, min(step, size)) for step, size in zip(block, sizes, strict=True))
+    padding = [0, 0] * (tensor.dim() - 2) + [0, -sizes[1] % width, 0, -sizes[0] % height]  # the last dimension first
+    padded = F.pad(tensor, padding)
+    by_column = padded.unflatten(1, (padded.shape[1] // width, width))
+    return by_column.unflatten(0, (padded.shape[0] // height, height)).sum((1, 3))
+
+
+def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
+    """The blocks with the smallest mean |w| go first. By their sums, those that the border cuts off would.
+
+    The mean is float64, so that blocks of equal float32 weights tie, whatever their sizes. The score raises ValueError
+    for a layer with survivors that are not finite.
+    """
+
+    def score(name: str, block: Block = (1, 1)) -> Tensor:
+        weight, mask = weights[name].detach(), masks[name]
+        scores = weight[mask].abs()
         if bad := int((~scores.isfinite()).sum()):
             raise ValueError(f"{name}: expected finite weights, got {bad} that are nan or inf")
-        return scores
+        if block == (1, 1):
+            return scores
+        sums = block_sums(weight.abs().double().masked_fill(~mask, 0), block)
+        counts = block_sums(mask, block)
+        return (sums / counts)[counts > 0]
 
     return score
 
@@ -70,8 +128,9 @@ def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 def at_random(masks: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Score:
     """Any go first. Scores are float64, so that ties (broken by index, hence not random) all but never occur."""
 
-    def score(name: str) -> Tensor:
-        scores = torch.rand(int(masks[name].sum()), dtype=torch.float64, generator=generator, device=_device(generator))
+    def score(name: str, block: Block = (1, 1)) -> Tensor:
+        count = int(grid_of(masks, name, block).sum())
+        scores = torch.rand(count, dtype=torch.float64, generator=generator, device=_device(generator))
         return scores.to(masks[name].device)
 
     return score
@@ -85,11 +144,13 @@ def pools(
     rates: Mapping[str, float] | None = None,
     output_fraction: float | None = None,
     ignore: Sequence[str] = (),
+    granularity: Granularity = (1, 1),
 ) -> list[Pool]:
     """Who competes with whom, and at which fraction: the arguments of `prune`, validated, without its weights.
 
     A layer that is ignored, the last one under `output_fraction`, and a layer named in `rates` (in this order of
-    precedence) is a pool of its own. The others are a pool each (scope "layer") or one pool together ("global").
+    precedence) is a pool of its own. The others are a pool each (scope "layer") or one pool of all with the same block
+    ("global"): means over blocks of different sizes do not compare, those over large ones never being small.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
@@ -106,36 +167,77 @@ def pools(
         own[names[-1]] = float(output_fraction)
     for pattern in ignore:
         own.update(dict.fromkeys(_matching("ignore", pattern, names), 0.0))
-    rest = [name for name in names if name not in own]
-    together = [tuple(rest)] if scope == "global" else [(name,) for name in rest]
-    return [Pool((name,), rate) for name, rate in own.items()] + [Pool(group, float(fraction)) for group in together]
+    blocks = granularities(names, granularity)
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        if name not in own:
+            groups.setdefault(blocks[name] if scope == "global" else name, []).append(name)
+    alone = [Pool((name,), rate, blocks[name]) for name, rate in own.items()]
+    return alone + [Pool(tuple(group), float(fraction), blocks[group[0]]) for group in groups.values()]
+
+
+def granularities(names: Iterable[str], granularity: Granularity) -> dict[str, Block]:
+    """The block of each layer, by the first pattern that matches; ValueError or TypeError for what is not (R, C)."""
+    if not isinstance(granularity, Mapping):
+        return dict.fromkeys(names, _checked_block("granularity", granularity))
+    names, blocks = list(names), {}
+    for pattern, block in granularity.items():
+        block = _checked_block(f"granularity[{pattern!r}]", block)
+        for name in _matching("granularity", pattern, names):
+            blocks.setdefault(name, block)
+    return {name: blocks.get(name, (1, 1)) for name in names}
 
 
 def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Score) -> Masks:
-    """New masks, in which each pool has lost exactly round(fraction * survivors) of its survivors: the lowest scores.
+    """New masks, in which each pool has lost exactly round(fraction * n) of its n surviving blocks: the lowest scores.
 
     Ties go by index, layers in the order of the pool; only one pool's scores are held at a time. `masks` is left as
-    it is and nothing returned aliases it.
+    it is and nothing returned aliases it. Raises ValueError for a layer to be pruned whose mask has not whole blocks.
     """
     pruned = {name: mask.clone() for name, mask in masks.items()}
-    for names, fraction in chosen:
-        counts = [int(masks[name].sum()) for name in names]
-        k = round(fraction * sum(counts))
+    for pool in chosen:
+        if pool.fraction == 0:
+            continue
+        before = [grid_of(masks, name, pool.block) for name in pool.names]
+        counts = [int(grid.sum()) for grid in before]
+        k = round(pool.fraction * sum(counts))
         if k == 0:
             continue
-        removed = lowest(torch.cat([score(name) for name in names]), k)
-        for name, part in zip(names, removed.split(counts), strict=True):
-            pruned[name][masks[name]] = ~part
+        removed = lowest(torch.cat([score(name, pool.block) for name in pool.names]), k)
+        for name, grid, part in zip(pool.names, before, removed.split(counts), strict=True):
+            after = grid.clone()
+            after[grid] = ~part
+            pruned[name] = mask_of(after, pool.block, masks[name].shape)
     return pruned
 
 
-def rearrange(masks: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Masks:
-    """New masks with the survivors of each layer at random places in it: the control of paper App. E."""
+def rearrange(
+    masks: Mapping[str, Tensor], generator: torch.Generator | None = None, granularity: Granularity = (1, 1)
+) -> Masks:
+    """New masks with the survivors of each layer at random places in it: the control of paper App. E.
+
+    granularity: as given to `prune`: whole blocks move, and so a mask of blocks stays one; with (1, 1) it does not.
+    Blocks change places with those of as many weights only, so that each layer keeps its number of survivors: a block
+    that the border cuts off stays at the border. Raises ValueError for a mask that has not whole blocks.
+    """
     rearranged = {}
-    for name, mask in masks.items():
-        order = torch.randperm(mask.numel(), generator=generator, device=_device(generator))
-        rearranged[name] = mask.flatten()[order.to(mask.device)].view_as(mask)
+    for name, block in granularities(masks, granularity).items():
+        mask, grid = masks[name], grid_of(masks, name, block)
+        flat = grid.flatten()
+        moved = flat.clone()
+        for places in _places_by_size(mask, block):
+            order = torch.randperm(len(places), generator=generator, device=_device(generator))
+            moved[places] = flat[places[order.to(mask.device)]]
+        rearranged[name] = mask_of(moved.view(grid.shape), block, mask.shape)
     return rearranged
+
+
+def _places_by_size(mask: Tensor, block: Block) -> list[Tensor]:
+    """The indices in the flattened grid of the blocks of each size."""
+    if block == (1, 1):
+        return [torch.arange(mask.numel(), device=mask.device)]
+    sizes = block_sums(torch.ones_like(mask), block).flatten()
+    return [(sizes == size).nonzero().squeeze(1) for size in sizes.unique()]
 
 
 def _device(generator: torch.Generator | None) -> torch.device:
@@ -147,6 +249,14 @@ def _check_fraction(what: str, value: float) -> None:
         raise TypeError(f"{what}: expected a number, got {value!r}")
     if not 0 <= value < 1:
         raise ValueError(f"{what}: expected a value in [0, 1), got {value}")
+
+
+def _checked_block(what: str, block: Block) -> Block:
+    if not isinstance(block, Sequence) or len(block) != 2 or not all(isinstance(side, Integral) for side in block):
+        raise TypeError(f"{what}: expected (rows, columns), two ints, got {block!r}")
+    if min(block) < 1:
+        raise ValueError(f"{what}: expected at least (1, 1), got {block!r}")
+    return int(block[0]), int(block[1])
 
 
 def _matching(what: str, pattern: str, names: Sequence[str]) -> list[str]:

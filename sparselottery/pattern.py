@@ -8,6 +8,11 @@ CSR, the field's standard sparse format. The 3x4 mask
 
 Index tensors are int32 on the device of the mask. The values are not part of a pattern: a mask is data, never
 inferred from weights.
+
+A mask may consist of whole blocks of R rows x C columns, as `prune(..., granularity=(R, C))` leaves them; blocks begin
+at multiples of R and C and are cut off at the border of the matrix. Indices and values stay as above: a block is a
+property of the mask, found in the indices, and kernels may use it. In a convolution's weight (O, C, kernel_h,
+kernel_w) a block is R filters x C channels at one tap.
 """
 
 from __future__ import annotations
@@ -15,11 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 MAX_INT32 = 2**31 - 1
+# Blocks (R, C) that kernels exist for, the preferred first.
+BLOCKS = ((64, 64), (32, 32), (16, 16), (8, 8), (128, 1), (64, 1), (32, 1), (16, 1))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -57,11 +65,18 @@ class Pattern:
         return cls(crow_indices, col_indices, (mask.shape[0], mask.shape[1]))
 
     def validate(self) -> Pattern:
-        """Check every invariant of the format (for indices read from files); returns self, raises ValueError."""
+        """Check every invariant of the format (for indices read from files), quickly; raises ValueError.
+
+        Returns self, or where files hold col_indices as int16 the same with int32.
+        """
         crow_indices, col_indices, (rows, cols) = self.crow_indices, self.col_indices, self.shape
+        if col_indices.dtype == torch.int16:
+            return Pattern(crow_indices, col_indices.to(torch.int32), self.shape).validate()
         for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
             if tensor.dtype != torch.int32 or tensor.dim() != 1:
                 raise ValueError(f"{name}: expected a 1-D int32 tensor, got {tensor.dtype} {tuple(tensor.shape)}")
+        if max(rows, cols, col_indices.numel()) > MAX_INT32:
+            raise ValueError(f"shape: expected at most {MAX_INT32} rows, columns and survivors, got {self.shape}")
         if len(crow_indices) != rows + 1:
             raise ValueError(f"crow_indices: expected length {rows + 1}, got {len(crow_indices)}")
         if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != len(col_indices):
@@ -72,12 +87,13 @@ class Pattern:
         if bool((crow_indices[1:] < crow_indices[:-1]).any()):  # a difference could wrap around
             raise ValueError("crow_indices: expected a non-decreasing sequence, got a decreasing one")
         if len(col_indices):
-            low, high = int(col_indices.min()), int(col_indices.max())
+            low, high = map(int, col_indices.aminmax())
             if low < 0 or high >= cols:
                 raise ValueError(f"col_indices: expected values in [0, {cols}), got {low} to {high}")
-            row_indices = self.row_indices()
-            same_row = row_indices[1:] == row_indices[:-1]
-            if bool((same_row & (col_indices.diff() <= 0)).any()):
+            ascending = col_indices.new_ones(len(col_indices) + 1, dtype=torch.bool)
+            torch.gt(col_indices[1:], col_indices[:-1], out=ascending[1:-1])
+            ascending[crow_indices] = True  # rows begin anew
+            if not bool(ascending.all()):
                 raise ValueError("col_indices: expected strictly ascending columns within each row")
         return self
 
@@ -90,6 +106,11 @@ class Pattern:
         """Share of the weights that survive, in [0, 1] (0 for an empty matrix)."""
         total = self.shape[0] * self.shape[1]
         return self.nnz / total if total else 0.0
+
+    @cached_property
+    def block(self) -> tuple[int, int]:
+        """`block_of` this pattern as the weight (O, I) of a linear layer."""
+        return block_of(self, self.shape)
 
     def row_indices(self) -> Tensor:
         """The row of each value: int64 (nnz,)."""
@@ -119,3 +140,48 @@ class Pattern:
             raise ValueError(f"values: expected shape ({self.nnz},), got {tuple(values.shape)}")
         flat = values.new_zeros(self.shape[0] * self.shape[1])
         return flat.scatter(0, self.positions(), values).view(self.shape)
+
+
+def block_of(pattern: Pattern, shape: Sequence[int]) -> tuple[int, int]:
+    """The first (R, C) of `BLOCKS` that the mask of a weight of `shape` consists of, whole; (1, 1) if there is none.
+
+    shape: of the weight, (O, I) or (O, C, kernel_h, kernel_w), whose matrix (O, I) the pattern is of.
+    Quick for an unstructured mask; for another it takes O(nnz). Synchronises with the device of the indices.
+    Raises ValueError if the shape is not that of the pattern's matrix.
+    """
+    return next((block for block in BLOCKS if has_blocks(pattern, shape, block)), (1, 1))
+
+
+def has_blocks(pattern: Pattern, shape: Sequence[int], block: tuple[int, int]) -> bool:
+    """Does the mask of a weight of `shape` consist of whole blocks (R, C)? As `block_of`, but for any R, C >= 1."""
+    if matrix_shape(shape) != pattern.shape:
+        raise ValueError(f"shape: expected that of a weight with the matrix {pattern.shape}, got {tuple(shape)}")
+    if not 0 < pattern.nnz < math.prod(shape):
+        return True
+    # The rows of a block are equally long, and the first rows alone have whole blocks: masks without blocks end here.
+    counts = pattern.crow_indices.diff()
+    firsts = torch.arange(len(counts), device=counts.device) // block[0] * block[0]
+    if bool((counts != counts[firsts]).any()):
+        return False
+    start = int(counts.nonzero()[0])  # the first row that is not empty is the first of its block
+    rows = min(block[0], len(counts) - start)
+    crow_indices = pattern.crow_indices[start : start + rows + 1]
+    first = Pattern(crow_indices, pattern.col_indices[: int(crow_indices[-1])], (rows, pattern.shape[1]))
+    return all(_blocks_are_whole(part, shape, block) for part in (first, pattern))
+
+
+def _blocks_are_whole(pattern: Pattern, shape: Sequence[int], block: tuple[int, int]) -> bool:
+    """Has each block as many survivors as weights, or none?"""
+    rows, channels, taps, (height, width) = pattern.shape[0], shape[1], math.prod(shape[2:]), block
+    across = -(-channels // width) * taps  # blocks side by side
+    channel, tap = pattern.col_indices // taps, pattern.col_indices % taps
+    index = pattern.row_indices() // height * across + channel // width * taps + tap
+    counts = torch.bincount(index, minlength=-(-rows // height) * across).view(-1, across)
+    heights = _extents(rows, height, counts.device)
+    widths = _extents(channels, width, counts.device).repeat_interleave(taps)
+    return bool(((counts == 0) | (counts == heights[:, None] * widths)).all())
+
+
+def _extents(size: int, step: int, device: torch.device) -> Tensor:
+    """How many of `size` rows or columns each block of `step` has: all but the last `step`. int64."""
+    return (size - torch.arange(0, size, step, device=device)).clamp(max=step)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparselottery import Pattern
 from sparselottery.lab import experiment
 from sparselottery.lab.controls import reinit
 from sparselottery.lab.data import Dataset, load
@@ -70,6 +71,7 @@ def test_what_is_pruned_is_the_papers(monkeypatch, model, conv, fc, output, scop
     how = experiment.pruning(preset(model=model), nn.Module())
     assert (how["fraction"], how["output_fraction"], how["scope"]) == (pytest.approx(conv), output, scope)
     assert how["rates"] == {"shortcut.weight": 0.0, "fc1.weight": fc, "fc2.weight": fc}
+    assert set(how.pop("granularity").values()) == {(1, 1)}
     pruned = {name: pool.fraction for pool in pools(list(layers), **how) for name in pool.names}
     assert pruned == pytest.approx({"conv.weight": conv, "shortcut.weight": 0, "fc1.weight": fc, "fc2.weight": output})
 
@@ -97,6 +99,7 @@ def test_names_tell_settings_apart_and_leave_defaults_out():
     assert preset("digits").name == "digits-lenet-300-100-b23c8c75"
     assert preset(model="resnet-18").name.startswith("cifar10-resnet-18-")
     changes = {"rounds": 3, "iterations": 9, "fraction": 0.5, "seed": 1, "one_shot": True, "reinit": True, "lr": 0.1}
+    changes |= {"granularity": (16, 16)}
     names = {preset("digits", **{key: value}).name for key, value in changes.items()}
     assert len(names | {preset("digits").name, preset("mnist").name}) == len(changes) + 2
 
@@ -165,6 +168,20 @@ def test_one_shot(tmp_path):
     assert len(records) == 2
     assert ticket.density == pytest.approx(0.64, abs=0.01)
     assert Ticket.load(tmp_path / "round-01.safetensors").density == ticket.density
+
+
+def test_blocks_everywhere_but_in_the_output_layer(tmp_path):
+    ticket, _ = run(replace(QUICK, granularity=(16, 16)), tmp_path)
+    blocks = {name: Pattern.from_mask(mask.flatten(1)).block for name, mask in ticket.masks.items()}
+    assert blocks == {"fc1.weight": (16, 16), "fc2.weight": (16, 16), "fc3.weight": (1, 1)}
+    assert ticket.recipe["granularity"] == {"fc1.weight": [16, 16], "fc2.weight": [16, 16]}
+    assert ticket.recipe["settings"]["granularity"] == [16, 16]
+    assert ticket.density == pytest.approx(0.64, abs=0.02)
+
+
+def test_runs_of_single_weights_are_kept_as_before_there_were_blocks(tmp_path):
+    run(QUICK, tmp_path)
+    assert "granularity" not in (tmp_path / "settings.json").read_text()
 
 
 @pytest.fixture

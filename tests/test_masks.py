@@ -50,7 +50,7 @@ def test_pruning_removes_exactly_k_of_the_smallest_survivors(layers, fraction, s
     chosen = pools(list(weights), fraction, scope=scope)
     pruned = prune_pools(masks, chosen, by_magnitude(weights, masks))
     assert list(pruned) == list(masks)
-    for names, _ in chosen:
+    for names, *_ in chosen:
         old = torch.cat([masks[name].flatten() for name in names])
         new = torch.cat([pruned[name].flatten() for name in names])
         size = torch.cat([weights[name].flatten() for name in names]).abs()
@@ -120,15 +120,16 @@ def test_random_scores_pick_uniformly_and_repeat_with_the_generator():
 
 
 def test_pools_by_scope():
-    assert pools(NAMES, 0.2) == [((name,), 0.2) for name in NAMES]
-    assert pools(NAMES, 0.2, scope="global") == [(tuple(NAMES), 0.2)]
-    assert pools(["weight"], 0.2, scope="global", output_fraction=0.1) == [(("weight",), 0.1), ((), 0.2)]
+    assert pools(NAMES, 0.2) == [((name,), 0.2, (1, 1)) for name in NAMES]
+    assert pools(NAMES, 0.2, scope="global") == [(tuple(NAMES), 0.2, (1, 1))]
+    assert pools(["weight"], 0.2, scope="global", output_fraction=0.1) == [(("weight",), 0.1, (1, 1))]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_pools_of_their_own(scope):
     rates = {"conv.fc1.weight": 0.5, "conv.*": 0.4, "head.weight": 0.3}
-    assert dict(pools(NAMES, 0.2, scope=scope, rates=rates, output_fraction=0.1, ignore=["*fc2*"])[:3]) == {
+    chosen = pools(NAMES, 0.2, scope=scope, rates=rates, output_fraction=0.1, ignore=["*fc2*"])
+    assert {names: fraction for names, fraction, _ in chosen} == {
         ("conv.fc1.weight",): 0.5,  # the first pattern that matches
         ("conv.fc2.weight",): 0.0,  # ignore is above rates
         ("head.weight",): 0.1,  # output_fraction is above rates
@@ -148,11 +149,29 @@ def test_pools_of_their_own(scope):
         ({"ignore": ["head"]}, ValueError, "ignore: .*'head', which matches none"),
         ({"ignore": "head.weight"}, TypeError, "ignore: expected a sequence of names"),
         ({"scope": "block"}, ValueError, "scope: expected one of .*'block'"),
+        ({"granularity": "16x16"}, TypeError, r"granularity: expected \(rows, columns\), two ints, got '16x16'"),
+        ({"granularity": 16}, TypeError, "granularity: expected"),
+        ({"granularity": (16, 16, 1)}, TypeError, "granularity: expected"),
+        ({"granularity": {"head*": (4, 1.5)}}, TypeError, r"granularity\['head\*'\]: expected .*got \(4, 1\.5\)"),
+        ({"granularity": (0, 16)}, ValueError, r"granularity: expected at least \(1, 1\), got \(0, 16\)"),
+        ({"granularity": {"tail*": (4, 4)}}, ValueError, r"granularity: .*'tail\*', which matches none"),
     ],
 )
 def test_pools_refuse(arguments, error, message):
     with pytest.raises(error, match=message):
         pools(NAMES, **{"fraction": 0.2, **arguments})
+
+
+def test_pools_by_granularity():
+    granularity = {"conv.fc1.weight": [4, 4], "conv.*": (8, 1)}  # the first pattern that matches; lists as in JSON
+    assert [pool.block for pool in pools(NAMES, 0.2, granularity=granularity)] == [(4, 4), (8, 1), (1, 1)]
+    assert {pool.block for pool in pools(NAMES, 0.2, granularity=(3, 2), rates={"conv.*": 0.1})} == {(3, 2)}
+    blocks = {"*fc2*": (4, 4)}
+    assert pools(NAMES, 0.2, scope="global", granularity=blocks) == [
+        (("conv.fc1.weight", "head.weight"), 0.2, (1, 1)),
+        (("conv.fc2.weight",), 0.2, (4, 4)),
+    ]
+    assert pools(NAMES, 0.2, scope="global", granularity=(4, 4)) == [(tuple(NAMES), 0.2, (4, 4))]
 
 
 def test_rearrange_moves_the_survivors_of_each_layer():
@@ -167,6 +186,7 @@ def test_rearrange_moves_the_survivors_of_each_layer():
         assert torch.equal(moved[name], again[name])
         assert torch.equal(mask, before[name])
     assert not torch.equal(rearrange(masks)["a.weight"], rearrange(masks)["a.weight"])
+    assert rearrange({}) == {}
 
 
 def test_check():

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from hypothesis import given
+from blocks import blocky, is_blocky
+from hypothesis import given, settings
 
 from sparselottery import Pattern
+from sparselottery.pattern import BLOCKS, block_of, has_blocks
 
 MASK = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=9)).map(torch.from_numpy)
@@ -136,3 +138,93 @@ def test_gather_takes_its_own_shape(shape):
 def test_scatter_takes_nnz_values(shape):
     with pytest.raises(ValueError, match=r"values: expected shape \(4,\), got"):
         Pattern.from_mask(MASK).scatter(torch.zeros(shape))
+
+
+# blocks
+
+
+def compiled(mask):
+    return Pattern.from_mask(mask.flatten(1))
+
+
+@settings(deadline=None)
+@given(
+    hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=9),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.integers(0, 99),
+    st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    st.data(),
+)
+def test_has_blocks_is_its_definition(shape, made_of, asked, seed, density, data):
+    mask = blocky(shape, made_of, seed, density)
+    assert has_blocks(compiled(mask), shape, made_of)
+    assert has_blocks(compiled(mask), shape, asked) == is_blocky(mask, asked)
+    flipped = mask.flatten().clone()
+    flipped[data.draw(st.integers(0, mask.numel() - 1))] ^= True
+    for block in (made_of, asked):
+        assert has_blocks(compiled(flipped.view(shape)), shape, block) == is_blocky(flipped.view(shape), block)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([*BLOCKS, (4, 4), (8, 1), (1, 16), (128, 128), (1, 1)]),
+    st.sampled_from([(130, 70), (64, 64), (257, 40), (5, 90), (96, 20, 3, 1), (128, 16, 1, 1), (40, 65, 2, 2)]),
+    st.integers(0, 99),
+)
+def test_the_block_is_the_first_that_the_mask_consists_of(made_of, shape, seed):
+    mask = blocky(shape, made_of, seed)
+    assert block_of(compiled(mask), shape) == next((block for block in BLOCKS if is_blocky(mask, block)), (1, 1))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_block_of_a_matrix_and_of_a_convolution(block):
+    assert compiled(blocky((300, 150), block)).block == block
+    shape = (300, 150, 3, 2)
+    pattern = compiled(blocky(shape, block))
+    assert block_of(pattern, shape) == block
+    column = block[0], 1  # in the matrix the channels are taps apart
+    assert pattern.block == (column if column in BLOCKS else (1, 1))
+
+
+def test_blocks_of_a_convolution_lie_at_one_tap():
+    mask = torch.zeros(16, 16, 3, 3, dtype=torch.bool)
+    mask[..., 1, 2] = True
+    assert block_of(compiled(mask), mask.shape) == (64, 64)
+    assert block_of(compiled(mask), (16, 144)) == (128, 1)
+    whole_rows = torch.zeros(128, 144, dtype=torch.bool)
+    whole_rows[:64] = True
+    assert block_of(compiled(whole_rows), (128, 16, 3, 3)) == block_of(compiled(whole_rows), (128, 144)) == (64, 64)
+
+
+def test_an_empty_and_a_whole_mask_are_of_any_block():
+    for mask in (torch.zeros(7, 9, dtype=torch.bool), torch.ones(7, 9, dtype=torch.bool)):
+        assert compiled(mask).block == BLOCKS[0]
+    assert compiled(torch.zeros(0, 5, dtype=torch.bool)).block == compiled(torch.zeros(5, 0) > 0).block == BLOCKS[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.rand(256, 256) < 0.1,
+        lambda: torch.zeros(256, 256).scatter(1, torch.rand(256, 256).argsort(1)[:, :32], 1) > 0,  # rows equally long
+        lambda: torch.cat([blocky((128, 256), (128, 128)), torch.rand(128, 256) < 0.5]),
+        lambda: torch.eye(256) > 0,
+        lambda: torch.ones(256, 256).tril() > 0,
+    ],
+)
+def test_masks_without_blocks(make):
+    assert compiled(make()).block == (1, 1)
+
+
+def test_blocks_after_empty_rows():
+    mask = torch.zeros(80, 64, dtype=torch.bool)
+    mask[48:64, 16:32] = True
+    assert compiled(mask).block == (16, 16)
+    mask[63, 20] = False
+    assert compiled(mask).block == (1, 1)
+
+
+def test_the_shape_is_the_weights():
+    with pytest.raises(ValueError, match=r"shape: expected that of a weight with the matrix \(3, 4\), got \(3, 2, 3\)"):
+        block_of(Pattern.from_mask(MASK), (3, 2, 3))

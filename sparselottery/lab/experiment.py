@@ -65,6 +65,7 @@ class Settings:
     conv_share: float = 1.0  # of `fraction`, pruned in convolutions, 1x1 shortcuts excepted, which stay whole
     fc_share: float = 1.0  # in linear layers
     output_share: float = 0.5  # in the output layer (paper App. G.4)
+    granularity: tuple[int, int] = (1, 1)  # blocks that are pruned whole; single weights in the output layer
 
     @property
     def name(self) -> str:
@@ -174,25 +175,36 @@ def run(
             rewind_step=settings.rewind_step,
             reset=not settings.continued,
             out=out,
-            settings=asdict(settings) | {"shape": data.shape, "classes": data.classes, "note": data.note},
+            settings=_recorded(settings) | {"shape": data.shape, "classes": data.classes, "note": data.note},
             on_round=on_round,
         )
 
 
 def pruning(settings: Settings, model: nn.Module) -> dict:
-    """How `find_ticket` is to prune ``model``: convolutions by ``fraction`` and ``scope``, the rest by ``rates``."""
-    rates = {}
+    """How `find_ticket` is to prune ``model``: convolutions by ``fraction`` and ``scope``, the rest by ``rates``.
+
+    Blocks are pruned everywhere but in the output layer.
+    """
+    rates, granularity = {}, {}
     for name, weight in prunable(model).items():
         if weight.dim() == 2:
             rates[name] = settings.rate(settings.fc_share)
         elif weight[0, 0].numel() == 1:
             rates[name] = 0.0
+        granularity[name] = settings.granularity
+    granularity[name] = (1, 1)  # the output layer
     return {
         "fraction": settings.rate(settings.conv_share),
         "scope": settings.scope,
         "rates": rates,
         "output_fraction": settings.rate(settings.output_share),
+        "granularity": granularity,
     }
+
+
+def _recorded(settings: Settings) -> dict:
+    """What is kept of the settings with a run: without single weights, so that runs begun before blocks go on."""
+    return {key: value for key, value in asdict(settings).items() if (key, value) != ("granularity", (1, 1))}
 
 
 def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> dict[str, float]:
