@@ -88,7 +88,7 @@ def test_exports_with_a_dynamic_batch(name):
 def compiled(chain):
     patterns = chain.patterns
     plans = [ops.compile_plan(p) for p in patterns]
-    return [p.crow_indices for p in patterns], [p.col_indices for p in patterns], plans
+    return [p.crow_indices for p in patterns], [p.col_indices for p in patterns], plans, [1, 1] * len(plans)
 
 
 @pytest.mark.parametrize("packed", [True, False])

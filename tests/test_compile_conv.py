@@ -113,7 +113,7 @@ def test_opcheck(shape, relu, pool, bias, dtype, memory_format):
     conv = make(shape, 2, batch=17, bias=bias, relu=relu, pool=pool, memory_format=memory_format).to(dtype)
     forward, backward = torch.ops.sparselottery.conv2d.default, torch.ops.sparselottery.conv2d_backward.default
     x, values, *rest = conv.leaves()
-    indices, settings = conv.indices(), (conv.geometry, relu, pool)
+    indices, settings = (*conv.indices(), (1, 1)), (conv.geometry, relu, pool)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if dtype == torch.float32 and bias:
         tests.append("test_aot_dispatch_dynamic")

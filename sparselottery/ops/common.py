@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import gpu
+from ..kernels.reference import Geometry
+
+Block = tuple[int, int]  # (R, C): all of its weights survive or none
+
 LIBRARY = torch.library.Library("sparselottery", "DEF")
 
 
@@ -24,6 +29,11 @@ def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
+def takes_block(block: Block, device: torch.device, geometry: Geometry | None = None) -> bool:
+    """Are there kernels for blocks > (1, 1) on a device: of a linear layer, or of a convolution of this geometry?"""
+    return gpu.runs_on(device) and gpu.takes_block(block, geometry)
+
+
 def untraced(x: Tensor) -> bool:
-    """Is x an ordinary CPU tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
-    return type(x) is Tensor and x.is_cpu and not torch._C._len_torch_dispatch_stack()
+    """Is x an ordinary tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
+    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and not torch._C._len_torch_dispatch_stack()

@@ -5,27 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import cpu, reference
+from ..kernels import cpu, gpu, reference
 from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
-from .common import LIBRARY, autocast, misfit, untraced
+from .common import LIBRARY, Block, autocast, misfit, untraced
 
 LIBRARY.define(
     "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
-    "int[] geometry, bool relu, int pool) -> (Tensor, Tensor)"
+    "int[] block, int[] geometry, bool relu, int pool) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "conv2d_backward(Tensor gy, Tensor x, Tensor y, Tensor winners, Tensor values, Tensor crow_indices, "
-    "Tensor col_indices, Tensor plan, int[] geometry, bool relu, int pool, bool need_x, bool need_values, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor)"
+    "Tensor col_indices, Tensor plan, int[] block, int[] geometry, bool relu, int pool, bool need_x, "
+    "bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 _CONV2D, _CONV2D_BACKWARD = torch.ops.sparselottery.conv2d.default, torch.ops.sparselottery.conv2d_backward.default
 
 
-def compile_conv_plan(pattern: Pattern, geometry: Geometry) -> Tensor:
-    """The native kernels' schedule for filters of a geometry: opaque int32, empty where no native kernel runs."""
-    if pattern.crow_indices.device.type == "cpu" and cpu.available() and all(pattern.shape):
-        return cpu.conv_plan(pattern.crow_indices, pattern.col_indices, geometry)
+def compile_conv_plan(pattern: Pattern, geometry: Geometry, block: Block = (1, 1)) -> Tensor:
+    """The native kernels' schedule for filters of a geometry: opaque int32, empty where no native kernel runs.
+
+    block: of which the mask consists, filters x channels at one tap, for the kernels that use it.
+    """
+    device, indices = pattern.crow_indices.device, (pattern.crow_indices, pattern.col_indices)
+    if all(pattern.shape) and gpu.runs_on(device):
+        return gpu.conv_plan(*indices, geometry, block).words
+    if all(pattern.shape) and device.type == "cpu" and cpu.available():
+        return cpu.conv_plan(*indices, geometry)
     return pattern.crow_indices.new_empty(0)
 
 
@@ -40,12 +46,14 @@ def conv2d(
     relu: bool = False,
     pool: int = 1,
     norm: Norm | None = None,
+    block: Block = (1, 1),
 ) -> Tensor:
     """max_pool?(relu?(x * W + b)): (N, C, H, W) -> (N, O, OH // pool, OW // pool).
 
     Differentiable in x, values and bias. Windows of the pooling are `pool` x `pool` and do not overlap; 1 is none, 15
-    the largest. A `norm` comes before the ReLU, and only where `takes_norm(x)`. y is channels_last where x is that and
-    not contiguous too, else contiguous. Under autocast everything is computed from inputs rounded to its dtype.
+    the largest. A `norm` comes before the ReLU, and only where `takes_norm(x)`. block: that of the plan. y is
+    channels_last where x is that and not contiguous too, else contiguous. Under autocast everything is computed from
+    inputs rounded to its dtype.
     Raises TypeError if x, values and bias differ in dtype, ValueError if sizes are not those of the indices and the
     geometry or the kernel does not fit into the padded image.
     """
@@ -65,7 +73,7 @@ def conv2d(
         raise ValueError(f"x: expected an image that the kernel fits into, got {tuple(x.shape)} for {geometry}")
     if pool != 1 and not 1 < pool <= min(15, *geometry.output_size(x.shape[2], x.shape[3])):
         raise ValueError(f"pool: expected windows of 1 to 15 pixels that fit into the output, got {pool}")
-    args = x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool
+    args = x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool
     if norm is not None:
         return _forward_impl(*args, norm)[0]
     if torch._C._are_functorch_transforms_active():
@@ -80,7 +88,7 @@ def conv2d(
 def takes_norm(x: Tensor) -> bool:
     """May a call on x have a `norm`? Where nobody asks for gradients, traces or casts."""
     observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not observed and untraced(x) and not torch.is_autocast_enabled("cpu")
+    return not observed and x.is_cpu and untraced(x) and not torch.is_autocast_enabled("cpu")
 
 
 class _Conv2d(torch.autograd.Function):
@@ -102,10 +110,10 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool = inputs
+    x, values, bias, *indices, geometry, relu, pool = inputs
     y, winners = output
     ctx.save_for_backward(x, values, bias, y if relu and pool == 1 else None, winners)
-    ctx.indices, ctx.settings = (crow_indices, col_indices, plan), (geometry, relu, pool)
+    ctx.indices, ctx.settings = indices, (geometry, relu, pool)
 
 
 def _backward(ctx, gy):
@@ -117,7 +125,7 @@ def _backward(ctx, gy):
         op = _backward_impl if untraced(gy) else _CONV2D_BACKWARD
         y = x.new_empty(0) if y is None else y
         grads = op(gy, x, y, winners, values, *ctx.indices, *ctx.settings, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
 def _op_backward(ctx, gy, _gwinners):
@@ -128,7 +136,7 @@ def _differentiable_backward(ctx, gy, inputs, needs):
     """The same gradients by torch ops, for create_graph=True."""
     # aliases: the gradient stops here, wherever x comes from
     x, values, bias = (None if t is None else t.view_as(t) for t in inputs)
-    crow_indices, col_indices, _ = ctx.indices
+    crow_indices, col_indices, *_ = ctx.indices
     geometry, relu, pool = ctx.settings
     y = reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*geometry), relu, pool)
     needed = [t for t, need in zip((x, values, bias), needs, strict=True) if need]
@@ -136,22 +144,27 @@ def _differentiable_backward(ctx, gy, inputs, needs):
     return [next(grads) if need else None for need in needs]
 
 
-def _backend(x, plan):
-    """The kernels that this call runs on."""
-    return cpu if x.is_cpu and x.numel() and cpu.supports(x.dtype, [plan]) else reference
+def _backend(x, plan, block, pool):
+    """The kernels that this call runs on, and the plan as they take it."""
+    if gpu.runs_on(x.device):
+        plan = gpu.Plan(plan, tuple(block))
+        return (gpu if x.numel() and pool == 1 and gpu.supports(x.dtype, [plan]) else reference), plan
+    return (cpu if x.is_cpu and x.numel() and cpu.supports(x.dtype, [plan]) else reference), plan
 
 
-def _forward_impl(x, values, bias, crow_indices, col_indices, plan, geometry, *rest):
-    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), *rest
-    return _backend(x, plan).conv_forward(*args)
+def _forward_impl(x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool, *norm):
+    backend, plan = _backend(x, plan, block, pool)
+    args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), relu, pool
+    return backend.conv_forward(*args, *norm)
 
 
-def _backward_impl(gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, *rest):
-    args = gy, x, y, winners, values, crow_indices, col_indices, plan, Geometry(*geometry), *rest
-    return _backend(x, plan).conv_backward(*args)
+def _backward_impl(gy, x, y, winners, values, crow_indices, col_indices, plan, block, geometry, relu, pool, *needs):
+    backend, plan = _backend(x, plan, block, pool)
+    args = gy, x, y, winners, values, crow_indices, col_indices, plan, Geometry(*geometry), relu, pool
+    return backend.conv_backward(*args, *needs)
 
 
-def _forward_fake(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
+def _forward_fake(x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool):
     images, channels, geometry = x.shape[0], crow_indices.shape[0] - 1, Geometry(*geometry)
     size = height, width = geometry.output_size(x.shape[2], x.shape[3])
     kept = reference.winners_shape(images, channels, geometry, size, pool) if pool > 1 else 0
@@ -159,7 +172,7 @@ def _forward_fake(x, values, bias, crow_indices, col_indices, plan, geometry, re
     return y.contiguous(memory_format=reference.image_format(x)), winners
 
 
-def _backward_fake(gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, relu, pool, *needs):
+def _backward_fake(gy, x, y, winners, values, crow_indices, col_indices, plan, block, geometry, relu, pool, *needs):
     need_x, need_values, need_bias = needs
     gx = x.new_empty(x.shape if need_x else 0)
     gx = gx.contiguous(memory_format=reference.image_format(x)) if need_x else gx

@@ -7,26 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import cpu, reference
+from ..kernels import cpu, gpu, reference
 from ..pattern import Pattern
-from .common import LIBRARY, autocast, misfit, untraced
+from .common import LIBRARY, Block, autocast, misfit, untraced
 
 LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
-    "bool batch_minor, bool save) -> (Tensor, Tensor)"
+    "int[] blocks, bool batch_minor, bool save) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "chain_backward(Tensor gy, Tensor x, Tensor saved, Tensor[] values, Tensor[] crow_indices, "
-    "Tensor[] col_indices, Tensor[] plans, bool need_x, bool[] need_values, bool[] need_bias) "
+    "Tensor[] col_indices, Tensor[] plans, int[] blocks, bool need_x, bool[] need_values, bool[] need_bias) "
     "-> (Tensor, Tensor[], Tensor[])"
 )
 _CHAIN, _CHAIN_BACKWARD = torch.ops.sparselottery.chain.default, torch.ops.sparselottery.chain_backward.default
 
 
-def compile_plan(pattern: Pattern) -> Tensor:
-    """The native kernels' schedule for a pattern: an opaque int32 tensor, empty where no native kernel runs."""
-    if pattern.crow_indices.device.type == "cpu" and cpu.available() and all(pattern.shape):
-        return cpu.plan(pattern.crow_indices, pattern.col_indices, pattern.shape[1])
+def compile_plan(pattern: Pattern, block: Block = (1, 1)) -> Tensor:
+    """The native kernels' schedule for a pattern: an opaque int32 tensor, empty where no native kernel runs.
+
+    block: of which the mask consists, for the kernels that use it.
+    """
+    device, indices = pattern.crow_indices.device, (pattern.crow_indices, pattern.col_indices)
+    if all(pattern.shape) and gpu.runs_on(device):
+        return gpu.plan(*indices, pattern.shape[1], block).words
+    if all(pattern.shape) and device.type == "cpu" and cpu.available():
+        return cpu.plan(*indices, pattern.shape[1])
     return pattern.crow_indices.new_empty(0)
 
 
@@ -38,11 +44,13 @@ def chain(
     col_indices: Sequence[Tensor],
     plans: Sequence[Tensor],
     batch_minor: bool = False,
+    blocks: Sequence[Block] | None = None,
 ) -> Tensor:
     """spmm(... relu(spmm(x)) ...): (N, I) -> (N, O), differentiable in x, values and biases.
 
     Layers are in order. With `batch_minor`, or where x is batch-minor itself, y has strides (1, ld): the next masked
-    layer reads it without repacking. Under autocast everything is computed from inputs rounded to the autocast dtype.
+    layer reads it without repacking. blocks: those that the plans were compiled for, None: all (1, 1). Under autocast
+    everything is computed from inputs rounded to the autocast dtype.
     Raises TypeError if x, values and biases differ in dtype, ValueError if their sizes are not those of the indices.
     """
     device = x.device.type
@@ -60,17 +68,18 @@ def chain(
     batch_minor = batch_minor or reference.is_packed(x)
     if torch._C._are_functorch_transforms_active():
         return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
-    indices, grad = (crow_indices, col_indices, plans), torch.is_grad_enabled()
+    flat = [1, 1] * len(values) if blocks is None else [side for block in blocks for side in block]
+    indices, grad = (crow_indices, col_indices, plans, flat), torch.is_grad_enabled()
     if torch.compiler.is_compiling():  # a list with None in it gets no gradients
         biases = [x.new_zeros(c.shape[0] - 1) if b is None else b for b, c in zip(biases, crow_indices, strict=True)]
         return _CHAIN(x, values, biases, *indices, batch_minor, grad)[0]
     if grad:
         return _Chain.apply(x, indices, batch_minor, *values, *biases)
-    return (_chain_cpu if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
+    return (_chain_impl if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
 
 
 class _Chain(torch.autograd.Function):
-    """The eager path: forward(x, (crow_indices, col_indices, plans), batch_minor, *values, *biases).
+    """The eager path: forward(x, (crow_indices, col_indices, plans, blocks), batch_minor, *values, *biases).
 
     Does what the op's registered autograd does, in a third of the time per call.
     """
@@ -81,7 +90,7 @@ class _Chain(torch.autograd.Function):
         values, biases = params[:layers], params[layers:]
         args = x, values, biases, *indices, batch_minor, any(ctx.needs_input_grad)
         if untraced(x):
-            y, saved = _chain_cpu(*args)
+            y, saved = _chain_impl(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 y, saved = _CHAIN(*args)
@@ -103,9 +112,9 @@ def _save(ctx, x, values, biases, indices, saved):
 def _backward(ctx, gy, need_x, need_values, need_biases):
     x, saved, *params = ctx.saved_tensors
     values, biases = params[: ctx.layers], params[ctx.layers :]
-    if torch.is_grad_enabled() or (saved.numel() == 0 and reference.saved_features(x, ctx.indices[0])):
+    if torch.is_grad_enabled() or (saved.numel() == 0 and _saved_features(x, *ctx.indices)):
         return _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases)
-    op = _chain_backward_cpu if untraced(gy) else _CHAIN_BACKWARD
+    op = _chain_backward_impl if untraced(gy) else _CHAIN_BACKWARD
     gx, gvalues, gbiases = op(gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases)
     gvalues = [g if need else None for g, need in zip(gvalues, need_values, strict=True)]
     gbiases = [g if need else None for g, need in zip(gbiases, need_biases, strict=True)]
@@ -118,7 +127,7 @@ def _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, ne
     with torch.enable_grad():  # aliases: the gradient stops here, wherever x comes from and whatever is shared
         x, values = x.view_as(x), [v.view_as(v) for v in values]
         biases = [None if b is None else b.view_as(b) for b in biases]
-        y, _ = reference.chain_forward(x, values, biases, *ctx.indices, batch_minor=False, save=False)
+        y, _ = reference.chain_forward(x, values, biases, *ctx.indices[:3], batch_minor=False, save=False)
     inputs, needs = [x, *values, *biases], [need_x, *need_values, *need_biases]
     needed = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, needed, gy, create_graph=create_graph))
@@ -127,39 +136,52 @@ def _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, ne
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, biases, crow_indices, col_indices, plans, _batch_minor, _save_inputs = inputs
-    _save(ctx, x, values, biases, (crow_indices, col_indices, plans), output[1])
+    x, values, biases, *indices, _batch_minor, _save_inputs = inputs
+    _save(ctx, x, values, biases, indices, output[1])
     ctx.set_materialize_grads(False)
     ctx.needs = x.requires_grad, [v.requires_grad for v in values], [b is not None and b.requires_grad for b in biases]
 
 
 def _op_backward(ctx, gy, _gsaved):
     gx, gvalues, gbiases = _backward(ctx, gy, *ctx.needs)
-    return gx, gvalues, gbiases, [None] * ctx.layers, [None] * ctx.layers, [None] * ctx.layers, None, None
+    return gx, gvalues, gbiases, *([None] * ctx.layers for _ in range(3)), None, None, None
 
 
-def _chain_cpu(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
-    backend = cpu if x.shape[0] and cpu.supports(x.dtype, plans) else reference
+def _backend(x, plans, blocks):
+    """The kernels that this call runs on, and the plans as they take them."""
+    if gpu.runs_on(x.device):
+        plans = [gpu.Plan(plan, tuple(blocks[2 * i : 2 * i + 2])) for i, plan in enumerate(plans)]
+        return (gpu if x.shape[0] and gpu.supports(x.dtype, plans) else reference), plans
+    return (cpu if x.is_cpu and x.shape[0] and cpu.supports(x.dtype, plans) else reference), plans
+
+
+def _saved_features(x, crow_indices, _col_indices, plans, blocks):
+    backend, plans = _backend(x, plans, blocks)
+    return gpu.saved_features(x, crow_indices, plans) if backend is gpu else reference.saved_features(x, crow_indices)
+
+
+def _chain_impl(x, values, biases, crow_indices, col_indices, plans, blocks, batch_minor, save):
+    backend, plans = _backend(x, plans, blocks)
     return backend.chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save)
 
 
-def _chain_backward_cpu(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
-    backend = cpu if x.shape[0] and cpu.supports(x.dtype, plans) else reference
-    return backend.chain_backward(
-        gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias
-    )
+def _chain_backward_impl(gy, x, saved, values, crow_indices, col_indices, plans, blocks, *needs):
+    backend, plans = _backend(x, plans, blocks)
+    return backend.chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, *needs)
 
 
-def _chain_fake(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
+def _chain_fake(x, values, biases, crow_indices, col_indices, plans, blocks, batch_minor, save):
     batch, ld = x.shape[0], reference.leading_dim(x.shape[0])
-    saved = x.new_empty(sum(reference.saved_features(x, crow_indices)) * ld if save else 0)
+    features = _saved_features(x, crow_indices, col_indices, plans, blocks) if save else []
+    saved = x.new_empty(sum(features) * ld)
     out_features = crow_indices[-1].shape[0] - 1
     if batch_minor:
         return reference.unpack(x.new_empty(out_features, ld), batch), saved
     return x.new_empty(batch, out_features), saved
 
 
-def _chain_backward_fake(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
+def _chain_backward_fake(gy, x, saved, values, crow_indices, col_indices, plans, blocks, *needs):
+    need_x, need_values, need_bias = needs
     batch, features = x.shape
     gvalues = [v.new_empty(v.shape if need else 0) for v, need in zip(values, need_values, strict=True)]
     gbias = [gy.new_empty(c.shape[0] - 1 if need else 0) for c, need in zip(crow_indices, need_bias, strict=True)]
@@ -170,10 +192,8 @@ def _chain_backward_fake(gy, x, saved, values, crow_indices, col_indices, plans,
     return x.new_empty(batch, features), gvalues, gbias
 
 
-LIBRARY.impl("chain", _chain_cpu, "CPU")
-LIBRARY.impl("chain", reference.chain_forward, "CompositeExplicitAutograd")
-LIBRARY.impl("chain_backward", _chain_backward_cpu, "CPU")
-LIBRARY.impl("chain_backward", reference.chain_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("chain", _chain_impl, "CompositeExplicitAutograd")
+LIBRARY.impl("chain_backward", _chain_backward_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("sparselottery::chain", _chain_fake)
 torch.library.register_fake("sparselottery::chain_backward", _chain_backward_fake)
 torch.library.register_autograd("sparselottery::chain", _op_backward, setup_context=_setup_context)

@@ -1,0 +1,75 @@
+"""The functions of `reference` as Triton kernels; Triton itself is imported with the first of them.
+
+    linear, conv2d        the functions: chains of layers, convolutions
+    spmm, sddmm           single surviving weights: CSR, on activations in batch-minor layout
+    block_spmm, block_sddmm   blocks of (R, C) surviving weights, on tensor cores
+    layout                activations between row-major and batch-minor
+    launch, audit         starting kernels; compiling all of them for GPUs that are not here
+
+A plan is int32 metadata made once per pattern. It says for which blocks: (1, 1) is CSR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import Geometry
+
+DEVICES = ("cuda",)  # torch device types whose tensors the kernels take; AMD's are "cuda" too
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_FUNCTIONS = {
+    "linear": ("chain_forward", "chain_backward", "saved_features", "plan"),
+    "conv2d": ("conv_forward", "conv_backward", "conv_plan"),
+}
+_HOME = {name: module for module, names in _FUNCTIONS.items() for name in names}
+
+
+class Plan(NamedTuple):
+    """What `plan` or `conv_plan` made for blocks of (R, C)."""
+
+    words: Tensor
+    block: tuple[int, int]
+
+
+def available() -> bool:
+    return find_spec("triton") is not None
+
+
+def status() -> str:
+    if not available():
+        return "torch reference: Triton is not installed (pip install 'sparselottery[gpu]')"
+    if not torch.cuda.is_available():
+        return f"Triton {_triton_version()}, but torch sees no GPU here"
+    return f"Triton {_triton_version()}, {torch.cuda.get_device_name()}"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Are these kernels the ones for tensors of a device?"""
+    return device.type in DEVICES and available()
+
+
+def supports(dtype: torch.dtype, plans: Sequence[Plan]) -> bool:
+    """Can the kernels run on this dtype and on these plans?"""
+    return dtype in DTYPES and all(plan.words.numel() for plan in plans)
+
+
+def takes_block(block: tuple[int, int], geometry: Geometry | None = None) -> bool:
+    """Is there a kernel for blocks (R, C) > (1, 1) of a linear layer, or of a convolution of this geometry?"""
+    return import_module(".block", __name__).takes(block, geometry)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _triton_version() -> str:
+    return metadata.version("triton")

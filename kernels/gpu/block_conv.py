@@ -1,0 +1,198 @@
+"""Convolutions over blocks of filters x channels at one tap, on tensor cores: implicit GEMM over the pixels.
+
+    y[p, n] = act(Σ over tiles and their columns k of x[p ∘ tap(k), channel(k)] * w[tile, n, k])      gx alike: see View
+    partial[split, tile, k, r] = Σ over the pixels p of the split of x[p ∘ tap(k), channel(k)] * gy[p, row(r)]
+
+All images are channels_last, (N, H, W, C) in memory; p runs over the pixels of y. These are block_spmm.py and
+block_sddmm.py, but for where x is read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import Geometry
+from .block_plan import TILE, Tiles
+from .block_sddmm import split
+from .block_spmm import Shape
+from .block_tile import columns, exact, load_words, precision
+from .launch import launch
+
+
+@triton.jit
+def _pixel(p, out_height, out_width):
+    """The image, row and column of pixels."""
+    return p // (out_height * out_width), p // out_width % out_height, p % out_width
+
+
+@triton.jit
+def _read(
+    x, image, h, w, inside, words, tile, height, width, channels, step_h, step_w, start_h, start_w, tap_h, tap_w,
+    RED: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    DIV_H: tl.constexpr, DIV_W: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """What pixels (image, h, w) of y, each (BM,), read of x through BK words; pixels along AXIS, words along the other.
+
+    inside: which pixels there are.
+    """
+    K: tl.constexpr = 1 - AXIS
+    column = columns(words & 0xFFFF, tile, RED, BK)
+    down, right = (words >> 24) * tap_h, (words >> 16 & 0xFF) * tap_w
+    if BK <= RED:
+        down, right = down + tl.zeros([BK], tl.int32), right + tl.zeros([BK], tl.int32)
+    h, w = h * step_h + start_h, w * step_w + start_w
+    image = (image.to(tl.int64) if LONG else image) * height
+    above = tl.expand_dims(h, K) + tl.expand_dims(down, AXIS)
+    left = tl.expand_dims(w, K) + tl.expand_dims(right, AXIS)
+    mask = tl.expand_dims(inside, K)
+    if DIV_H * DIV_W == 1:
+        of_pixel, of_word = ((image + h) * width + w) * channels, (down * width + right) * channels + column
+        at = x + tl.expand_dims(of_pixel, K) + tl.expand_dims(of_word, AXIS)
+    else:
+        mask = mask & (above % DIV_H == 0) & (left % DIV_W == 0)
+        above, left = above // DIV_H, left // DIV_W
+        at = x + ((tl.expand_dims(image, K) + above) * width + left) * channels + tl.expand_dims(column, AXIS)
+    if MASKED:
+        mask = mask & (above.to(tl.uint32) < height) & (left.to(tl.uint32) < width)
+    if RAGGED:
+        mask = mask & tl.expand_dims(column < channels, AXIS)
+    return tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def _block_conv_kernel(
+    x, packed, bias, y, order, tile_crow, word, pixels, channels, filters,
+    height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,
+    OUT: tl.constexpr, RED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr, RAGGED: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr,
+    LONG: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(order + tl.program_id(0))
+    begin, end = tl.load(tile_crow + row) * (K // BK), tl.load(tile_crow + row + 1) * (K // BK)
+    p, n, k = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, OUT), tl.arange(0, BK)
+    inside = p < pixels
+    image, h, w = _pixel(p, out_height, out_width)
+    packed += begin.to(tl.int64) * (OUT * BK) + n[None, :] * BK + k[:, None]
+    acc = tl.zeros([BM, OUT], tl.float32)
+    words = load_words(word, begin, RED, BK)
+    for tile in range(begin, end):
+        x_tile = _read(
+            x, image, h, w, inside, words, tile, height, width, channels, step_h, step_w, start_h, start_w,
+            tap_h, tap_w, RED, BK, 0, MASKED, RAGGED, DIV_H, DIV_W, LONG,
+        )  # fmt: skip
+        w_tile = tl.load(packed)
+        words = load_words(word, tile + 1, RED, BK)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        packed += OUT * BK
+    n += row * OUT
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    at = p.to(tl.int64)[:, None] * filters + n[None, :]
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside[:, None] & (n < filters)[None, :])
+
+
+@triton.jit
+def _block_conv_sddmm_kernel(
+    x, gy, partial, tile_row, word, pixels, channels, filters, steps,
+    height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    MASKED: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tl.load(tile_row + tile)
+    if row >= 0:
+        words, n = load_words(word, tile, C, K), row * R + tl.arange(0, R)
+        acc = tl.zeros([K, R], tl.float32)
+        p, at = split * steps * BM + tl.arange(0, BM), tl.arange(0, BM)[:, None] * filters + n[None, :]
+        gy += (split * steps * BM).to(tl.int64) * filters
+        image, h, w = _pixel(p, out_height, out_width)
+        on_image, on_h, on_w = _pixel(BM, out_height, out_width)
+        for _ in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(pixels, BM))):
+            x_tile = _read(
+                x, image, h, w, p < pixels, words, tile, height, width, channels,
+                step_h, step_w, start_h, start_w, tap_h, tap_w, C, K, 1, MASKED, RAGGED, 1, 1, LONG,
+            )  # fmt: skip
+            mask = (p < pixels)[:, None]
+            if RAGGED:
+                mask = mask & (n < filters)[None, :]
+            gy_tile = tl.load(gy + at, mask=mask, other=0)
+            acc = tl.dot(x_tile, gy_tile, acc, input_precision=PRECISION)
+            gy += BM * filters
+            p, w = p + BM, w + on_w  # by carrying: divisions are slow
+            over = w >= out_width
+            w, h = tl.where(over, w - out_width, w), tl.where(over, h + 1, h) + on_h
+            over = h >= out_height
+            h, image = tl.where(over, h - out_height, h), tl.where(over, image + 1, image) + on_image
+        at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
+        tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+
+
+WARPS, STAGES = 4, 3
+
+
+class View(NamedTuple):
+    """How pixels of y read x: pixel h through tap r reads row (h * step + start + r * tap) / div, if there is one."""
+
+    step: tuple[int, int]
+    start: tuple[int, int]
+    tap: tuple[int, int]
+    div: tuple[int, int]
+
+    @classmethod
+    def forward(cls, of: Geometry) -> View:
+        return cls((of.stride_h, of.stride_w), (-of.top, -of.left), (of.dilation_h, of.dilation_w), (1, 1))
+
+    @classmethod
+    def backward(cls, of: Geometry) -> View:
+        """Pixels of gx read gy."""
+        return cls((1, 1), (of.top, of.left), (-of.dilation_h, -of.dilation_w), (of.stride_h, of.stride_w))
+
+    def leaves(self, of: Geometry, size: tuple[int, int], out_size: tuple[int, int]) -> bool:
+        """Is anything read outside x?"""
+        reach = [(kernel - 1) * tap for kernel, tap in zip((of.kernel_h, of.kernel_w), self.tap, strict=True)]
+        sides = zip(self.step, self.start, reach, size, out_size, strict=True)
+        return self.div != (1, 1) or any(
+            start + min(far, 0) < 0 or (outs - 1) * step + start + max(far, 0) >= side
+            for step, start, far, side, outs in sides
+        )
+
+
+def conv(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int, geometry: Geometry, view: View,
+         shape: Shape, y: Tensor, relu: bool = False) -> None:  # fmt: skip
+    """x (N, K, H, W) convolved with the blocks `packed` (tiles * 64 // bk, out, bk), red channels wide, into y."""
+    (channels, *size), (filters, *out_size), out = x.shape[1:], y.shape[1:], packed.shape[1]
+    pixels = len(y) * out_size[0] * out_size[1]
+    launch(
+        _block_conv_kernel, (tiles.order.numel(), triton.cdiv(pixels, shape.bm)), x, packed, bias, y, tiles.order,
+        tiles.tile_crow, tiles.word, pixels, channels, filters, *size, *out_size, *view.step, *view.start, *view.tap,
+        OUT=out, RED=red, K=TILE, BM=shape.bm, BK=shape.bk, MASKED=view.leaves(geometry, size, out_size),
+        RAGGED=channels % red != 0, DIV_H=view.div[0], DIV_W=view.div[1], LONG=_long(x),
+        RELU=relu, PRECISION=precision(conv=True), num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+
+
+def conv_sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], geometry: Geometry) -> Tensor:
+    """partial (splits, tiles, 64, R) of x (N, C, H, W) and gy (N, O, OH, OW)."""
+    (channels, *size), (filters, *out_size), count = x.shape[1:], gy.shape[1:], tiles.tile_row.numel()
+    (R, C), view, pixels, fp32 = block, View.forward(geometry), len(gy) * out_size[0] * out_size[1], precision(True)
+    of = split(pixels, count, x.element_size(), exact(x, fp32))
+    partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
+    launch(
+        _block_conv_sddmm_kernel, (count, of.splits), x, gy, partial, tiles.tile_row, tiles.word, pixels, channels,
+        filters, of.steps, *size, *out_size, *view.step, *view.start, *view.tap, R=R, C=C, K=TILE, BM=of.bm,
+        MASKED=view.leaves(geometry, size, out_size), RAGGED=channels % C + filters % R != 0, LONG=_long(x),
+        PRECISION=fp32, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return partial
+
+
+def _long(x: Tensor) -> bool:
+    """Are there offsets beyond int32?"""
+    return x.numel() >= 2**31

@@ -1,0 +1,89 @@
+"""SDDMM over blocks on tensor cores: gvalues = (gyᵀ x) at the surviving weights.
+
+    partial[split, tile, k, r] = Σ over the samples m of the split of x[m, column(k)] * gy[m, row(r)]
+
+x (N, I) and gy (N, O) are row-major or batch-minor. A program owns a tile of W, 64 columns by R rows, for one split of
+the samples. What lies beyond the border of W is garbage that `unpack` does not read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block_plan import TILE, Tiles
+from .block_tile import BUSY, alignment, columns, exact, load_words, precision, readable
+from .launch import launch
+
+
+@triton.jit
+def _block_sddmm_kernel(
+    x, gy, partial, tile_row, word, batch, x_batch, gy_batch, in_features, out_features, steps,
+    stride_xm, stride_xk, stride_gm, stride_gn,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, RAGGED: tl.constexpr,
+    X_ALIGN: tl.constexpr, GY_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tl.load(tile_row + tile)
+    if row >= 0:
+        column, n = columns(load_words(word, tile, C, K), tile, C, K), row * R + tl.arange(0, R)
+        ld_x, ld_gy, m = stride_xm * X_ALIGN, stride_gm * GY_ALIGN, tl.arange(0, BM)
+        of_x = m[None, :] * ld_x + column.to(tl.int64)[:, None] * stride_xk
+        of_gy = m[:, None] * ld_gy + n.to(tl.int64)[None, :] * stride_gn
+        start = split * steps * BM
+        x += start.to(tl.int64) * ld_x
+        gy += start.to(tl.int64) * ld_gy
+        m += start
+        acc = tl.zeros([K, R], tl.float32)
+        for _ in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(batch, BM))):
+            x_mask, gy_mask = (m < x_batch)[None, :], (m < gy_batch)[:, None]
+            if RAGGED:
+                x_mask = x_mask & (column < in_features * X_ALIGN)[:, None]
+                gy_mask = gy_mask & (n < out_features * GY_ALIGN)[None, :]
+            x_tile = tl.load(x + of_x, mask=x_mask, other=0)
+            gy_tile = tl.load(gy + of_gy, mask=gy_mask, other=0)
+            x += BM * ld_x
+            gy += BM * ld_gy
+            m += BM
+            acc = tl.dot(x_tile, gy_tile, acc, input_precision=PRECISION)
+        at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
+        tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+
+
+class Split(NamedTuple):
+    """How a kernel is launched: `splits` of the samples, each `steps` times BM of them."""
+
+    bm: int
+    steps: int
+    splits: int
+
+
+WARPS, STAGES = 4, 3
+
+
+def split(samples: int, tiles: int, itemsize: int, on_cuda_cores: bool) -> Split:
+    """For `tiles` tiles of W."""
+    bm = 16 if on_cuda_cores else 64 // (itemsize // 2)
+    total = triton.cdiv(samples, bm)
+    steps = triton.cdiv(total, max(min(triton.cdiv(BUSY, max(tiles, 1)), total), 1))
+    return Split(bm, steps, triton.cdiv(total, max(steps, 1)))
+
+
+def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int]) -> Tensor:
+    """partial (splits, tiles, 64, R) of x (N, I) and gy (N, O)."""
+    (R, C), count, fp32 = block, tiles.tile_row.numel(), precision()
+    x_align, gy_align = alignment(x), alignment(gy)
+    of = split(len(x), count, x.element_size(), exact(x, fp32))
+    partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
+    launch(
+        _block_sddmm_kernel, (count, of.splits), x, gy, partial, tiles.tile_row, tiles.word, len(x), readable(x),
+        readable(gy), x.shape[1] // x_align, gy.shape[1] // gy_align, of.steps,
+        x.stride(0) // x_align, x.stride(1), gy.stride(0) // gy_align, gy.stride(1),
+        R=R, C=C, K=TILE, BM=of.bm, RAGGED=x.shape[1] % C + gy.shape[1] % R != 0, X_ALIGN=x_align, GY_ALIGN=gy_align,
+        PRECISION=fp32, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return partial

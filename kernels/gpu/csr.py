@@ -1,0 +1,44 @@
+"""A linear layer of single surviving weights (1, 1): the CSR kernels, on activations in batch-minor layout.
+
+The functions of block.py. Every activation here is a view (N, F), strides (1, ld), of rows (F, ld).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import Plan
+from .csr_plan import CsrPlan, sections
+from .sddmm import sddmm
+from .spmm import spmm, spmm_narrow
+from .taps import linear
+
+
+def forward(x, values, bias, crow_indices, col_indices, plan, y, relu=False):
+    """y = x Wᵀ + bias, then a ReLU if `relu`."""
+    order = _sections(plan, crow_indices, col_indices, x.shape[1]).order
+    taps = linear(y.shape[1], x.shape[1])
+    spmm(x.t(), values, bias, crow_indices, col_indices, order, None, y.t(), len(x), taps, relu)
+
+
+def forward_narrow(x, values, bias, crow_indices, col_indices, plan):
+    """x Wᵀ + bias, row-major, for row-major x of few samples."""
+    narrow = _sections(plan, crow_indices, col_indices, x.shape[1]).narrow
+    return spmm_narrow(x, values, bias, crow_indices, narrow if narrow.numel() else col_indices)
+
+
+def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
+    """gx = gy W, zero where gate <= 0."""
+    of = _sections(plan, crow_indices, col_indices, gx.shape[1])
+    taps, gate = linear(gx.shape[1], gy.shape[1]), None if gate is None else gate.t()
+    spmm(gy.t(), values, None, of.t_crow, of.t_cols, of.t_order, of.perm, gx.t(), len(gy), taps, gate=gate)
+
+
+def grad_values(gy, x, crow_indices, col_indices, plan):
+    """(nnz,): gyᵀ x at the pattern."""
+    order = _sections(plan, crow_indices, col_indices, x.shape[1]).order
+    return sddmm(gy.t(), x.t(), crow_indices, col_indices, order, len(x), linear(gy.shape[1], x.shape[1]))
+
+
+def _sections(plan: Plan, crow_indices: Tensor, col_indices: Tensor, in_features: int) -> CsrPlan:
+    return sections(plan.words, crow_indices.numel() - 1, in_features, col_indices.numel())

@@ -1,0 +1,108 @@
+"""Activations between batch-major, as torch has them, and batch-minor, as the CSR kernels read them.
+
+    images (N, C, H, W), any strides     <->     rows (C * PH * PW, ld), contiguous; pixel (h, w) of channel c in row
+                                                 (c * PH + top + h * up_h) * PW + left + w * up_w
+
+A linear layer's (N, I) is the case H = W = 1. In `rows` the batch is what lies side by side, so that one weight
+multiplies contiguous numbers. Columns N to the next multiple of 16 are zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import LANES, leading_dim
+from .launch import launch
+
+
+@triton.jit
+def _layout_kernel(
+    images, rows, batch, columns, channels, height, width, stride_n, stride_c, stride_h, stride_w, ld,
+    rows_height, rows_width, top, left, up_h, up_w,
+    PACK: tl.constexpr, CHANNELS_LAST: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0) * BF + tl.arange(0, BF)  # a feature, in the order in which the images hold them
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    pixels = height * width
+    if CHANNELS_LAST:
+        c, pixel = f % channels, f // channels
+    else:
+        c, pixel = f // pixels, f % pixels
+    h, w = pixel // width, pixel % width
+    row_h, row_w = top + h * up_h, left + w * up_w
+    inside = (f < channels * pixels) & (row_h >= 0) & (row_h < rows_height) & (row_w >= 0) & (row_w < rows_width)
+    image = n.to(tl.int64)[:, None] * stride_n + (c * stride_c + h * stride_h + w * stride_w)[None, :]
+    row = ((c * rows_height + row_h) * rows_width + row_w).to(tl.int64)
+    row = row[:, None] * ld + n[None, :]
+    mask = (n < batch)[:, None] & inside[None, :]
+    if PACK:
+        tile = tl.load(images + image, mask=mask, other=0)
+        tl.store(rows + row, tl.trans(tile), mask=inside[:, None] & (n < columns)[None, :])
+    else:
+        tile = tl.load(rows + row, mask=inside[:, None] & (n < columns)[None, :], other=0)
+        tl.store(images + image, tl.trans(tile), mask=mask)
+
+
+BF, BN = 64, 64
+
+
+class Placing(NamedTuple):
+    """Where the pixels of images go within `rows`: the height and width there, the offset and the distance."""
+
+    height: int
+    width: int
+    top: int = 0
+    left: int = 0
+    up_h: int = 1
+    up_w: int = 1
+
+    def fills(self, height: int, width: int) -> bool:
+        """Do images of this size leave no row unwritten?"""
+        return self == (height, width, 0, 0, 1, 1)
+
+
+def columns(batch: int) -> int:
+    """How many columns of `rows` are read and written."""
+    return (batch + LANES - 1) // LANES * LANES
+
+
+def pack(images: Tensor, placing: Placing, out: Tensor | None = None) -> Tensor:
+    """(N, C, H, W) -> rows (C * PH * PW, ld), zeros where no pixel comes to lie; into `out` if given."""
+    shape = images.shape[1] * placing.height * placing.width, leading_dim(images.shape[0])
+    rows = images.new_empty(shape) if out is None else out.view(shape)
+    if not placing.fills(*images.shape[2:]):
+        rows.zero_()
+    _move(images, rows, placing, pack=True)
+    return rows
+
+
+def unpack(rows: Tensor, out: Tensor) -> None:
+    """rows (C * H * W, ld) -> out (N, C, H, W), of any strides."""
+    _move(out, rows, Placing(*out.shape[2:]), pack=False)
+
+
+def minor(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The (N, I) view of rows (I, ld) with what x (N, I) holds; into `out` (I * ld,) if given."""
+    return pack(x[:, :, None, None], Placing(1, 1), out)[:, : x.shape[0]].t()
+
+
+def major(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """A contiguous (N, I) of the view (N, I) of rows; into `out` if given."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    unpack(x.t(), out[:, :, None, None])
+    return out
+
+
+def _move(images: Tensor, rows: Tensor, placing: Placing, pack: bool) -> None:
+    batch, channels, height, width = images.shape
+    grid = triton.cdiv(channels * height * width, BF), triton.cdiv(columns(batch), BN)
+    last = channels > 1 and images.stride(1) == 1
+    launch(
+        _layout_kernel, grid, images, rows, batch, columns(batch), channels, height, width, *images.stride(),
+        rows.stride(0), *placing, PACK=pack, CHANNELS_LAST=last, BF=BF, BN=BN, num_warps=4,
+    )  # fmt: skip

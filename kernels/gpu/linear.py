@@ -1,0 +1,119 @@
+"""Chains of masked linear layers: which kernels each layer gets, and in which layout activations pass between them.
+
+Single weights (csr.py) multiply batch-minor activations (layout.py) and so do columns of weights (R, 1); wider blocks
+(block.py) multiply any. What a layer writes, it writes as its reader wants it, where it can.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..reference import LANES, is_packed, leading_dim, unpack
+from . import Plan, block, csr, csr_plan
+from .layout import major, minor
+from .spmm import NARROW
+
+
+def plan(crow_indices: Tensor, col_indices: Tensor, in_features: int, shape: tuple[int, int] = (1, 1)) -> Plan:
+    """The plan of a valid CSR pattern that consists of blocks of `shape` (R, C). Waits for the device."""
+    if shape == (1, 1):
+        return Plan(csr_plan.compile(crow_indices, col_indices, in_features), shape)
+    return Plan(block.plan(crow_indices, col_indices, in_features, shape), shape)
+
+
+def saved_features(x: Tensor, crow_indices: list[Tensor], plans: list[Plan]) -> list[int]:
+    """Features of what a chain saves: x if the first layer has it copied, then each hidden layer's."""
+    copied = _reads_minor(plans[0]) and not is_packed(x)
+    return ([x.shape[1]] if copied else []) + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
+
+
+def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
+    """As reference.chain_forward; saved is the input of each layer as the layer reads it."""
+    x, values, size = _readable(x), [v.contiguous() for v in values], leading_dim(len(x))
+    elements = sum(saved_features(x, crow_indices, plans)) * size
+    narrow = len(plans) == 1 and plans[0].block == (1, 1) and len(x) <= NARROW
+    narrow = narrow and not (batch_minor or is_packed(x))
+    kept = x.new_empty(elements if save or not narrow else 0)
+    if narrow:
+        if save:
+            minor(x, kept)
+        return csr.forward_narrow(x, values[0], biases[0], crow_indices[0], col_indices[0], plans[0]), kept
+    inputs = _inputs(x, kept, crow_indices, plans)
+    if inputs[0] is not x:
+        minor(x, kept[: x.shape[1] * size])
+    for layer, (h, bias) in enumerate(zip(inputs, biases, strict=True)):
+        last = layer + 1 == len(plans)
+        y = _empty(x, crow_indices[-1].shape[0] - 1, batch_minor) if last else inputs[layer + 1]
+        args = values[layer], bias, crow_indices[layer], col_indices[layer], plans[layer]
+        if plans[layer].block == (1, 1) and not _is_minor(y):
+            rows = _empty(x, y.shape[1], True)
+            csr.forward(h, *args, rows, not last)
+            major(rows, y)
+        else:
+            _kernels(plans[layer]).forward(h, *args, y, not last)
+    return y, kept if save else x.new_empty(0)
+
+
+def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
+    """As reference.chain_backward."""
+    x, values, gy = _readable(x), [v.contiguous() for v in values], _readable(gy)
+    inputs, packed = _inputs(x, saved, crow_indices, plans), is_packed(x)
+    gvalues, gbias = [gy.new_empty(0) for _ in values], [gy.new_empty(0) for _ in values]
+    for layer in reversed(range(len(values))):
+        h, kernels, args = (
+            inputs[layer],
+            _kernels(plans[layer]),
+            (crow_indices[layer], col_indices[layer], plans[layer]),
+        )
+        if need_bias[layer]:
+            gbias[layer] = gy.sum(0)
+        if kernels is csr and not _is_minor(gy):
+            gy = minor(gy)
+        if need_values[layer]:
+            gvalues[layer] = kernels.grad_values(gy, h, *args)
+        if layer or need_x:
+            wanted = _reads_minor(plans[layer - 1]) if layer else packed
+            gx = _empty(gy, h.shape[1], wanted or kernels is csr)
+            kernels.grad_x(gy, values[layer], *args, gx, h if layer else None)
+            gy = gx
+    if not need_x:
+        return gy.new_empty(0), gvalues, gbias
+    return (gy if packed == _is_minor(gy) else major(gy)), gvalues, gbias
+
+
+def _kernels(plan: Plan):
+    return csr if plan.block == (1, 1) else block
+
+
+def _reads_minor(plan: Plan) -> bool:
+    return plan.block[1] == 1
+
+
+def _is_minor(x: Tensor) -> bool:
+    """Is x (N, F), ours or `_readable`, a view of rows (F, ld)?"""
+    return x.stride(0) == 1 and x.stride(1) >= LANES
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, row-major unless it is a packed activation; also in the strides of dimensions of size 1."""
+    return x if is_packed(x) else x.contiguous().flatten().view(x.shape)
+
+
+def _empty(like: Tensor, features: int, batch_minor: bool) -> Tensor:
+    """An unwritten (N, features)."""
+    batch = len(like)
+    return (
+        unpack(like.new_empty(features, leading_dim(batch)), batch) if batch_minor else like.new_empty(batch, features)
+    )
+
+
+def _inputs(x: Tensor, kept: Tensor, crow_indices: list[Tensor], plans: list[Plan]) -> list[Tensor]:
+    """The input (N, F) of each layer, as the layer reads it: x, or its part of what is kept."""
+    (batch, _), size, features = x.shape, leading_dim(len(x)), saved_features(x, crow_indices, plans)
+    parts = kept.split([size * each for each in features])
+    readers = plans[len(plans) - len(parts) :]
+    found = [
+        unpack(part.view(-1, size), batch) if _reads_minor(plan) else part[: len(part) // size * batch].view(batch, -1)
+        for part, plan in zip(parts, readers, strict=True)
+    ]
+    return [x] * (len(plans) - len(found)) + found

@@ -1,0 +1,147 @@
+"""What machine code consists of, read from its disassembly: NVIDIA's SASS or AMD's GCN.
+
+    read_sass(text)   what `cuobjdump -sass -res-usage` prints of one kernel
+    read_gcn(text)    the assembly with which AMD's compiler ends
+
+Loads are counted where a kernel spends its time: in the innermost of the loops that load from global memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+TMA = 1024  # stands for the bits of a bulk copy, which the instruction does not tell
+TENSOR_CORES = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
+
+
+class Code(NamedTuple):
+    """A kernel's machine code."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    spills: int  # NVIDIA: instructions that spill or reload; AMD: vector registers spilled
+    tensor_cores: dict[str, int]  # opcode of TENSOR_CORES -> instructions
+    loads: dict[int, int]  # bits a thread -> loads from global memory, in the innermost loops that have any
+    loop: int  # instructions in those loops
+
+    def share(self, wide: int) -> float:
+        """The share of the bytes of `loads` that comes `wide` or more bits at a time; 1 where nothing is loaded."""
+        total = sum(bits * count for bits, count in self.loads.items())
+        return sum(bits * count for bits, count in self.loads.items() if bits >= wide) / total if total else 1.0
+
+
+class Instruction(NamedTuple):
+    opcode: str
+    target: str | None  # label or address to which it may jump
+    passes: bool  # may the next instruction follow it?
+
+
+_SASS_LINE = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_SASS_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_SASS_LOADS = {"LDG", "LDGSTS", "LD"}
+_SASS_TMA = {"UBLKCP", "UTMALDG"}
+_SASS_BITS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+_GCN_LINE = re.compile(r"(?:\.?\w+:|\s+([a-z]\w+)([^;]*))")
+_GCN_LOAD = re.compile(r"(?:global|buffer|flat)_load_(?:lds_)?(\w+)")
+_GCN_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+
+
+def read_sass(text: str) -> Code:
+    """The code of the one kernel in `text`. Raises ValueError where there is none."""
+    usage = _SASS_USAGE.search(text)
+    if usage is None:
+        raise ValueError(f"expected the output of cuobjdump -sass -res-usage, got {text[:200]!r}")
+    instructions, places = [], {}
+    for address, predicate, opcode, operands in _SASS_LINE.findall(text):
+        places[f"{int(address, 16):#x}"] = len(instructions)
+        kind, operands = opcode.split(".")[0], operands.split()
+        condition = bool(predicate) or (kind != "RET" and len(operands) > 1)
+        jumps = kind == "BRA" or (kind == "CALL" and condition)  # a call otherwise comes back
+        passes = condition or kind not in {"BRA", "EXIT", "RET"}
+        instructions.append(Instruction(opcode, operands[-1] if jumps else None, passes))
+    spills = sum(each.opcode.startswith(("LDL", "STL")) for each in instructions)
+    return _code(instructions, places, _sass_bits, int(usage[1]), int(usage[2]), spills)
+
+
+def read_gcn(text: str) -> Code:
+    """The code of the one kernel in `text`. Raises ValueError where there is none."""
+    usage = [re.search(rf"\.{name}:\s+(\d+)", text) for name in _GCN_USAGE]
+    if None in usage:
+        raise ValueError(f"expected the assembly of an AMD kernel, got {text[:200]!r}")
+    instructions, places = [], {}
+    for line in text.splitlines():
+        match = _GCN_LINE.match(line)
+        if match is None:
+            continue
+        if match[1] is None:
+            places[line.split(":")[0]] = len(instructions)
+        else:
+            opcode, operands = match[1], match[2].strip()
+            target = operands if opcode.startswith(("s_branch", "s_cbranch")) else None
+            instructions.append(Instruction(opcode, target, opcode not in {"s_branch", "s_endpgm"}))
+    registers, stack, spills = (int(match[1]) for match in usage)
+    return _code(instructions, places, _gcn_bits, registers, stack, spills)
+
+
+_GCN_USAGE = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+
+
+def _code(
+    instructions: list[Instruction], places: dict[str, int], bits_of: Callable[[str], int], *usage: int
+) -> Code:  # fmt: skip
+    bits = [bits_of(each.opcode) for each in instructions]
+    loading = [loop for loop in _loops(instructions, places) if any(bits[at] for at in loop)]
+    hot = {at for loop in loading if not any(other < loop for other in loading) for at in loop}
+    # Without a loop, all of it is.
+    loads = Counter(bits[at] for at in (hot or range(len(bits))) if bits[at])
+    opcodes = Counter(name for each in instructions for name in TENSOR_CORES if each.opcode.startswith(name))
+    return Code(*usage, dict(opcodes), dict(loads), len(hot))
+
+
+def _loops(instructions: list[Instruction], places: dict[str, int]) -> list[set[int]]:
+    """The natural loops: of each instruction to which one that it dominates jumps back, all on the way between."""
+    before: list[set[int]] = [set() for _ in instructions]
+    for at, each in enumerate(instructions):
+        if each.target in places:
+            before[places[each.target]].add(at)
+        if each.passes and at + 1 < len(instructions):
+            before[at + 1].add(at)
+    everything = (1 << len(instructions)) - 1
+    dominators, changed = [1] + [everything] * (len(instructions) - 1), True  # bit d of [i]: d dominates i
+    while changed:
+        changed = False
+        for at in range(1, len(instructions)):
+            common = everything
+            for source in before[at]:
+                common &= dominators[source]
+            if (common := common | 1 << at) != dominators[at]:
+                dominators[at], changed = common, True
+    loops: dict[int, set[int]] = {}
+    for head, sources in enumerate(before):
+        for source in sources:
+            # What is never reached has all bits set.
+            if dominators[source] >> head & 1 and dominators[source] != everything:
+                loop, todo = loops.setdefault(head, {head}), [source]
+                while todo:
+                    if (at := todo.pop()) not in loop:
+                        loop.add(at)
+                        todo += before[at]
+    return list(loops.values())
+
+
+def _sass_bits(opcode: str) -> int:
+    """Bits a thread that an instruction loads from global memory, TMA for a bulk copy, 0 for any other."""
+    head, *modifiers = opcode.split(".")
+    if head in _SASS_TMA:
+        return TMA
+    return next((_SASS_BITS[each] for each in modifiers if each in _SASS_BITS), 32) if head in _SASS_LOADS else 0
+
+
+def _gcn_bits(opcode: str) -> int:
+    load = _GCN_LOAD.match(opcode)
+    if load is None:
+        return 0
+    return _GCN_BITS.get(load[1], 8 if "byte" in load[1] else 16)

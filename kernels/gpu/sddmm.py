@@ -1,0 +1,65 @@
+"""SDDMM over CSR: gvalues = (gy xᵀ) at the surviving weights, on CUDA cores, accumulated in fp32.
+
+    gvalues[o; c, r, s] = Σ over pixels and n of gy[o, pixel, n] * x[c, pixel ∘ (r, s), n]
+
+x and gy are batch-minor rows, as in spmm.py. A program takes NNZ survivors of one row of W at a time: gy's row is read
+once for all of them, sums stay apart along the batch until the end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .layout import columns
+from .taps import Taps, feature
+
+
+@triton.jit
+def _sddmm_kernel(
+    gy, x, gvalues, order, crow_indices, col_indices, columns, pixels, ld_gy, ld_x, filters_per_group,
+    columns_per_group, x_height, x_width, out_width, stride_h, stride_w, dilation_h, dilation_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, NNZ: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(order + tl.program_id(0))
+    begin, end = tl.load(crow_indices + row), tl.load(crow_indices + row + 1)
+    first = row // filters_per_group * columns_per_group
+    gy += row.to(tl.int64) * pixels * ld_gy
+    n = tl.arange(0, BN)
+    for k in range(begin + tl.program_id(1) * NNZ, end, tl.num_programs(1) * NNZ):
+        p = k + tl.arange(0, NNZ)
+        column = first + tl.load(col_indices + p, mask=p < end, other=0)
+        at = feature(column, x_height, x_width, dilation_h, dilation_w, KERNEL_H, KERNEL_W)
+        total = tl.zeros([NNZ, BN], tl.float32)
+        of_gy = gy
+        for pixel in range(0, pixels):
+            of_x = x + (at + pixel // out_width * stride_h * x_width + pixel % out_width * stride_w).to(tl.int64) * ld_x
+            for start in range(0, columns, BN):
+                inside = start + n < columns
+                g = tl.load(of_gy + start + n, mask=inside, other=0).to(tl.float32)
+                part = tl.load(of_x[:, None] + (start + n)[None, :], mask=inside[None, :], other=0)
+                total += g[None, :] * part.to(tl.float32)
+            of_gy += ld_gy
+        tl.store(gvalues + p, tl.sum(total, 1).to(gvalues.dtype.element_ty), mask=p < end)
+
+
+WARPS, NNZ = 4, 16
+BUSY = 4096  # programs that keep a large GPU busy
+
+
+def sddmm(
+    gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, order: Tensor, batch: int, taps: Taps
+) -> Tensor:
+    """(nnz,) of the dtype of x; gy, x: rows (features, ld), zero in columns >= batch of gy; order (O,)."""
+    rows, nnz = crow_indices.numel() - 1, col_indices.numel()
+    gvalues = x.new_empty(nnz)
+    bn = min(triton.next_power_of_2(columns(batch)), 512 // x.element_size())
+    splits = min(triton.cdiv(BUSY, rows), triton.cdiv(nnz, rows * NNZ))
+    launch(
+        _sddmm_kernel, (rows, splits), gy, x, gvalues, order, crow_indices, col_indices, columns(batch), taps.pixels,
+        gy.stride(0), x.stride(0), *taps.arguments,
+        KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, NNZ=NNZ, BN=bn, num_warps=WARPS,
+    )  # fmt: skip
+    return gvalues
