@@ -22,6 +22,7 @@ from .lab import data
 from .lab.experiment import Settings, preset, run
 from .lab.models import MODELS, build
 from .lab.timing import linear_ms
+from .pattern import BLOCKS
 from .ticket import Ticket
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -113,7 +114,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 EXPLAIN_NOTE = (
-    "ms: forward and backward of the native call that the layer is part of, with the layer sparse and dense.\n"
+    "ms: forward and backward of the native call that the layer is part of, with the layer run so; -: cannot be.\n"
     "packs: whole activations and gradients that a training step rewrites for the layer: of a chain of linear layers\n"
     "its input and its output's gradient; of a convolution none, its kernel rewrites blocks that fit a cache."
 )
@@ -211,6 +212,13 @@ def _shape(text: str) -> tuple[int, int, int]:
     return sizes
 
 
+def _granularity(text: str) -> tuple[int, int]:
+    sizes = tuple(_positive(size) for size in text.split("x"))
+    if len(sizes) != 2:
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, got {text!r}")
+    return sizes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparselottery", description="Find lottery tickets and run them sparse.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -225,6 +233,13 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("--data", choices=data.NAMES, help="default: digits, offline, for Lenet; else cifar10")
     find.add_argument("--rounds", type=int, help="prunings; default: the net's, 16 or 20; for the digits 12")
     find.add_argument("--fraction", type=float, help="of the survivors pruned per round, less in some layers; 0.2")
+    find.add_argument(
+        "--granularity",
+        type=_granularity,
+        metavar="RxC",
+        help="prune whole blocks of R rows (filters) x C columns (channels at one tap), except in the output layer; "
+        f"block kernels for GPUs exist for {', '.join(f'{rows}x{cols}' for rows, cols in BLOCKS)}; default: 1x1",
+    )
     find.add_argument("--iterations", type=int, help="per training; default: the paper's; for the digits 3000")
     find.add_argument("--batch", type=int, help="default: the paper's")
     find.add_argument("--lr", type=float, help="learning rate; default: the paper's")

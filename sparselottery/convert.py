@@ -31,7 +31,7 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential with masked layers in it
     becomes a MaskedSequential.
     example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
-    layer then runs sparse or dense, as a measurement decides (`choose_execution`). None: sparse.
+    layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
     Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or
     is parametrized or pruned by torch's own utilities) or a mask has the wrong shape, TypeError if a mask is not
     boolean.

@@ -1,34 +1,39 @@
-"""Sparse or dense: each masked layer is timed both ways, on an input like the one that its model gives it."""
+"""Sparse, compact or dense: each masked layer is timed in every way, on an input like the one its model gives it."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .nn import MaskedLayer, MaskedSequential, Measured, native_runs
+from .nn.compact import live_shape
 from .random_state import random_state_kept
 from .timing import interleaved_ms
 
-MARGIN = 0.97  # dense is chosen below this share of sparse's time: noise alone changes nothing
-BURSTS, BURST_MS, LIMIT_MS = 7, 2.0, 200.0  # the limit is for each layer
+MARGIN = 0.97  # another execution is chosen below this share of the time: noise alone changes nothing
+BURSTS, BURST_MS, LIMIT_MS = 7, 2.0, 200.0  # the limit is for each execution that a layer has besides its default
 
-_CACHE: dict[tuple, list[float]] = {}  # what `_times` found, in this process
+_CACHE: dict[tuple, list[dict[str, float]]] = {}  # what `_times` found, in this process
 
 
 def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
-    """Set every masked layer of `model` to the execution that is faster on this machine, and its `measured`.
+    """Set every masked layer of `model` to the execution that is fastest on its device, and its `measured`.
 
     A copy of the model is run once on `example_input`, a tensor or a tuple of the positional arguments, to see what
-    each masked layer is given at its first call. Then each layer is timed on such an input, sparse and dense in turns:
-    forward and backward if the model is in training mode, with the gradients that its training takes, else forward.
-    It is timed alone or, where a MaskedSequential makes one native call of it and others (a chain of linear layers, a
-    convolution with its ReLU and pooling), in that call, the others sparse: a dense layer would break it up. Dense is
-    chosen where it is over 3 % faster. That takes 0.3 s a layer at most if single calls are shorter than 30 ms, and
-    nothing for calls like earlier ones of the process.
+    each masked layer is given at its first call. Then each layer is timed on such an input, in all of its `executions`
+    in turns: forward and backward if the model is in training mode, with the gradients that its training takes, else
+    forward; on a GPU call after call is queued, as in training. It is timed alone or, where a MaskedSequential makes
+    one native call of it and others (a chain of linear layers, a convolution with its ReLU and pooling), in that call,
+    the others in their default execution, the one of a layer for which none is set: a dense layer would break it up.
+    A layer keeps its default unless another execution is over 3 % faster; then it gets the fastest, or "dense" if that
+    is within 3 % of it. This takes 0.3 s at most for each execution but the default, if single calls are shorter than
+    30 ms, and nothing for calls like earlier ones of the process.
 
     What masked layers with other elementwise modules between them save by leaving activations batch-minor is not
     measured. Layers that the run does not call, or calls on no numbers, are left as they are. So is everything else:
@@ -46,18 +51,24 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
             if isinstance(layer, MaskedLayer) and layer.density < 1
         }
         for twin in layers:
-            twin.execution = "sparse"
+            twin.execution = None
         inputs = _first_inputs(work, list(layers), args)
         left = dict(inputs)
         for run in (*native_runs(work), *([twin] for twin in inputs)):
             timed = [twin for twin in dict.fromkeys(run) if twin in left]
             if not timed or run[0] not in inputs:
                 continue
-            sparse_ms, *dense_ms = _times(run, timed, inputs[run[0]])
-            for twin, ms in zip(timed, dense_ms, strict=True):
+            for twin, ms in zip(timed, _times(run, timed, inputs[run[0]]), strict=True):
                 layer = layers[twin]
-                layer.execution = "dense" if ms < MARGIN * sparse_ms else "sparse"
-                layer.measured = Measured(sparse_ms, ms, left.pop(twin).shape, model.training)
+                layer.execution = _fastest(ms, twin.execution)
+                layer.measured = Measured(ms, left.pop(twin).shape, model.training)
+
+
+def _fastest(ms: dict[str, float], default: str) -> str:
+    """The best of those that are clearly faster than the default, dense if it is about as fast; else the default."""
+    faster = {execution: each for execution, each in ms.items() if each < MARGIN * ms[default]}
+    best = min(faster, key=faster.__getitem__, default=default)
+    return "dense" if ms[best] >= MARGIN * faster.get("dense", math.inf) else best
 
 
 class _Like(NamedTuple):
@@ -98,21 +109,31 @@ def _fresh(arg: Any) -> Any:
     return arg.detach().clone().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else copy.deepcopy(arg)
 
 
-def _times(run: list[nn.Module], layers: list[MaskedLayer], like: _Like) -> list[float]:
-    """Milliseconds of a call of the run as it is, then with each of its layers dense."""
+def _times(run: list[nn.Module], layers: list[MaskedLayer], like: _Like) -> list[dict[str, float]]:
+    """Milliseconds of a call of the run with each of these layers of it in each of its executions."""
     kind = like.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     modules = [(repr(module), *((p.dtype, p.requires_grad) for p in module.parameters())) for module in run]
+    masked = [module for module in run if isinstance(module, MaskedLayer)]
+    masks = [(layer.executions, layer.block, live_shape(layer.pattern, layer.shape)) for layer in masked]
     places = tuple(map(run.index, layers))
-    key = (*modules, places, like, torch.is_grad_enabled(), autocast, torch.get_num_threads())
+    precisions = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    settings = torch.is_grad_enabled(), autocast, torch.get_num_threads(), *precisions
+    key = (*modules, *masks, places, like, *settings)
     if key not in _CACHE:
         x = like.random()
+        others = [(layer, each) for layer in layers for each in layer.executions if each != layer.execution]
         calls = [_call(run, x)]
-        for layer in layers:
-            dense = copy.deepcopy(layer)
-            dense.execution = "dense"
-            calls.append(_call([dense if module is layer else module for module in run], x))
-        _CACHE[key] = interleaved_ms(*calls, bursts=BURSTS, burst_ms=BURST_MS, limit_ms=LIMIT_MS * len(layers))
+        for layer, execution in others:
+            twin = copy.deepcopy(layer)
+            twin.execution = execution
+            calls.append(_call([twin if module is layer else module for module in run], x))
+        limits = {"bursts": BURSTS, "burst_ms": BURST_MS, "limit_ms": LIMIT_MS * len(others)}
+        if kind == "cuda":
+            limits["synchronize"] = partial(torch.cuda.synchronize, like.device)
+        default_ms, *others_ms = interleaved_ms(*calls, **limits)
+        found = dict(zip(others, others_ms, strict=True))
+        _CACHE[key] = [{each: found.get((layer, each), default_ms) for each in layer.executions} for layer in layers]
     return _CACHE[key]
 
 
@@ -127,7 +148,5 @@ def _call(run: list[nn.Module], x: Tensor) -> Callable[[], None]:
         y = forward(x)
         if needed:
             torch.autograd.grad(y, needed, gy)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
 
     return call

@@ -8,18 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from .maskable import unmaskable
-from .nn import MaskedLayer, Measured, count_packs
+from .nn import EXECUTIONS, MaskedLayer, Measured, count_packs
 
 
 def explain(model: nn.Module) -> list[dict[str, Any]]:
     """A row for each masked layer, and for each dense parameter of two dimensions or more, in module order.
 
     layer: its name; of a parameter that is not its module's `weight`, the parameter's. shape, density, nnz: of the
-    weight. bytes: of values and indices. dense_bytes: of the weight if it were dense. execution: "sparse" or "dense".
+    weight. bytes: of values and indices. dense_bytes: of the weight if it were dense. execution: as of
+    `MaskedLayer.execution`, "dense" of what is not masked.
     packs: how often in a training step a whole activation or gradient is rewritten for the layer's kernels, forward and
     backward (0 for a convolution, whose kernels rewrite what they read in blocks that fit a cache).
-    sparse_ms, dense_ms: of the native call that the layer is part of, with the layer sparse and dense, as measured by
-    `convert` with an example input; else None.
+    sparse_ms, block_ms, compact_ms, dense_ms: of the native call that the layer can be part of, with the layer executed
+    so, as measured by `convert` with an example input; None for what was not measured, or is not possible.
     why: why that execution; of what is not masked "kept dense: " and the reason.
     """
     packs, refused, rows = count_packs(model), unmaskable(model), []
@@ -56,7 +57,6 @@ def _row(
         "dense_bytes": total * values.element_size(),
         "execution": execution,
         "packs": packs,
-        "sparse_ms": measured and measured.sparse_ms,
-        "dense_ms": measured and measured.dense_ms,
+        **{f"{each}_ms": measured and measured.ms.get(each) for each in EXECUTIONS},
         "why": why,
     }

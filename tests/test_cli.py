@@ -13,6 +13,7 @@ from torch import nn
 from sparselottery import cli, convert
 from sparselottery.lab import data, experiment
 from sparselottery.lab.data import ENVIRONMENT
+from sparselottery.lab.experiment import preset
 from sparselottery.ticket import Ticket
 
 FIND = ["find", "--rounds", "2", "--iterations", "60"]
@@ -82,6 +83,17 @@ def test_find_passes_every_option_on(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()[1:4]
     assert rows[0].endswith("reinit test %  reinit stops at")
     assert [row.split()[0] for row in rows[1:]] == ["0", "1"]
+
+
+def test_find_prunes_blocks(tmp_path):
+    assert cli.main([*FIND, "--granularity", "16x8", "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    ticket = Ticket.load(folder / "ticket.safetensors")
+    assert ticket.recipe["granularity"] == {"fc1.weight": [16, 8], "fc2.weight": [16, 8]}
+    mask = ticket.masks["fc1.weight"][:288].view(18, 16, 8, 8)
+    assert torch.equal(mask.all(3).all(1), mask.any(3).any(1))
+    assert cli.main([*FIND, "--granularity", "1x1", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, preset("digits", rounds=2, iterations=60).name}
 
 
 @pytest.mark.parametrize("option", [["--rewind-step", "20"], ["--continued"]])
@@ -165,7 +177,7 @@ def test_explain(run_folder, capsys):
     assert cli.main(["explain", str(run_folder)]) == 0
     title, header, *layers, ms, packs, _ = capsys.readouterr().out.splitlines()
     assert "round-02.safetensors: 64.3% of the weights; measured with 2 threads" in title
-    columns = "layer shape density nnz bytes dense_bytes execution packs sparse_ms dense_ms why"
+    columns = "layer shape density nnz bytes dense_bytes execution packs sparse_ms block_ms compact_ms dense_ms why"
     assert header.split() == columns.split()
     assert [layer.split()[:2] for layer in layers] == [["fc1", "300x64"], ["fc2", "100x300"], ["fc3", "10x100"]]
     assert all(layer.split()[6] in ("sparse", "dense") for layer in layers)
@@ -222,7 +234,20 @@ def test_bench_of_no_density(capsys):
     assert "density" in fails(capsys, "bench", "--shape", "4,8,6", "--density", "2")
 
 
-@pytest.mark.parametrize("argv", ["", "bench --shape 4,8", "bench --shape 4,8,0", "find --data x", "find --threads 0"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "bench --shape 4,8",
+        "bench --shape 4,8,0",
+        "find --data x",
+        "find --threads 0",
+        "find --granularity 16",
+        "find --granularity 16x0",
+        "find --granularity 16x16x1",
+        "find --granularity axb",
+    ],
+)
 def test_usage(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(argv.split())

@@ -11,22 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, execution, prune
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, execution, ops, prune
 from sparselottery.execution import choose_execution
 from sparselottery.nn import Measured
 
 
 class Clock:
-    """In place of `interleaved_ms`: makes each call once and says that it took what comes next in `dense_ms`."""
+    """In place of `interleaved_ms`: makes each call once; the first takes 1 ms, others what is next in `others_ms`."""
 
-    def __init__(self, dense_ms=()):
-        self.dense_ms, self.counts, self.gradients = list(dense_ms), [], []
+    def __init__(self):
+        self.others_ms, self.counts, self.limits, self.gradients = [], [], [], []
 
-    def __call__(self, *calls, **_):
+    def __call__(self, *calls, limit_ms, **_):
         self.counts.append(len(calls))
+        self.limits.append(limit_ms)
         for call in calls:
             call()
-        return [1.0, *((self.dense_ms or [2.0]).pop(0) for _ in calls[1:])]
+        return [1.0, *((self.others_ms or [2.0]).pop(0) for _ in calls[1:])]
 
 
 @pytest.fixture
@@ -50,6 +51,16 @@ def linears(*widths, between=nn.Tanh):
     return nn.Sequential(*[child for layer in layers for child in (layer, between())][:-1])
 
 
+def halves(model):
+    """Masks of half of the weights, with survivors in every row and column."""
+    return {
+        f"{name}.weight": torch.stack(torch.meshgrid(*map(torch.arange, module.weight.shape), indexing="ij")).sum(0) % 2
+        == 0
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
 def layers(model):
     return [module for module in model.modules() if isinstance(module, (MaskedLinear, MaskedConv2d))]
 
@@ -60,18 +71,78 @@ def executions(model):
 
 def test_dense_has_to_be_clearly_faster(clock):
     model = linears(5, 6, 7, 8, 9)
-    clock.dense_ms = [2.0, 0.96, 0.98, 0.5]
-    converted = convert(model, prune(model, 0.5), torch.randn(4, 5))
+    clock.others_ms = [2.0, 0.96, 0.98, 0.5]
+    converted = convert(model, halves(model), torch.randn(4, 5))
     assert executions(converted) == ["sparse", "dense", "sparse", "dense"]
-    assert converted[2].measured == Measured(1.0, 0.96, (4, 6), True)
+    assert converted[2].measured == Measured({"sparse": 1.0, "dense": 0.96}, (4, 6), True)
     assert converted[2].why == "measured: sparse 1 ms, dense 0.96 ms for (4, 6), training"
     with torch.no_grad():
-        torch.testing.assert_close(converted(torch.ones(4, 5)), convert(model, prune(model, 0.5))(torch.ones(4, 5)))
+        torch.testing.assert_close(converted(torch.ones(4, 5)), convert(model, halves(model))(torch.ones(4, 5)))
+
+
+@pytest.mark.parametrize(
+    ("ms", "default", "expected"),
+    [
+        ({"sparse": 1.0, "dense": 1.0}, "sparse", "sparse"),
+        ({"sparse": 1.0, "dense": 0.96}, "sparse", "dense"),
+        ({"sparse": 1.0, "compact": 0.5, "dense": 0.52}, "sparse", "compact"),
+        ({"sparse": 1.0, "compact": 0.5, "dense": 0.51}, "sparse", "dense"),
+        ({"sparse": 1.0, "compact": 0.98, "dense": 2.0}, "sparse", "sparse"),
+        ({"sparse": 1.0, "compact": 0.96, "dense": 0.98}, "sparse", "compact"),
+        ({"sparse": 1.0, "compact": 0.94, "dense": 0.96}, "sparse", "dense"),
+        ({"sparse": 0.9, "block": 1.0, "dense": 2.0}, "block", "sparse"),
+        ({"sparse": 0.98, "block": 1.0, "dense": 2.0}, "block", "block"),
+        ({"sparse": 0.9, "block": 1.0, "compact": 0.8, "dense": 0.7}, "block", "dense"),
+    ],
+)
+def test_the_fastest_is_chosen_if_it_clearly_is(ms, default, expected):
+    assert execution._fastest(ms, default) == expected
+    assert ms[expected] <= min(ms.values()) / execution.MARGIN
+
+
+def dead_rows(model):
+    """Masks of `halves` with nothing in the first row."""
+    masks = halves(model)
+    for mask in masks.values():
+        mask[0] = False
+    return masks
+
+
+def test_compact_is_timed_where_it_drops_something(clock):
+    model = linears(5, 6, 7)
+    clock.others_ms = [0.5, 0.8, 2.0]
+    converted = convert(model, halves(model) | {"0.weight": dead_rows(model)["0.weight"]}, torch.randn(4, 5))
+    assert clock.counts == [3, 2]
+    assert clock.limits == [2 * execution.LIMIT_MS, execution.LIMIT_MS]
+    assert executions(converted) == ["compact", "sparse"]
+    assert converted[0].measured.ms == {"sparse": 1.0, "compact": 0.5, "dense": 0.8}
+    assert converted[0].why == "measured: sparse 1 ms, compact 0.5 ms, dense 0.8 ms for (4, 5), training"
+
+
+def test_masks_with_other_dead_rows_are_timed_anew(clock):
+    """As many survivors, elsewhere."""
+    for rows in ([0, 1], [2, 3], [0, 1, 2]):
+        mask = torch.zeros(6, 6, dtype=torch.bool)
+        mask[rows, : 6 // len(rows)] = True
+        choose_execution(MaskedLinear(6, 6, mask), torch.randn(4, 6))
+    assert clock.counts == [3, 3]
+
+
+def test_blocks_are_timed_against_all_others(clock, monkeypatch):
+    monkeypatch.setattr(ops, "takes_block", lambda block, device, geometry=None: True)
+    model = linears(16, 16, 16, between=nn.ReLU)
+    masks = halves(model) | {"0.weight": torch.eye(2).bool().repeat_interleave(8, 0).repeat_interleave(8, 1)}
+    clock.others_ms = [2.0, 0.5, 3.0]
+    converted = convert(model, masks, torch.randn(4, 16))
+    assert clock.counts == [4]  # one call of both, then the first sparse, the first dense, the second dense
+    assert executions(converted) == ["dense", "sparse"]
+    assert converted[0].measured.ms == {"sparse": 2.0, "block": 1.0, "dense": 0.5}
+    assert converted[2].measured.ms == {"sparse": 1.0, "dense": 3.0}
 
 
 def test_without_an_example_nothing_is_timed(clock):
     model = linears(5, 6, 7)
-    converted = convert(model, prune(model, 0.5))
+    converted = convert(model, halves(model))
     assert executions(converted) == ["sparse", "sparse"]
     assert converted[0].why == "not measured"
     assert not clock.counts
@@ -80,12 +151,12 @@ def test_without_an_example_nothing_is_timed(clock):
 def test_gradients_that_training_takes_and_no_others(clock):
     model = linears(5, 6, 7)
     model[2].bias.requires_grad_(False)
-    masks = {name: torch.ones_like(mask).triu() for name, mask in prune(model, 0.5).items()}
+    masks = {name: torch.ones_like(mask).tril(2) for name, mask in halves(model).items()}
     convert(model, masks, torch.randn(4, 5))
-    assert clock.gradients == [[(15,), (6,)]] * 2 + [[(4, 6), (21,)]] * 2
+    assert clock.gradients == [[(27,), (6,)]] * 2 + [[(4, 6), (36,)]] * 2
     del clock.gradients[:]
     convert(model, masks, torch.randn(4, 5).requires_grad_())
-    assert clock.gradients == [[(4, 5), (15,), (6,)]] * 2  # the other one is known
+    assert clock.gradients == [[(4, 5), (27,), (6,)]] * 2  # the other one is known
     convert(model.requires_grad_(False), masks, torch.randn(4, 5))
     convert(model.requires_grad_(True).eval(), masks, torch.randn(4, 5))
     assert len(clock.gradients) == 2
@@ -95,13 +166,13 @@ def test_gradients_that_training_takes_and_no_others(clock):
 def test_evaluation_is_what_is_measured_in_evaluation_mode(clock):
     model = linears(5, 6).eval()
     with torch.enable_grad():
-        converted = convert(model, prune(model, 0.5), torch.randn(4, 5))
+        converted = convert(model, halves(model), torch.randn(4, 5))
     assert converted[0].why == "measured: sparse 1 ms, dense 2 ms for (4, 5), inference"
 
 
 def test_layers_that_are_alike_are_timed_once(clock):
     model = linears(6, 6, 6, 6)
-    masks = prune(model, 0.5)
+    masks = halves(model)
     convert(model, masks, torch.randn(4, 6))
     assert clock.counts == [2, 2]  # the first one gets no gradient for its input
     convert(model, masks, torch.randn(4, 6))
@@ -126,8 +197,8 @@ def test_layers_that_are_alike_are_timed_once(clock):
 def test_a_chain_is_timed_as_the_one_call_it_is(clock):
     """Sparse, then with each layer dense in turn."""
     model = linears(5, 6, 7, 8, between=nn.ReLU)
-    masks = prune(model, 0.5)
-    clock.dense_ms = [2.0, 0.5, 3.0]
+    masks = halves(model)
+    clock.others_ms = [2.0, 0.5, 3.0]
     converted = convert(model, masks, torch.randn(4, 5))
     assert clock.counts == [4]
     assert executions(converted) == ["sparse", "dense", "sparse"]
@@ -144,7 +215,7 @@ def test_a_convolution_is_timed_with_what_its_call_includes(clock, training, mon
     )
     seen, call = [], execution._call
     monkeypatch.setattr(execution, "_call", lambda run, x: seen.append([type(m) for m in run]) or call(run, x))
-    convert(model.train(training), prune(model, 0.5), torch.randn(2, 3, 9, 9))
+    convert(model.train(training), halves(model), torch.randn(2, 3, 9, 9))
     first = [MaskedConv2d] if training else [MaskedConv2d, nn.BatchNorm2d, nn.ReLU]
     second = [MaskedConv2d, nn.ReLU, nn.MaxPool2d]
     assert sorted(seen, key=str) == sorted([first] * 2 + [second] * 2, key=str)
@@ -169,12 +240,12 @@ class Everything(nn.Module):
 
 def test_nothing_else_changes(clock):
     model = Everything()
-    clock.dense_ms = [0.5] * 9
+    clock.others_ms = [0.5] * 9
     model(torch.randn(4, 6), {"by": 1}).sum().backward()
     model.first.register_forward_hook(lambda *_: seen.append(1))
     before = copy.deepcopy(model.state_dict())
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    masks, x, scale, seen = prune(model, 0.5), torch.randn(4, 6), {"by": 2}, []
+    masks, x, scale, seen = halves(model), torch.randn(4, 6), {"by": 2}, []
     example, states = x.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
     converted = convert(model, masks, (example, scale, "key"))
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -204,9 +275,9 @@ def test_a_whole_layer_needs_no_choice(clock):
 
 def test_one_layer_alone(clock):
     layer = MaskedLinear(5, 6, torch.rand(6, 5) < 0.5)
-    clock.dense_ms = [0.5]
+    clock.others_ms = [0.5]
     choose_execution(layer, torch.randn(3, 4, 5))
-    assert layer.measured == Measured(1.0, 0.5, (3, 4, 5), True)
+    assert layer.measured == Measured({"sparse": 1.0, "dense": 0.5}, (3, 4, 5), True)
 
 
 def test_a_layer_that_is_shared_between_a_chain_and_others(clock):
@@ -230,13 +301,13 @@ def test_a_layer_that_is_shared_between_a_chain_and_others(clock):
 def test_an_example_is_a_tensor_or_a_tuple(example):
     model = linears(5, 6)
     with pytest.raises(TypeError, match=f"example_input: expected a tensor or a tuple, got {type(example).__name__}"):
-        convert(model, prune(model, 0.5), example)
+        convert(model, halves(model), example)
 
 
 def test_an_example_that_the_model_refuses():
     model = linears(5, 6)
     with pytest.raises(ValueError, match=r"x: expected shape \(\*, 5\), got \(4, 6\)"):
-        convert(model, prune(model, 0.5), torch.randn(4, 6))
+        convert(model, halves(model), torch.randn(4, 6))
 
 
 @pytest.mark.parametrize("x", [
@@ -254,8 +325,8 @@ def test_inputs_are_imitated(x):
 
 def test_a_measured_choice_goes_with_its_pattern(clock):
     model, x = linears(5, 6), torch.randn(4, 5)
-    masks = prune(model, 0.5)
-    clock.dense_ms = [0.5]
+    masks = halves(model)
+    clock.others_ms = [0.5]
     converted = convert(model, masks, x)
     (layer,) = layers(converted)
     measured = layer.measured
@@ -271,7 +342,7 @@ def test_a_measured_choice_goes_with_its_pattern(clock):
 
 def test_what_is_set_by_hand_is_no_measurement(clock):
     model = linears(5, 6)
-    masks = prune(model, 0.5)
+    masks = halves(model)
     converted = convert(model, masks, torch.randn(4, 5))
     converted[0].execution = "dense"
     assert (converted[0].measured, converted[0].why) == (None, "set by hand")
@@ -283,12 +354,13 @@ def test_what_is_set_by_hand_is_no_measurement(clock):
 
 def test_on_the_clock():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5))
-    converted = convert(model, prune(model, 0.5), torch.randn(2, 3, 4, 4))
-    assert all(min(layer.measured[:2]) > 0 for layer in layers(converted))
+    converted = convert(model, halves(model), torch.randn(2, 3, 4, 4))
+    assert all(set(layer.measured.ms) >= {"sparse", "dense"} for layer in layers(converted))
+    assert all(min(layer.measured.ms.values()) > 0 for layer in layers(converted))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     model = linears(5, 6).cuda()
-    converted = convert(model, prune(model, 0.5), torch.randn(4, 5, device="cuda"))
-    assert min(converted[0].measured[:2]) > 0
+    converted = convert(model, halves(model), torch.randn(4, 5, device="cuda"))
+    assert min(converted[0].measured.ms.values()) > 0

@@ -23,6 +23,8 @@ KEYS = [
     "execution",
     "packs",
     "sparse_ms",
+    "block_ms",
+    "compact_ms",
     "dense_ms",
     "why",
 ]
@@ -65,11 +67,12 @@ def test_why_an_execution():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     converted = convert(model, prune(model, 0.5, ignore=["0.weight"]))
     converted[2].execution = "dense"
-    converted[4].measured = Measured(1.2345, 3.4, (128, 4), True)
-    measured = "measured: sparse 1.23 ms, dense 3.4 ms for (128, 4), training"
+    converted[4].measured = Measured({"sparse": 1.2345, "compact": 2.0, "dense": 3.4}, (128, 4), True)
+    measured = "measured: sparse 1.23 ms, compact 2 ms, dense 3.4 ms for (128, 4), training"
     assert whys(converted) == {"0": "nothing is pruned", "2": "set by hand", "4": measured}
     assert [row["execution"] for row in explain(converted)] == ["dense", "dense", "sparse"]
-    assert [(row["sparse_ms"], row["dense_ms"]) for row in explain(converted)] == [(None, None)] * 2 + [(1.2345, 3.4)]
+    times = [[row[f"{name}_ms"] for name in ("sparse", "block", "compact", "dense")] for row in explain(converted)]
+    assert times == [[None] * 4] * 2 + [[1.2345, None, 2.0, 3.4]]
 
 
 class Own(nn.Conv2d):

@@ -4,7 +4,7 @@ import platform
 import torch
 
 from sparselottery import info
-from sparselottery.kernels import native
+from sparselottery.kernels import gpu, native
 
 
 def test_info_says_what_runs():
@@ -13,7 +13,7 @@ def test_info_says_what_runs():
     assert facts["python"] == platform.python_version()
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == "1"
-    assert facts["cpu"] == native.status()
+    assert (facts["cpu"], facts["gpu"]) == (native.status(), gpu.status())
     assert json.loads(json.dumps(facts)) == facts
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselottery.convert import convert, dense_state, masks_of
-from sparselottery.lab import training
+from sparselottery.lab import graph, training
 from sparselottery.lab.augment import MOVES, flip_and_crop
 from sparselottery.lab.controls import reinit
 from sparselottery.lab.data import Dataset
@@ -111,6 +112,43 @@ def test_every_step_has_its_rate(data, monkeypatch):
     assert [lr for lr in seen if isinstance(lr, float)] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6] + [0.06] * 6)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_on_a_gpu_steps_are_graphed(data, optimizer, monkeypatch):
+    """With a captured step that is one in eager mode, on whatever the buffers then hold."""
+    monkeypatch.setattr(graph, "_on_another_stream", lambda work, device: work())
+    monkeypatch.setattr(graph, "_captured", lambda work, device: work)
+    how = {"iterations": 12, "batch": 20, "lr": 0.1, "optimizer": optimizer, "weight_decay": 0.1, "eval_every": 5}
+    how |= {"drops": (0.5,), "warmup": 3}
+    ours, plain = reinit(factory, 0), reinit(factory, 0)
+    training.train(plain, data, **how)
+    monkeypatch.setattr(training, "_on_gpu", lambda parameters: True)
+    assert isinstance(training.stepper(ours, 0.1), graph.GraphedStep)
+    training.train(ours, data, **how)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_which_steps_are_graphed():
+    cpu, gpu = nn.Linear(2, 2).weight, SimpleNamespace(is_cuda=True)
+    assert not training._on_gpu([cpu])
+    assert training._on_gpu([gpu, gpu])
+    assert not training._on_gpu([gpu, cpu])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_on_a_real_gpu(data, optimizer):
+    """Graphed steps do what eager ones do on the CPU, on the same batches."""
+    masks = {"fc1.weight": torch.rand(16, 6, generator=torch.Generator().manual_seed(0)) < 0.5}
+    how = {"iterations": 30, "batch": 20, "eval_every": 10, "lr": 1e-2, "optimizer": optimizer, "drops": (0.5,)}
+    plain, ours = convert(reinit(factory, 0), masks), convert(reinit(factory, 0), masks).cuda()
+    moved = Dataset("clouds", 3, *(part.cuda() for part in splits(data)))
+    expected, record = training.train(plain, data, **how), training.train(ours, moved, **how)
+    assert record["curves"]["val_loss"] == pytest.approx(expected["curves"]["val_loss"], rel=1e-3)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-5)
+
+
 def test_augmented_batches_are_those_images_moved():
     x, y = torch.randn(12, 3, 8, 8), torch.arange(12)
     all_of = list(islice(training.batches(x, y, 5, seed=3, augment=True), 6))
@@ -126,6 +164,14 @@ def test_augmented_batches_are_those_images_moved():
             moved += not torch.equal(image, x[label])
     assert moved > 20
     assert not torch.equal(all_of[0][0], next(training.batches(x, y, 5, seed=4, augment=True))[0])
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_batches_are_where_the_data_are(augment):
+    x, y = torch.empty(12, 3, 8, 8, device="meta"), torch.empty(12, dtype=torch.int64, device="meta")
+    for images, labels in islice(training.batches(x, y, 5, seed=3, augment=augment), 3):
+        assert (images.device.type, images.shape) == ("meta", (5, 3, 8, 8))
+        assert (labels.device.type, labels.shape) == ("meta", (5,))
 
 
 def test_augments_the_training_images_only(data, monkeypatch):

@@ -29,13 +29,13 @@ def newcomer(request):
 
 @pytest.fixture
 def either(monkeypatch):
-    """Layers are found faster dense and sparse in turns, without a clock."""
+    """Layers are found faster in their default and in another execution in turns, without a clock."""
     verdicts = cycle([2.0, 0.5])
 
-    def no_clock(sparse, *dense, **_):
-        for call in (sparse, *dense):
+    def no_clock(default, *others, **_):
+        for call in (default, *others):
             call()
-        return [1.0, *(next(verdicts) for _ in dense)]
+        return [1.0, *(next(verdicts) for _ in others)]
 
     monkeypatch.setattr(execution, "_CACHE", {})
     monkeypatch.setattr(execution, "interleaved_ms", no_clock)
@@ -106,7 +106,7 @@ def test_a_training_step_after_a_measurement(newcomer, either):
     before = copy.deepcopy(model.state_dict())
     converted = convert(model, masks, x)
     rows = [row for row in explain(converted) if row["sparse_ms"]]
-    assert {row["execution"] for row in rows} == {"sparse", "dense"}
+    assert len({row["execution"] for row in rows}) > 1
     assert len(rows) == len(masks)
     assert_same_step(converted, masked_dense(model, masks), masks, x, y)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, ops
 from sparselottery.kernels import cpu, reference
+from sparselottery.nn.sequential import _run_end
 
 
 def layer(in_features, out_features, bias=True):
@@ -217,7 +218,9 @@ def test_a_convolution_and_what_follows_are_one_call(monkeypatch, name):
     children, calls, conv2d = [child.double() for child in make()], [], ops.conv2d
     x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
     plain = results(nn.Sequential(*children), x)
-    monkeypatch.setattr(ops, "conv2d", lambda *args: calls.append(args[-3:-1]) or conv2d(*args))
+    monkeypatch.setattr(
+        ops, "conv2d", lambda *args, **how: calls.append((how["relu"], how["pool"])) or conv2d(*args, **how)
+    )
     model = MaskedSequential(*children)
     assert_same(results(model, x), plain)
     assert calls == expected
@@ -247,6 +250,16 @@ def test_a_chain_ends_at_a_layer_that_executes_densely(monkeypatch):
     torch.testing.assert_close(y, nn.Sequential(*model)(x))
 
 
+@pytest.mark.parametrize(("device", "with_norm", "without"), [("cpu", 4, 3), ("meta", 0, 2)])
+def test_pooling_and_norms_are_in_the_call_on_the_cpu_only(device, with_norm, without):
+    """0: no run of several children."""
+    children = [conv(4, 6), nn.BatchNorm2d(6).eval(), nn.ReLU(), nn.MaxPool2d(2)]
+    x = torch.empty(2, 4, 9, 10, device=device)
+    with torch.no_grad():
+        assert _run_end(children, 0, x) == with_norm
+        assert _run_end([children[0], *children[2:]], 0, x) == without
+
+
 def norm(**arguments):
     """A batchnorm of 6 channels that has seen some data."""
     module = nn.BatchNorm2d(6, **arguments)
@@ -271,7 +284,9 @@ NORMS = {
 def test_a_norm_is_in_the_call_in_evaluation_without_gradients(monkeypatch, name, dtype, batch):
     make, expected = NORMS[name]
     children, norms, conv2d = [child.to(dtype) for child in make()], [], ops.conv2d
-    monkeypatch.setattr(ops, "conv2d", lambda *args: norms.append(args[-1] is not None) or conv2d(*args))
+    monkeypatch.setattr(
+        ops, "conv2d", lambda *args, **how: norms.append(how["norm"] is not None) or conv2d(*args, **how)
+    )
     plain, model = nn.Sequential(*children).eval(), MaskedSequential(*children).eval()
     x = torch.randn(batch, 4, 9, 10).to(dtype)
     with torch.no_grad():

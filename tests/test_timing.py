@@ -12,6 +12,14 @@ def test_bursts_alternate():
     assert changes == ["a", "b"] * 5  # once to warm up, then four bursts of each
 
 
+def test_every_burst_ends_with_a_wait():
+    log = []
+    timing.interleaved_ms(
+        lambda: log.append("a"), lambda: log.append("b"), bursts=3, burst_ms=1e-9, synchronize=lambda: log.append("|")
+    )
+    assert "".join(log) == "a|a|b|b|" + "a|b|" * 3  # to warm up, to see how long it takes, then the bursts
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A second passes whenever somebody looks."""

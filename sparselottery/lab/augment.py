@@ -27,8 +27,8 @@ def flip_and_crop(x: Tensor, moves: Tensor) -> Tensor:
         raise ValueError(f"expected images (N, C, H, W) to flip and crop, got shape {tuple(x.shape)}")
     count, channels, height, width = x.shape
     flip, top, left = moves // OFFSETS**2, moves // OFFSETS % OFFSETS, moves % OFFSETS
-    rows = torch.arange(height) + top[:, None]  # (N, H), of the padded image
-    columns = torch.arange(width)
+    rows = torch.arange(height, device=moves.device) + top[:, None]  # (N, H), of the padded image
+    columns = torch.arange(width, device=moves.device)
     columns = torch.where(flip.bool()[:, None], columns.flip(0), columns) + left[:, None]  # (N, W)
     pixels = rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]  # (N, H, W)
     index = pixels.view(count, 1, -1).expand(-1, channels, -1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .augment import flip_and_crop, random_moves
 from .data import Dataset
+from .graph import GraphedStep
 
 EVALUATION_NUMBERS = 2000 * 784  # of the images in one batch of an evaluation
 
@@ -52,7 +53,7 @@ def train(
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
     one step and one evaluation (medians over the evaluations, which a stalled machine does not move), and ``curves``:
     lists ``iteration``, ``val_loss``, ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no
-    sense, and when the validation loss is not finite.
+    sense, and when the validation loss is not finite. The data are on the device of the model.
     """
     stop = iterations if stop is None else stop
     if not 0 <= start < stop <= iterations:
@@ -85,6 +86,8 @@ def train(
         began = perf_counter()
         for rate, (x, y) in zip(rates[iteration:until], stream, strict=False):  # the stream has no end
             step(x, y, rate)
+        if data.train_x.is_cuda:  # the steps are queued
+            torch.cuda.synchronize(data.train_x.device)
         train_seconds.append(perf_counter() - began)
         step_seconds.append(train_seconds[-1] / (until - iteration))
         iteration = until
@@ -117,26 +120,31 @@ def stepper(
 ) -> Callable[[Tensor, Tensor, float], None]:
     """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
 
-    ``optimizer`` is "adam" or "sgd", which has momentum 0.9; ``weight_decay`` is of all parameters. Raises ValueError
-    for another name.
+    ``optimizer`` is "adam" or "sgd", which has momentum 0.9; ``weight_decay`` is of all parameters. On a GPU the step
+    is a CUDA graph from its fourth call on. Raises ValueError for another name.
     """
     parameters = list(model.parameters())
+    graphed = _on_gpu(parameters)
     if optimizer == "adam":
-        chosen = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        chosen = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=graphed)
     elif optimizer == "sgd":
         chosen = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     else:
         raise ValueError(f"optimizer: expected adam or sgd, got {optimizer!r}")
     (group,) = chosen.param_groups
 
-    def step(x: Tensor, y: Tensor, lr: float = lr) -> None:
+    def step(x: Tensor, y: Tensor, lr: float | Tensor = lr) -> None:
         for parameter in parameters:  # zero_grad without its 5 us of profiling hooks
             parameter.grad = None
         F.cross_entropy(model(x), y).backward()
         group["lr"] = lr
         chosen.step()
 
-    return step
+    return GraphedStep(step, parameters[0].device, lr) if graphed else step
+
+
+def _on_gpu(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(parameter.is_cuda for parameter in parameters)
 
 
 def batches(
@@ -145,22 +153,24 @@ def batches(
     """Endless shuffled batches, a new permutation per epoch, from the ``start``-th on.
 
     Every batch is full: what an epoch leaves over is dropped, and drawn again in the next one. With ``augment`` each
-    image is flipped and cropped at random, anew in each epoch.
+    image is flipped and cropped at random, anew in each epoch. What is drawn does not depend on the device of the data.
     """
     if not 1 <= batch <= len(x):
         raise ValueError(f"expected a batch between 1 and the {len(x)} training images, got {batch}")
-    for index, moves in islice(_draws(len(x), batch, seed, augment), start, None):
+    for index, moves in islice(_draws(len(x), batch, seed, augment, x.device), start, None):
         images = x.index_select(0, index)
         yield (images if moves is None else flip_and_crop(images, moves)), y.index_select(0, index)
 
 
-def _draws(count: int, batch: int, seed: int, augment: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The images of each batch, and what `flip_and_crop` does to them."""
+def _draws(
+    count: int, batch: int, seed: int, augment: bool, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The images of each batch, and what `flip_and_crop` does to them: drawn on the CPU, an epoch at a time."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)[: count // batch * batch].view(-1, batch)
-        moves = random_moves(order.numel(), generator).view_as(order) if augment else repeat(None)
-        yield from zip(order, moves, strict=False)
+        moves = random_moves(order.numel(), generator).view_as(order).to(device) if augment else repeat(None)
+        yield from zip(order.to(device), moves, strict=False)
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:

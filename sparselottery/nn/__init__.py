@@ -1,12 +1,13 @@
 """Layers that store and multiply only the surviving weights."""
 
-from .base import MaskedLayer, Measured
+from .base import EXECUTIONS, MaskedLayer, Measured
 from .conv import MaskedConv2d
 from .linear import MaskedLinear
 from .runs import count_packs, native_runs
 from .sequential import MaskedSequential
 
 __all__ = [
+    "EXECUTIONS",
     "MaskedConv2d",
     "MaskedLayer",
     "MaskedLinear",

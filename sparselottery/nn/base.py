@@ -8,19 +8,22 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..pattern import Pattern, matrix_shape
+from .. import ops
+from ..kernels.reference import Geometry
+from ..pattern import BLOCKS, Pattern, block_of, matrix_shape
+from .compact import live_indices, live_shape
 
-EXECUTIONS = ("sparse", "dense")
+EXECUTIONS = ("sparse", "block", "compact", "dense")
+NATIVE = ("sparse", "block")  # on our kernels; the others are PyTorch's dense operators
 
 
 class Measured(NamedTuple):
-    """Median milliseconds of a layer's two executions, by `choose_execution`, with backward if `training`.
+    """Median milliseconds of each execution that a layer has, by `choose_execution`, with backward if `training`.
 
-    input_shape is the layer's; the times are those of the whole native call that the layer is part of when sparse.
+    input_shape is the layer's; the times are those of the whole native call that the layer can be part of.
     """
 
-    sparse_ms: float
-    dense_ms: float
+    ms: dict[str, float]
     input_shape: tuple[int, ...]
     training: bool
 
@@ -32,21 +35,24 @@ class MaskedLayer(nn.Module):
     `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers. Gradients and optimiser state are nnz-sized too.
 
     `measured` is what its present `execution` was chosen by, or None: not part of the state_dict, gone when another
-    pattern is loaded or an execution set.
+    pattern is loaded, an execution set or the layer moved to another type of device. `block` is (R, C) of the blocks
+    that the present execution multiplies, (1, 1) if it is none of blocks.
 
     A subclass sets the attributes named in `arguments`, which are those of the dense layer, then calls `_build`.
     """
 
     dense_type: ClassVar[type[nn.Module]]
     arguments: ClassVar[tuple[str, ...]]  # of both constructors, next to bias, device and dtype
+    geometry: Geometry | None = None  # of a convolution
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
         raise NotImplementedError
 
-    def _compile(self, pattern: Pattern) -> Tensor:
-        """The native kernels' plan for a pattern of this layer."""
+    def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
+        """The native kernels' plan for a pattern of this layer and blocks of it."""
         raise NotImplementedError
 
     def _build(self, mask: Tensor | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
@@ -58,15 +64,18 @@ class MaskedLayer(nn.Module):
         pattern = Pattern.from_mask(mask.to(device).flatten(1))
         self.register_buffer("crow_indices", pattern.crow_indices)
         self.register_buffer("col_indices", pattern.col_indices)
-        self.register_buffer("plan", self._compile(pattern), persistent=False)
-        self.register_buffer("_positions", None, persistent=False)
+        self.register_buffer("plan", self._no_plan(), persistent=False)
+        for name in ("_positions", "_rows", "_columns"):
+            self.register_buffer(name, None, persistent=False)
         self._execution: str | None = None  # not chosen
         self.measured: Measured | None = None
+        self._mask_block: tuple[int, int] | None = None  # not looked for
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(self.shape[0], device=device, dtype=dtype))
         self.reset_parameters()
+        self._prepare()
 
     def reset_parameters(self) -> None:
         """Initialise as the dense layer does (by the inputs of an output, not by the survivors)."""
@@ -133,52 +142,123 @@ class MaskedLayer(nn.Module):
 
     @property
     def execution(self) -> str:
-        """How forward runs: "sparse", or "dense" if set so: `values` are scattered into a dense weight, for PyTorch.
+        """How forward runs: one of `executions`.
 
-        A layer with nothing pruned is "dense" whatever was set, its `values` being the dense weight as it stands.
-        It is not in the state_dict, and a `convert` that masks the layer anew forgets it. Raises ValueError if set to
-        anything else.
+        "sparse": by kernels for single weights. "block": by kernels for whole blocks of them, on tensor cores.
+        "dense": by PyTorch, the values scattered into a dense weight. "compact": so, without its rows and columns in
+        which nothing survived. A layer with nothing pruned is "dense", its values being the dense weight as it stands.
+        Not set, or set to None, it is "block" where possible, else "sparse"; so it is where what was set is not
+        possible, after a move or a load. It is not in the state_dict, and a `convert` that masks the layer anew forgets
+        it. Raises ValueError if set to anything else, or to what is not possible here, and says why.
         """
-        return "dense" if self._whole else self._execution or EXECUTIONS[0]
+        return self._present
 
     @execution.setter
-    def execution(self, execution: str) -> None:
-        if execution not in EXECUTIONS:
+    def execution(self, execution: str | None) -> None:
+        if execution not in (*EXECUTIONS, None):
             raise ValueError(f"execution: expected one of {EXECUTIONS}, got {execution!r}")
+        if execution and (why := self._why_not(execution)):
+            raise ValueError(f"execution: expected one of {self.executions}, got {execution!r}: {why}")
         self._execution, self.measured = execution, None
-        self._locate()
+        self._prepare()
+
+    @property
+    def executions(self) -> tuple[str, ...]:
+        """Those that are possible for this layer on its device."""
+        return tuple(execution for execution in EXECUTIONS if self._why_not(execution) is None)
 
     @property
     def why(self) -> str:
         """Why the `execution` is what it is."""
         if self._whole:
             return "nothing is pruned"
-        if self.measured is None:
-            return "set by hand" if self._execution else "not measured"
-        sparse_ms, dense_ms, shape, training = self.measured
-        mode = "training" if training else "inference"
-        return f"measured: sparse {sparse_ms:.3g} ms, dense {dense_ms:.3g} ms for {shape}, {mode}"
+        if self.measured is not None:
+            ms, shape, training = self.measured
+            times = ", ".join(f"{execution} {each:.3g} ms" for execution, each in ms.items())
+            return f"measured: {times} for {shape}, {'training' if training else 'inference'}"
+        if self._execution is None:
+            return "not measured"
+        refused = self._why_not(self._execution)
+        return "set by hand" if refused is None else f"not {self._execution}, as was set: {refused}"
 
     @property
     def _whole(self) -> bool:
         return self.nnz == math.prod(self.shape)
 
-    def _locate(self) -> None:
-        """Finds the values' positions, for a dense execution."""
-        self._positions = self.pattern.positions() if self._execution == "dense" else None
+    def _why_not(self, execution: str) -> str | None:
+        """Why an execution is not possible here; None if it is."""
+        if self._whole and execution != "dense":
+            return "nothing is pruned"
+        if execution == "compact" and self.groups > 1:
+            return "its channels are in groups"
+        if execution == "compact" and live_shape(self.pattern, self.shape) == self.shape:
+            return "every row and every column has survivors"
+        if execution == "block":
+            device = self.values.device
+            taken = [block for block in BLOCKS if ops.takes_block(block, device, self.geometry)]
+            if not taken:
+                return f"there are no kernels for blocks on {device.type}"
+            if self._find_block() == (1, 1):
+                return "its mask does not consist of whole blocks"
+            if self._find_block() not in taken:
+                return f"there are no kernels for its blocks, {self._find_block()}, on {device.type}"
+        return None
+
+    def _find_block(self) -> tuple[int, int]:
+        """(R, C) of the blocks that the mask consists of: looked for once, and only where there are kernels for any."""
+        if self._mask_block is None:
+            self._mask_block = block_of(self.pattern, self.shape)
+        return self._mask_block
+
+    def _no_plan(self) -> Tensor:
+        return self.crow_indices.new_empty(0)
+
+    def _prepare(self) -> None:
+        """Decides how forward runs, makes what that needs and drops the rest; keeps a plan that still is the right one.
+
+        May synchronise with the device, so that forward never has to.
+        """
+        if self._whole:
+            self._present = "dense"
+        elif self._execution and self._why_not(self._execution) is None:
+            self._present = self._execution
+        else:
+            self._present = "block" if self._why_not("block") is None else "sparse"
+        block = self._find_block() if self._present == "block" else (1, 1)
+        if self._present not in NATIVE:
+            self.plan = self._no_plan()
+        elif not self.plan.numel() or block != self.block:
+            self.plan = self._compile(self.pattern, block)
+        self.block = block
+        self._rows = self._columns = self._positions = None
+        if self._present == "compact":
+            self._rows, self._columns, self._positions = live_indices(self.pattern, self.shape)
+        elif self._present == "dense" and not self._whole:
+            self._positions = self.pattern.positions()
 
     def _dense_weight(self) -> Tensor:
-        """`weight` for a dense execution: a view of `values` if nothing is pruned."""
+        """`weight` for a dense execution, its live part for a compact one: a view of `values` if nothing is pruned."""
         if self._whole:
             return self.values.view(self.shape)
-        return self.values.new_zeros(math.prod(self.shape)).scatter(0, self._positions, self.values).view(self.shape)
+        shape = self.shape
+        if self._present == "compact":
+            shape = len(self._rows), len(self._columns), *shape[2:]
+        return self.values.new_zeros(math.prod(shape)).scatter(0, self._positions, self.values).view(shape)
 
     def _apply(self, fn, recurse=True):
-        """Module.to and the like; a layer that arrives on the CPU gets the plan that it had no use for elsewhere."""
+        """Module.to and the like; on another type of device other kernels run, by another plan."""
+        before = self.crow_indices.device.type
         super()._apply(fn, recurse)
-        if self.plan.numel() == 0:
-            self.plan = self._compile(self.pattern)
+        if "meta" not in (types := {before, self.crow_indices.device.type}) and len(types) > 1:
+            self._prepare_anew(changed=True)
         return self
+
+    def _prepare_anew(self, changed: bool) -> None:
+        """Forgets what was made of the last pattern or type of device; if that `changed`, what was measured as well."""
+        if changed and self.measured:
+            self._execution = self.measured = None
+        self.plan, self._mask_block = self._no_plan(), None
+        self._prepare()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Loads values with their indices (which may differ from ours), or a dense `weight`, read at our mask."""
@@ -209,12 +289,9 @@ class MaskedLayer(nn.Module):
         pattern = Pattern(pattern.crow_indices.to(device), pattern.col_indices.to(device), pattern.shape).validate()
         before = self.crow_indices, self.col_indices
         self.crow_indices, self.col_indices = pattern.crow_indices.clone(), pattern.col_indices.clone()
-        if self.measured and not all(map(torch.equal, before, (self.crow_indices, self.col_indices))):
-            self._execution = self.measured = None
-        self.plan = self._compile(pattern)
         if self.nnz != pattern.nnz:
             self.values.data, self.values.grad = self.values.new_empty(pattern.nnz), None
-        self._locate()
+        self._prepare_anew(changed=not all(map(torch.equal, before, (self.crow_indices, self.col_indices))))
 
     def extra_repr(self) -> str:
         arguments = "".join(f"{name}={getattr(self, name)!r}, " for name in self.arguments)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels.reference import Geometry, Norm
+from ..kernels.reference import Geometry, Norm, image_format
 from ..pattern import Pattern
-from .base import MaskedLayer
+from .base import NATIVE, MaskedLayer
+from .compact import gather, spread
 
 
 class MaskedConv2d(MaskedLayer):
@@ -70,16 +71,26 @@ class MaskedConv2d(MaskedLayer):
         """Of the dense weight: (out_channels, in_channels / groups, *kernel_size)."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    def _compile(self, pattern: Pattern) -> Tensor:
-        return ops.compile_conv_plan(pattern, self.geometry)
+    def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
+        return ops.compile_conv_plan(pattern, self.geometry, block)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, OH, OW), or (C, H, W) -> (O, OH, OW); channels_last if x is, else contiguous."""
-        if self.execution == "sparse":
+        if self.execution in NATIVE:
             return run_conv(x, self)
-        x = _padded(x, self)
+        if self.execution == "dense":
+            return self._dense_conv(x, self.bias)
+        images = _images(x, self)
+        last = image_format(images) == torch.channels_last
+        bias = None if self.bias is None else self.bias.index_select(0, self._rows)
+        y = self._dense_conv(gather(images, self._columns, -3, last), bias)
+        y = spread(y, self._rows, self.bias, self.out_channels, -3, last)
+        return y if x.dim() == 4 else y[0]
+
+    def _dense_conv(self, x: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding if self._pad_first is None else 0
-        return F.conv2d(x, self._dense_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+        weight = self._dense_weight()
+        return F.conv2d(_padded(x, self), weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 def _sides(padding: str | tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, ...]:
@@ -98,13 +109,28 @@ def run_conv(
 
     norm is in evaluation mode and has the dtype of the layer; x is such that `ops.takes_norm(x)`.
     """
+    y = ops.conv2d(
+        _padded(_images(x, layer), layer),
+        layer.values,
+        layer.bias,
+        layer.crow_indices,
+        layer.col_indices,
+        layer.plan,
+        geometry=layer.geometry,
+        block=layer.block,
+        relu=relu,
+        pool=pool,
+        norm=norm and _statistics(norm),
+    )
+    return y if x.dim() == 4 else y[0]
+
+
+def _images(x: Tensor, layer: MaskedConv2d) -> Tensor:
+    """x as (N, C, H, W)."""
     if x.dim() not in (3, 4) or x.shape[-3] != layer.in_channels:
         expected = f"(N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-    images = _padded(x if x.dim() == 4 else x[None], layer)
-    indices = layer.crow_indices, layer.col_indices, layer.plan
-    y = ops.conv2d(images, layer.values, layer.bias, *indices, layer.geometry, relu, pool, norm and _statistics(norm))
-    return y if x.dim() == 4 else y[0]
+    return x if x.dim() == 4 else x[None]
 
 
 def _padded(x: Tensor, layer: MaskedConv2d) -> Tensor:

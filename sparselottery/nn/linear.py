@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..pattern import Pattern
-from .base import MaskedLayer
+from .base import NATIVE, MaskedLayer
+from .compact import gather, spread
 
 
 class MaskedLinear(MaskedLayer):
@@ -46,14 +47,29 @@ class MaskedLinear(MaskedLayer):
         """Of the dense weight: (out_features, in_features)."""
         return self.out_features, self.in_features
 
-    def _compile(self, pattern: Pattern) -> Tensor:
-        return ops.compile_plan(pattern)
+    @property
+    def batch_minor(self) -> bool:
+        """Do its kernels read and write activations in batch-minor layout? Those for blocks of columns take any."""
+        return self.block[1] == 1
+
+    def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
+        return ops.compile_plan(pattern, block)
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
+        if self.execution in NATIVE:
+            return run_chain(x, [self])
         if self.execution == "dense":
             return F.linear(x, self._dense_weight(), self.bias)
-        return run_chain(x, [self])
+        _check_features(x, self)
+        bias = None if self.bias is None else self.bias.index_select(0, self._rows)
+        y = F.linear(gather(x, self._columns), self._dense_weight(), bias)
+        return spread(y, self._rows, self.bias, self.out_features)
+
+
+def _check_features(x: Tensor, layer: MaskedLinear) -> None:
+    if x.shape[-1:] != (layer.in_features,):
+        raise ValueError(f"x: expected shape (*, {layer.in_features}), got {tuple(x.shape)}")
 
 
 def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) -> Tensor:
@@ -62,8 +78,7 @@ def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) 
     The result is batch-minor, strides (1, ld), if asked for or if x is; else contiguous.
     """
     first, last = layers[0], layers[-1]
-    if x.shape[-1:] != (first.in_features,):
-        raise ValueError(f"x: expected shape (*, {first.in_features}), got {tuple(x.shape)}")
+    _check_features(x, first)
     for before, after in pairwise(layers):
         if before.out_features != after.in_features:
             raise ValueError(f"layers: expected {before.out_features} in_features, got {after.in_features}")
@@ -75,6 +90,7 @@ def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) 
         [layer.crow_indices for layer in layers],
         [layer.col_indices for layer in layers],
         [layer.plan for layer in layers],
-        batch_minor,
+        batch_minor=batch_minor,
+        blocks=[layer.block for layer in layers],
     )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], last.out_features)

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 from torch import nn
 
-from .base import MaskedLayer
+from .base import NATIVE, MaskedLayer
 from .linear import MaskedLinear
-from .sequential import MaskedSequential, _run_end, _sparse, _stays_batch_minor
+from .sequential import MaskedSequential, _native, _run_end, _stays_batch_minor
 
 
 def native_runs(model: nn.Module) -> list[list[nn.Module]]:
@@ -29,23 +29,24 @@ def native_runs(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def count_packs(model: nn.Module) -> Counter[nn.Module]:
-    """Of each sparse MaskedLinear: whole activations and gradients that a training step rewrites in batch-minor layout.
+    """Whole activations and gradients that a training step rewrites in batch-minor layout, for each MaskedLinear.
 
-    At each place that the layer has in the model they are its input, forward, and the gradient of its output, backward.
-    Between two layers of a MaskedSequential with only elementwise modules between them, both stay as they are (at
-    batches of a multiple of 16, unless one ReLU is what is between). What the kernels compute they write as the next
-    reader takes it. A MaskedConv2d reads and writes ordinary images: it rewrites no more than blocks that fit a cache.
+    Kernels for single weights and for blocks (R, 1) read this layout. For them a layer's input is rewritten, forward,
+    and the gradient of its output, backward, at each place that the layer has in the model. Between two layers of a
+    MaskedSequential with only elementwise modules between them, both stay as they are (at batches of a multiple of 16,
+    unless one ReLU is what is between). What the kernels compute those of the CPU write as the next reader takes it. A
+    MaskedConv2d reads and writes ordinary images: on the CPU it rewrites no more than blocks that fit a cache.
     """
     packs: Counter[nn.Module] = Counter()
     for parent in (nn.ModuleList([model]), *model.modules()):
         children = list(parent._modules.values())
         linears = [i for i, child in enumerate(children) if isinstance(child, MaskedLinear)]
-        linears = [i for i in linears if children[i].execution == "sparse"]
+        linears = [i for i in linears if children[i].execution in NATIVE]
         for i in linears:
-            packs[children[i]] += 2
+            packs[children[i]] += 2 * children[i].batch_minor
         if type(parent) is MaskedSequential:
             for i, after in pairwise(linears):
-                if _sparse(children[i], MaskedLinear) and _stays_batch_minor(children, i + 1):
-                    packs[children[i]] -= 1
-                    packs[children[after]] -= 1
+                if _native(children[i], MaskedLinear) and _stays_batch_minor(children, i + 1):
+                    packs[children[i]] -= children[i].batch_minor
+                    packs[children[after]] -= children[after].batch_minor
     return packs

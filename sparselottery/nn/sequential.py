@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .base import NATIVE
 from .conv import MaskedConv2d, run_conv
 from .linear import MaskedLinear, run_chain
 
@@ -21,10 +22,10 @@ _KEEPS_STRIDES = (
 class MaskedSequential(nn.Sequential):
     """nn.Sequential in which some runs of children are one native call each, forward and backward.
 
-    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU and MaxPool2d after it, in evaluation
-    without gradients the BatchNorm2d as well. Where only
-    elementwise modules stand before the next MaskedLinear, activations stay batch-minor. The children keep their names,
-    so the state_dict is that of an nn.Sequential. Children with hooks are called as usual.
+    They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU after it; on the CPU with the
+    MaxPool2d, too, and in evaluation without gradients the BatchNorm2d. Where only elementwise modules stand before the
+    next MaskedLinear, activations stay batch-minor. The children keep their names, so the state_dict is that of an
+    nn.Sequential. Children with hooks are called as usual.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,26 +46,30 @@ class MaskedSequential(nn.Sequential):
 
 def _run_end(children: list[nn.Module], start: int, x: Tensor) -> int:
     """One past the end of the longest run at `start` that one call on x can do; `start` if there is none."""
-    if _sparse(children[start], MaskedConv2d):
+    if _native(children[start], MaskedConv2d):
         stop = start + 1
-        for kind, fits in ((nn.BatchNorm2d, _normalises(x, children[start])), (nn.ReLU, bool), (nn.MaxPool2d, _tiles)):
+        pools = _tiles if x.is_cpu else lambda _: False  # only the kernels of the CPU pool
+        for kind, fits in ((nn.BatchNorm2d, _normalises(x, children[start])), (nn.ReLU, bool), (nn.MaxPool2d, pools)):
             stop += stop < len(children) and _plain(children[stop], kind) and fits(children[stop])
         return stop if stop > start + 1 else start
-    if not _sparse(children[start], MaskedLinear):
+    if not _native(children[start], MaskedLinear):
         return start
     stop = start + 1
-    while stop + 1 < len(children) and _plain(children[stop], nn.ReLU) and _sparse(children[stop + 1], MaskedLinear):
+    while stop + 1 < len(children) and _plain(children[stop], nn.ReLU) and _native(children[stop + 1], MaskedLinear):
         stop += 2
     return stop
 
 
 def _stays_batch_minor(children: list[nn.Module], start: int) -> bool:
-    """Is a masked layer the next reader of children[start - 1]'s output, with only elementwise modules before it?"""
+    """Is a masked layer the next reader of children[start - 1]'s output, with only elementwise modules before it?
+
+    And is it one that reads batch-minor, or is that what children[start - 1], a masked layer, writes?
+    """
     if torch.compiler.is_exporting():  # the strides would pin down the batch size
         return False
     for child in children[start:]:
-        if _sparse(child, MaskedLinear):
-            return True
+        if _native(child, MaskedLinear):
+            return child.batch_minor or children[start - 1].batch_minor
         if type(child) not in _KEEPS_STRIDES:
             return False
     return False
@@ -99,8 +104,9 @@ def _tiles(pool: nn.MaxPool2d) -> bool:
     return simple and size == stride and size[0] == size[1] <= 15 and not torch.compiler.is_compiling()
 
 
-def _sparse(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return _plain(module, kind) and module.execution == "sparse"
+def _native(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Does it run on our kernels, with nothing that observes it?"""
+    return _plain(module, kind) and module.execution in NATIVE
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
