@@ -235,3 +235,11 @@ def test_mnist_itself():
     assert [len(mnist.train_y), len(mnist.val_y), len(mnist.test_y)] == [55_000, 5_000, 10_000]
     assert mnist.test_y.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert torch.cat([mnist.train_x, mnist.val_x]).mean().item() == pytest.approx(0.1307, abs=1e-4)
+
+
+def test_to_a_device_keeps_everything_else():
+    digits = data.load("digits")
+    moved = digits.to("meta")
+    splits = [getattr(moved, f"{split}_{kind}") for split in ("train", "val", "test") for kind in "xy"]
+    assert {part.device.type for part in splits} == {"meta"}
+    assert (moved.name, moved.classes, moved.note, moved.shape) == ("digits", 10, digits.note, digits.shape)

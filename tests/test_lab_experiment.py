@@ -214,3 +214,19 @@ def test_nets_with_convolutions(tmp_path, images, model):
     }
     norms = [name for name in ticket.weights if name.endswith("running_mean")]
     assert bool(norms) == (model == "resnet-18")
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="device: expected cpu"):
+        run(preset(device="nowhere"), tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_runs_on_a_gpu(tmp_path):
+    settings = preset(device="cuda", rounds=1, iterations=20, eval_every=10)
+    ticket, _ = run(settings, tmp_path)
+    assert 0.7 < ticket.density < 0.9
+
+
+def test_the_device_names_a_run_only_if_it_is_not_the_cpu():
+    assert preset(device="cpu").name == preset().name != preset(device="cuda").name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_what_is_unknown_or_impossible_is_refused(kind):
     layer = BUILT[kind](SPARSE)
     with pytest.raises(ValueError, match=r"execution: expected one of \('sparse', 'block', .*'dense'\), got 'auto'"):
         layer.execution = "auto"
-    with pytest.raises(ValueError, match=r"\('sparse', 'dense'\), got 'block': there are no kernels for blocks on cpu"):
+    with pytest.raises(ValueError, match=r"\('sparse', 'dense'\), got 'block': there are no kernels for blocks of"):
         layer.execution = "block"
     with pytest.raises(ValueError, match=r"expected one of \('dense',\), got 'sparse': nothing is pruned"):
         BUILT[kind](torch.ones(4, 4, dtype=torch.bool)).execution = "sparse"
@@ -161,7 +162,7 @@ def test_activations_stay_batch_minor_if_a_writer_or_reader_has_them_so(monkeypa
 @pytest.mark.parametrize("execution", ["sparse", "block", "compact", "dense"])
 @pytest.mark.parametrize("kind", BUILT)
 def test_there_and_back(kind, execution):
-    """A plan is that of its device; forward and backward never wait for it."""
+    """A plan is that of its device, for which forward and backward never wait."""
     mask = blocks(4, 4, 16)
     mask[:16], x = False, torch.randn(3, 64) if kind == "linear" else torch.randn(3, 64, 5, 5)
     layer = BUILT[kind](mask)
@@ -170,14 +171,17 @@ def test_there_and_back(kind, execution):
     layer.cuda()
     assert (layer.execution, layer.block, layer.measured) == ("block", (16, 16), None)
     layer.execution = execution
-    layer(x.cuda()).sum().backward()  # compiles the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        y = layer(x.cuda().requires_grad_())
-        y.sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-5)
+    on_gpu = x.cuda().requires_grad_()
+    layer(on_gpu).sum().backward()  # compiles the kernels
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = layer(on_gpu)
+            y.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-2, atol=5e-3)  # convolutions may use TF32
     layer.cpu()
     layer.execution = None
     assert torch.equal(layer.plan, plan)

@@ -6,7 +6,7 @@ import gzip
 import math
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,11 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """Of one image."""
         return tuple(self.train_x.shape[1:])
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The same, all tensors on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     @property
     def features(self) -> int:

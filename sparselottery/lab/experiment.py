@@ -20,6 +20,7 @@ from ..ticket import Ticket
 from ..timing import interleaved_ms
 from . import data as data_sets
 from .controls import masked_dense, reinit
+from .graph import WARM_UP
 from .models import build
 from .training import batches, stepper, train
 
@@ -66,6 +67,7 @@ class Settings:
     fc_share: float = 1.0  # in linear layers
     output_share: float = 0.5  # in the output layer (paper App. G.4)
     granularity: tuple[int, int] = (1, 1)  # blocks that are pruned whole; single weights in the output layer
+    device: str = "cpu"  # or "cuda"
 
     @property
     def name(self) -> str:
@@ -145,9 +147,12 @@ def run(
     ``data``: what `data.load` gives for ``settings.data``; its shape, classes and note are kept with the settings.
     Each round's record holds what `train` returns, ``sparse_ms`` and ``dense_ms`` of a training step on our kernels and
     on w * mask, ``sparse_bytes`` and ``dense_bytes`` of the weights, and with ``settings.reinit`` the control's
-    ``reinit_early_stop_iteration`` and ``reinit_early_stop_test_accuracy``.
+    ``reinit_early_stop_iteration`` and ``reinit_early_stop_test_accuracy``. Raises ValueError for a device that is not
+    there.
     """
-    factory = partial(build, settings.model, data.shape, data.classes)
+    if settings.device not in ("cpu", *["cuda"] * torch.cuda.is_available()):
+        raise ValueError(f"device: expected cpu, or cuda where torch sees a GPU, got {settings.device!r}")
+    factory, data = partial(_net, settings, data.shape, data.classes), data.to(settings.device)
     recipe = {key: getattr(settings, key) for key in TRAIN_SETTINGS}
 
     def train_round(model: nn.Module, start: int = 0, stop: int | None = None) -> dict:
@@ -180,6 +185,11 @@ def run(
         )
 
 
+def _net(settings: Settings, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """A new net; its weights are drawn on the CPU, the same for every device."""
+    return build(settings.model, shape, classes).to(settings.device)
+
+
 def pruning(settings: Settings, model: nn.Module) -> dict:
     """How `find_ticket` is to prune ``model``: convolutions by ``fraction`` and ``scope``, the rest by ``rates``.
 
@@ -203,8 +213,9 @@ def pruning(settings: Settings, model: nn.Module) -> dict:
 
 
 def _recorded(settings: Settings) -> dict:
-    """What is kept of the settings with a run: without single weights, so that runs begun before blocks go on."""
-    return {key: value for key, value in asdict(settings).items() if (key, value) != ("granularity", (1, 1))}
+    """What is kept of the settings with a run: without the latest defaults, so that runs begun before them go on."""
+    later = {"granularity": (1, 1), "device": "cpu"}
+    return {key: value for key, value in asdict(settings).items() if key not in later or value != later[key]}
 
 
 def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> dict[str, float]:
@@ -216,5 +227,10 @@ def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> di
     stream = batches(data.train_x, data.train_y, settings.batch, seed=0, augment=settings.augment)
     how = settings.lr, settings.optimizer, settings.weight_decay
     sparse, dense = stepper(deepcopy(model), *how), stepper(masked_dense(model, masks_of(model)), *how)
-    sparse_ms, dense_ms = interleaved_ms(lambda: sparse(*next(stream)), lambda: dense(*next(stream)))
+    steps, options = (lambda: sparse(*next(stream)), lambda: dense(*next(stream))), {}
+    if settings.device == "cuda":
+        options["synchronize"] = torch.cuda.synchronize
+        for step in steps * (WARM_UP + 1):  # until both are captured
+            step()
+    sparse_ms, dense_ms = interleaved_ms(*steps, **options)
     return {"sparse_ms": sparse_ms, "dense_ms": dense_ms}

@@ -197,7 +197,7 @@ class MaskedLayer(nn.Module):
             device = self.values.device
             taken = [block for block in BLOCKS if ops.takes_block(block, device, self.geometry)]
             if not taken:
-                return f"there are no kernels for blocks on {device.type}"
+                return f"there are no kernels for blocks of such a layer on {device.type}"
             if self._find_block() == (1, 1):
                 return "its mask does not consist of whole blocks"
             if self._find_block() not in taken:
@@ -240,9 +240,7 @@ class MaskedLayer(nn.Module):
         """`weight` for a dense execution, its live part for a compact one: a view of `values` if nothing is pruned."""
         if self._whole:
             return self.values.view(self.shape)
-        shape = self.shape
-        if self._present == "compact":
-            shape = len(self._rows), len(self._columns), *shape[2:]
+        shape = self.shape if self._rows is None else (len(self._rows), len(self._columns), *self.shape[2:])
         return self.values.new_zeros(math.prod(shape)).scatter(0, self._positions, self.values).view(shape)
 
     def _apply(self, fn, recurse=True):
