@@ -13,7 +13,8 @@ from chains import assert_accurate, assert_exact, make, of_masks
 from gpus import DEVICE, DTYPES, run_chain, run_conv
 
 from sparselottery.kernels import gpu, reference
-from sparselottery.kernels.gpu import csr, csr_plan, layout
+from sparselottery.kernels.gpu import csr, layout
+from sparselottery.kernels.gpu.csr import plan as csr_plan
 
 pytestmark = pytest.mark.usefixtures("poison")
 

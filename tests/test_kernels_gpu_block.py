@@ -12,7 +12,8 @@ from sparselottery import Pattern
 from sparselottery.kernels import reference
 
 triton = pytest.importorskip("triton")
-from sparselottery.kernels.gpu import Plan, block, block_plan  # noqa: E402
+from sparselottery.kernels.gpu import Plan, block  # noqa: E402
+from sparselottery.kernels.gpu.block.plan import TILE, views  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter gets bf16 dots wrong
@@ -264,8 +265,8 @@ def test_conv_pixels_of_many_images():
 
 def positions(words, pattern, width, shape, transposed):
     """(row, column) of all blocks of a plan."""
-    tiles = block_plan.views(words, len(pattern.crow_indices) - 1, width, shape)[transposed]
-    slots, found = block_plan.TILE // shape[not transposed], []
+    tiles = views(words, len(pattern.crow_indices) - 1, width, shape)[transposed]
+    slots, found = TILE // shape[not transposed], []
     for slot, within in enumerate(tiles.within.tolist()):
         outer, inner = int(tiles.tile_row[slot // slots]), int(tiles.word[slot])
         if outer >= 0 and within >= 0:
@@ -290,7 +291,7 @@ def test_plan_starts_with_the_heaviest_rows():
     mask[16:32], mask[32:, :160] = True, True
     pattern = Pattern.from_mask(mask)
     words = block.plan(pattern.crow_indices, pattern.col_indices, 640, (16, 16))
-    assert block_plan.views(words, 48, 640, (16, 16)).forward.order.tolist() == [1, 2, 0]
+    assert views(words, 48, 640, (16, 16)).forward.order.tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("flip", [(0, 0), (17, 3), (31, 63)])

@@ -1,8 +1,8 @@
 """The functions of `reference` as Triton kernels; Triton itself is imported with the first of them.
 
     linear, conv2d        the functions: chains of layers, convolutions
-    spmm, sddmm           single surviving weights: CSR, on activations in batch-minor layout
-    block_spmm, block_sddmm   blocks of (R, C) surviving weights, on tensor cores
+    csr                   single surviving weights, on activations in batch-minor layout
+    block                 blocks of (R, C) surviving weights, on tensor cores
     layout                activations between row-major and batch-minor
     launch, audit         starting kernels; compiling all of them for GPUs that are not here
 

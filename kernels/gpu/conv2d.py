@@ -2,7 +2,7 @@
 
 Single weights (1, 1) multiply batch-minor rows (layout.py) that carry the padding: a tap is then a constant offset, and
 the kernels are those of a linear layer. The gradient of x is the same over the transpose with flipped taps, with gy
-spread out by the stride. Blocks (block.py) need no copies where images are channels_last.
+spread out by the stride. Blocks (block) need no copies where images are channels_last.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..reference import Geometry, image_format, leading_dim
-from . import Plan, block, csr_plan, taps
+from . import Plan, block
+from .csr import plan as csr_plan
+from .csr import taps
+from .csr.sddmm import sddmm
+from .csr.spmm import spmm
 from .layout import Placing, pack, unpack
-from .sddmm import sddmm
-from .spmm import spmm
 
 
 def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, shape: tuple[int, int] = (1, 1)) -> Plan:

@@ -86,6 +86,11 @@ def unpack(rows: Tensor, out: Tensor) -> None:
     _move(out, rows, Placing(*out.shape[2:]), pack=False)
 
 
+def is_minor(x: Tensor) -> bool:
+    """Is x (N, I) batch-minor: a view of rows (I, ld)? If not it is row-major."""
+    return x.stride(0) == 1 and x.stride(1) >= LANES
+
+
 def minor(x: Tensor, out: Tensor | None = None) -> Tensor:
     """The (N, I) view of rows (I, ld) with what x (N, I) holds; into `out` (I * ld,) if given."""
     return pack(x[:, :, None, None], Placing(1, 1), out)[:, : x.shape[0]].t()

@@ -1,17 +1,18 @@
 """Chains of masked linear layers: which kernels each layer gets, and in which layout activations pass between them.
 
-Single weights (csr.py) multiply batch-minor activations (layout.py) and so do columns of weights (R, 1); wider blocks
-(block.py) multiply any. What a layer writes, it writes as its reader wants it, where it can.
+Single weights (csr) multiply batch-minor activations (layout.py) and so do columns of weights (R, 1); wider blocks
+(block) multiply any. What a layer writes, it writes as its reader wants it, where it can.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..reference import LANES, is_packed, leading_dim, unpack
-from . import Plan, block, csr, csr_plan
-from .layout import major, minor
-from .spmm import NARROW
+from ..reference import is_packed, leading_dim, unpack
+from . import Plan, block, csr
+from .csr import plan as csr_plan
+from .csr.spmm import NARROW
+from .layout import is_minor, major, minor
 
 
 def plan(crow_indices: Tensor, col_indices: Tensor, in_features: int, shape: tuple[int, int] = (1, 1)) -> Plan:
@@ -45,7 +46,7 @@ def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_min
         last = layer + 1 == len(plans)
         y = _empty(x, crow_indices[-1].shape[0] - 1, batch_minor) if last else inputs[layer + 1]
         args = values[layer], bias, crow_indices[layer], col_indices[layer], plans[layer]
-        if plans[layer].block == (1, 1) and not _is_minor(y):
+        if plans[layer].block == (1, 1) and not is_minor(y):
             rows = _empty(x, y.shape[1], True)
             csr.forward(h, *args, rows, not last)
             major(rows, y)
@@ -67,7 +68,7 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
         )
         if need_bias[layer]:
             gbias[layer] = gy.sum(0)
-        if kernels is csr and not _is_minor(gy):
+        if kernels is csr and not is_minor(gy):
             gy = minor(gy)
         if need_values[layer]:
             gvalues[layer] = kernels.grad_values(gy, h, *args)
@@ -78,7 +79,7 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
             gy = gx
     if not need_x:
         return gy.new_empty(0), gvalues, gbias
-    return (gy if packed == _is_minor(gy) else major(gy)), gvalues, gbias
+    return (gy if packed == is_minor(gy) else major(gy)), gvalues, gbias
 
 
 def _kernels(plan: Plan):
@@ -87,11 +88,6 @@ def _kernels(plan: Plan):
 
 def _reads_minor(plan: Plan) -> bool:
     return plan.block[1] == 1
-
-
-def _is_minor(x: Tensor) -> bool:
-    """Is x (N, F), ours or `_readable`, a view of rows (F, ld)?"""
-    return x.stride(0) == 1 and x.stride(1) >= LANES
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Geometry, row_indices
+from ...reference import Geometry, row_indices
 
 MAX_NARROW = 2**16  # columns that an index of 16 bits reaches
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .launch import Launch
+from ..launch import Launch
 from .sass import Code, read_gcn, read_sass
 
 # Triton is imported late: without it this module still says that it is missing.

@@ -4,7 +4,7 @@
 
 x (features, ld) and y (features, ld) are batch-minor rows (layout.py): one weight multiplies contiguous numbers. For a
 convolution a feature is a pixel of a channel; a tap is then a constant offset, for which x carries its padding. For a
-linear layer there is one pixel. The gradient of x is the same over the transpose (csr_plan.py).
+linear layer there is one pixel. The gradient of x is the same over the transpose (plan.py).
 
 A program holds ROWS rows of W, of about as many survivors each, times BN samples. Programs of one batch tile follow
 each other and walk through the columns at the same pace, so that most of what they read of x is in L1.
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .layout import columns
+from ..launch import launch
+from ..layout import columns
 from .taps import Taps, feature
 
 

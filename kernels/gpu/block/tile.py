@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import LANES
+from ..layout import columns as batch_columns
+from ..layout import is_minor
 
 BUSY = 264  # programs: two for each multiprocessor of a large GPU
 
@@ -29,7 +30,7 @@ def columns(blocks, tile, RED: tl.constexpr, BK: tl.constexpr):
     """The columns (BK,) of a tile, given the column of blocks of each."""
     k = tl.arange(0, BK)
     if BK <= RED:
-        found = blocks * RED + tile * BK % RED + k
+        found = tl.max_contiguous(tl.multiple_of(blocks * RED + tile * BK % RED + k, BK), BK)
     elif RED == 1:
         found = blocks
     else:
@@ -37,14 +38,9 @@ def columns(blocks, tile, RED: tl.constexpr, BK: tl.constexpr):
     return found
 
 
-def is_minor(x: Tensor) -> bool:
-    """Is x (N, F) batch-minor: a view of rows (F, ld), ld >= LANES? If not it is row-major."""
-    return x.stride(0) == 1 and x.stride(1) >= LANES
-
-
 def readable(x: Tensor) -> int:
     """How many samples of x may be read: of batch-minor rows whole vectors. Those from N on are zeros."""
-    return triton.cdiv(x.shape[0], LANES) * LANES if is_minor(x) else x.shape[0]
+    return batch_columns(x.shape[0]) if is_minor(x) else x.shape[0]
 
 
 def alignment(x: Tensor) -> int:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .layout import columns
+from ..launch import launch
+from ..layout import columns
 from .taps import Taps, feature
 
 

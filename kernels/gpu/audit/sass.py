@@ -9,8 +9,10 @@ Loads are counted where a kernel spends its time: in the innermost of the loops 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 TMA = 1024  # stands for the bits of a bulk copy, which the instruction does not tell
@@ -103,33 +105,40 @@ def _code(
 
 def _loops(instructions: list[Instruction], places: dict[str, int]) -> list[set[int]]:
     """The natural loops: of each instruction to which one that it dominates jumps back, all on the way between."""
-    before: list[set[int]] = [set() for _ in instructions]
-    for at, each in enumerate(instructions):
-        if each.target in places:
-            before[places[each.target]].add(at)
-        if each.passes and at + 1 < len(instructions):
-            before[at + 1].add(at)
-    everything = (1 << len(instructions)) - 1
-    dominators, changed = [1] + [everything] * (len(instructions) - 1), True  # bit d of [i]: d dominates i
-    while changed:
-        changed = False
-        for at in range(1, len(instructions)):
-            common = everything
-            for source in before[at]:
-                common &= dominators[source]
-            if (common := common | 1 << at) != dominators[at]:
-                dominators[at], changed = common, True
+    jumps = {at: places[each.target] for at, each in enumerate(instructions) if each.target in places}
+    ends = {at + 1 for at, each in enumerate(instructions) if at in jumps or not each.passes}
+    starts = sorted({0, *jumps.values(), *ends} - {len(instructions)})  # of basic blocks
+    blocks = [range(*pair) for pair in pairwise([*starts, len(instructions)])]
+    before: list[set[int]] = [set() for _ in blocks]
+    for number, block in enumerate(blocks):
+        if block[-1] in jumps:
+            before[bisect_left(starts, jumps[block[-1]])].add(number)
+        if instructions[block[-1]].passes and number + 1 < len(blocks):
+            before[number + 1].add(number)
+    dominators = _dominators(before)
     loops: dict[int, set[int]] = {}
     for head, sources in enumerate(before):
         for source in sources:
-            # What is never reached has all bits set.
-            if dominators[source] >> head & 1 and dominators[source] != everything:
+            if head in dominators[source]:
                 loop, todo = loops.setdefault(head, {head}), [source]
                 while todo:
                     if (at := todo.pop()) not in loop:
                         loop.add(at)
                         todo += before[at]
-    return list(loops.values())
+    return [{at for number in loop for at in blocks[number]} for loop in loops.values()]
+
+
+def _dominators(before: list[set[int]]) -> list[set[int]]:
+    """Of each block, given those from which it is entered; none of a block that is never reached."""
+    found: list[set[int] | None] = [{0}] + [None] * (len(before) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(before)):
+            known = [found[source] for source in before[block] if found[source] is not None]
+            if known and (common := set.intersection(*known) | {block}) != found[block]:
+                found[block], changed = common, True
+    return [each or set() for each in found]
 
 
 def _sass_bits(opcode: str) -> int:

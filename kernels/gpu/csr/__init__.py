@@ -1,14 +1,14 @@
 """A linear layer of single surviving weights (1, 1): the CSR kernels, on activations in batch-minor layout.
 
-The functions of block.py. Every activation here is a view (N, F), strides (1, ld), of rows (F, ld).
+The functions of block. Every activation here is a view (N, F), strides (1, ld), of rows (F, ld).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import Plan
-from .csr_plan import CsrPlan, sections
+from .. import Plan
+from .plan import CsrPlan, sections
 from .sddmm import sddmm
 from .spmm import spmm, spmm_narrow
 from .taps import linear

@@ -1,4 +1,4 @@
-"""Weights between CSR order, as layers hold them, and tiles, as the tensor cores read them. See block_plan.py.
+"""Weights between CSR order, as layers hold them, and tiles, as the tensor cores read them. See plan.py.
 
     packed (tiles * 64 // BK, OUT, BK)     the K tiles of one direction, K contiguous, zero where there is no weight
                                            (OUT = R and K over columns, or transposed: OUT = C and K over rows)
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_plan import TILE, Tiles
-from .launch import launch
+from ..launch import launch
+from .plan import TILE, Tiles
 
 
 @triton.jit
@@ -77,7 +77,9 @@ def _unpack_kernel(
         tl.store(gvalues + position, tl.trans(total).to(gvalues.dtype.element_ty), mask=live)
 
 
-WARPS = 4
+def warps(out: int) -> int:
+    """For a tile of `out` rows: 128 of them would not fit the registers of 4 warps."""
+    return 8 if out > 64 else 4
 
 
 def pack(values: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, int], width: int, bk: int,
@@ -87,7 +89,7 @@ def pack(values: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, i
     packed = values.new_empty(count * TILE // bk, C if transposed else R, bk)
     launch(
         _pack_kernel, (count,), values, crow_indices, tiles.tile_row, tiles.within, tiles.step, tiles.word, packed,
-        crow_indices.numel() - 1, width, R=R, C=C, TRANSPOSED=transposed, CONV=conv, K=TILE, BK=bk, num_warps=WARPS,
+        crow_indices.numel() - 1, width, R=R, C=C, TRANSPOSED=transposed, CONV=conv, K=TILE, BK=bk, num_warps=warps(R),
     )  # fmt: skip
     return packed
 
@@ -99,5 +101,5 @@ def unpack(partial: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int
     launch(
         _unpack_kernel, (tiles.tile_row.numel(),), partial, gvalues, crow_indices, tiles.tile_row, tiles.within,
         tiles.step, tiles.word, crow_indices.numel() - 1, width, len(partial), R=R, C=C, CONV=conv, K=TILE,
-        num_warps=WARPS,
+        num_warps=warps(R),
     )  # fmt: skip

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_plan import TILE, Tiles
-from .block_tile import BUSY, alignment, columns, exact, load_words, precision, readable
-from .launch import launch
+from ..launch import launch
+from .plan import TILE, Tiles
+from .tile import BUSY, alignment, columns, exact, load_words, precision, readable
 
 
 @triton.jit
@@ -60,9 +60,10 @@ class Split(NamedTuple):
     bm: int
     steps: int
     splits: int
+    warps: int
 
 
-WARPS, STAGES = 4, 3
+STAGES = 3
 
 
 def split(samples: int, tiles: int, itemsize: int, on_cuda_cores: bool) -> Split:
@@ -70,7 +71,7 @@ def split(samples: int, tiles: int, itemsize: int, on_cuda_cores: bool) -> Split
     bm = 16 if on_cuda_cores else 64 // (itemsize // 2)
     total = triton.cdiv(samples, bm)
     steps = triton.cdiv(total, max(min(triton.cdiv(BUSY, max(tiles, 1)), total), 1))
-    return Split(bm, steps, triton.cdiv(total, max(steps, 1)))
+    return Split(bm, steps, triton.cdiv(total, max(steps, 1)), 8 if on_cuda_cores else 4)
 
 
 def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int]) -> Tensor:
@@ -84,6 +85,6 @@ def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int]) -> Tensor
         readable(gy), x.shape[1] // x_align, gy.shape[1] // gy_align, of.steps,
         x.stride(0) // x_align, x.stride(1), gy.stride(0) // gy_align, gy.stride(1),
         R=R, C=C, K=TILE, BM=of.bm, RAGGED=x.shape[1] % C + gy.shape[1] % R != 0, X_ALIGN=x_align, GY_ALIGN=gy_align,
-        PRECISION=fp32, num_warps=WARPS, num_stages=STAGES,
+        PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,
     )  # fmt: skip
     return partial

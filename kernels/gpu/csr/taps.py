@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..reference import Geometry
+from ...reference import Geometry
 
 
 @triton.jit

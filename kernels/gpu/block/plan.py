@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Geometry, row_indices
+from ...reference import Geometry, row_indices
 
 TILE = 64  # columns of a tile
 WORD_LIMITS = (128, 256, 65536)  # of a convolution: kernel_h, kernel_w, rows and columns of blocks

@@ -1,6 +1,6 @@
-"""Layers whose mask consists of blocks (R, C) of surviving weights: tensor cores, the functions of csr.py.
+"""Layers whose mask consists of blocks (R, C) of surviving weights: tensor cores, the functions of csr.
 
-Activations (N, F) are row-major or, as csr.py has them, views of batch-minor rows (F, ld); images are channels_last.
+Activations (N, F) are row-major or, as csr has them, views of batch-minor rows (F, ld); images are channels_last.
 Columns of weights (R, 1) take batch-minor x only. Weights, in CSR order, are packed into tiles for each call.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import Geometry, to_dense
-from . import Plan
-from .block_conv import View, conv, conv_sddmm
-from .block_plan import BlockPlan, plan, views
-from .block_sddmm import sddmm
-from .block_spmm import shape, spmm
-from .block_tile import clear_padding, exact, is_minor, precision
-from .block_values import pack, unpack
+from ...reference import Geometry, to_dense
+from .. import Plan
+from ..layout import is_minor
+from .conv import View, conv, conv_sddmm
+from .plan import BlockPlan, plan, views
+from .sddmm import sddmm
+from .spmm import shape, spmm
+from .tile import clear_padding, exact, precision
+from .values import pack, unpack
 
 __all__ = ["conv_forward", "conv_grad_values", "conv_grad_x", "forward", "grad_values", "grad_x", "plan", "takes"]
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_plan import TILE, Tiles
-from .block_tile import BUSY, alignment, columns, load_words, precision, readable
-from .launch import launch
+from ..launch import launch
+from .plan import TILE, Tiles
+from .tile import BUSY, alignment, columns, load_words, precision, readable
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def shape(samples: int, rows: int, out: int, itemsize: int, exact: bool) -> Shap
     while bm > 64 and triton.cdiv(samples, bm) * rows < BUSY:
         bm //= 2
     bk = 16 if exact else 64 // (itemsize // 2)
-    return Shape(bm, bk, 8 if bm * out >= (8192 if exact else 16384) else 4, 3)
+    return Shape(bm, bk, 8 if bm * out >= (4096 if exact else 16384) else 4, 3)
 
 
 def spmm(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int, shape: Shape, y: Tensor,

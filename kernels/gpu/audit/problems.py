@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import gpu
-from ..reference import Geometry
+from ... import gpu
+from ...reference import Geometry
 
 # Every kind of block in bf16, as which fp16 compiles too; in fp32, exact or TF32, those whose tiles differ most.
 BLOCKS = {

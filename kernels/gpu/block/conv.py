@@ -3,8 +3,8 @@
     y[p, n] = act(Σ over tiles and their columns k of x[p ∘ tap(k), channel(k)] * w[tile, n, k])      gx alike: see View
     partial[split, tile, k, r] = Σ over the pixels p of the split of x[p ∘ tap(k), channel(k)] * gy[p, row(r)]
 
-All images are channels_last, (N, H, W, C) in memory; p runs over the pixels of y. These are block_spmm.py and
-block_sddmm.py, but for where x is read.
+All images are channels_last, (N, H, W, C) in memory; p runs over the pixels of y. These are spmm.py and
+sddmm.py, but for where x is read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import Geometry
-from .block_plan import TILE, Tiles
-from .block_sddmm import split
-from .block_spmm import Shape
-from .block_tile import columns, exact, load_words, precision
-from .launch import launch
+from ...reference import Geometry
+from ..launch import launch
+from .plan import TILE, Tiles
+from .sddmm import STAGES, split
+from .spmm import Shape
+from .tile import columns, exact, load_words, precision
 
 
 @triton.jit
@@ -113,10 +113,11 @@ def _block_conv_sddmm_kernel(
         p, at = split * steps * BM + tl.arange(0, BM), tl.arange(0, BM)[:, None] * filters + n[None, :]
         gy += (split * steps * BM).to(tl.int64) * filters
         image, h, w = _pixel(p, out_height, out_width)
+        images = pixels // (out_height * out_width)
         on_image, on_h, on_w = _pixel(BM, out_height, out_width)
         for _ in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(pixels, BM))):
             x_tile = _read(
-                x, image, h, w, p < pixels, words, tile, height, width, channels,
+                x, image, h, w, image < images, words, tile, height, width, channels,
                 step_h, step_w, start_h, start_w, tap_h, tap_w, C, K, 1, MASKED, RAGGED, 1, 1, LONG,
             )  # fmt: skip
             mask = (p < pixels)[:, None]
@@ -132,9 +133,6 @@ def _block_conv_sddmm_kernel(
             h, image = tl.where(over, h - out_height, h), tl.where(over, image + 1, image) + on_image
         at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
         tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
-
-
-WARPS, STAGES = 4, 3
 
 
 class View(NamedTuple):
@@ -188,7 +186,7 @@ def conv_sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], geom
         _block_conv_sddmm_kernel, (count, of.splits), x, gy, partial, tiles.tile_row, tiles.word, pixels, channels,
         filters, of.steps, *size, *out_size, *view.step, *view.start, *view.tap, R=R, C=C, K=TILE, BM=of.bm,
         MASKED=view.leaves(geometry, size, out_size), RAGGED=channels % C + filters % R != 0, LONG=_long(x),
-        PRECISION=fp32, num_warps=WARPS, num_stages=STAGES,
+        PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,
     )  # fmt: skip
     return partial
 

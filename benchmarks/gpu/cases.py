@@ -1,0 +1,140 @@
+"""What is measured: layers and training steps, over patterns, densities and dtypes, the most important first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.bars import BARS
+
+# In the order in which cases are measured.
+DENSITIES = (0.1, 0.2, 0.05, 0.5, 0.02)
+PATTERNS = ("1x1", "32x32", "64x64", "64x1", "16x16")  # R x C weights that survive together
+DTYPES = ("bf16", "fp32", "tf32")  # of fp32 tensors: strictly so, or multiplied as TF32
+OPS = ("forward+backward", "forward", "step")  # step: with fused Adam
+LINEARS = ((4096, 4096, 4096), (1, 4096, 11008), (16, 4096, 11008), (32, 4096, 11008), (8192, 4096, 4096),
+           (512, 1024, 1024))  # fmt: skip
+CONVS = ((256, 256, 14), (256, 64, 56), (256, 512, 7))
+NETS = (("lenet-300-100", 60), ("vit-b", 32), ("vgg-19", 128), ("conv-6", 60), ("vgg-19", 64))
+SMOKE = {"linear": ((32, 64, 128),), "conv": ((2, 64, 6),), "step": (("lenet-300-100", 60),)}
+OFF = 0.2  # share by which the density of a mask may differ from its case's; else there are too few blocks for it
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One nn.Linear: x (batch, in_features)."""
+
+    part: ClassVar[str] = "linear"
+    op: str
+    batch: int
+    in_features: int
+    out_features: int
+    pattern: str
+    density: float
+    dtype: str
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One nn.Conv2d, 3x3 with padding 1 and as many filters as channels: x (batch, channels, size, size)."""
+
+    part: ClassVar[str] = "conv"
+    op: str
+    batch: int
+    channels: int
+    size: int
+    pattern: str
+    density: float
+    dtype: str
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.channels, self.channels, 3, 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of a net. bf16 is autocast's."""
+
+    part: ClassVar[str] = "step"
+    net: str
+    batch: int
+    pattern: str
+    density: float
+    dtype: str
+
+
+Case = Linear | Conv | Step
+PARTS = {case.part: case for case in (Linear, Conv, Step)}
+
+
+def label(case: Case) -> str:
+    """In one line, for people."""
+    return " ".join([case.part, *map(str, asdict(case).values())])
+
+
+def cases(part: str, smoke: bool = False) -> list[Case]:
+    """All of a part, those that a bar is about first, in the order of the bars. smoke: tiny ones, one per variant."""
+    found = list(_steps(smoke) if part == "step" else _layers(part, smoke))
+    return sorted(found, key=lambda case: _rank(part, case))  # stable: the order above counts among equals
+
+
+def _layers(part: str, smoke: bool) -> Iterator[Case]:
+    """The ops of one problem stand together."""
+    kind, shapes = (Linear, LINEARS) if part == "linear" else (Conv, CONVS)
+    densities = (0.2,) if smoke else DENSITIES
+    for density, shape, dtype, pattern in product(densities, SMOKE[part] if smoke else shapes, DTYPES, PATTERNS):
+        these = [kind(op, *shape, pattern, density, dtype) for op in OPS]
+        if (part, pattern) != ("conv", "64x1") and _exists(these[0]):
+            yield from these
+
+
+def _steps(smoke: bool) -> Iterator[Step]:
+    nets, densities = (SMOKE["step"], (0.1,)) if smoke else (NETS, (0.1, 0.05))
+    for density, net, dtype, pattern in product(densities, nets, DTYPES[:2], PATTERNS[:2]):
+        yield Step(*net, pattern, density, dtype)
+
+
+def _rank(part: str, case: Case) -> int:
+    columns = asdict(case)
+    return next((i for i, bar in enumerate(BARS) if bar.matches(part, columns)), len(BARS))
+
+
+def block(pattern: str) -> tuple[int, int]:
+    """(R, C) of "RxC"."""
+    rows, columns = pattern.split("x")
+    return int(rows), int(columns)
+
+
+def random_mask(shape: tuple[int, ...], block: tuple[int, int], density: float, generator: torch.Generator) -> Tensor:
+    """A bool mask (O, C, ...) on the generator's device; exactly round(density * blocks) random blocks of it are True.
+
+    A block is R rows x C columns, at one tap, cut off at the border.
+    """
+    grid = _grid(shape, block)
+    blocks = math.prod(grid)
+    alive = torch.zeros(blocks, dtype=torch.bool, device=generator.device)
+    order = torch.randperm(blocks, generator=generator, device=generator.device)
+    alive[order[: round(density * blocks)]] = True
+    mask = alive.view(grid).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return mask[: shape[0], : shape[1]].contiguous()
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> list[int]:
+    return [-(-size // step) for size, step in zip(shape[:2], block, strict=True)] + list(shape[2:])
+
+
+def _exists(case: Linear | Conv) -> bool:
+    """Are there enough blocks for this density?"""
+    blocks = math.prod(_grid(case.weight_shape, block(case.pattern)))
+    return abs(round(case.density * blocks) / blocks - case.density) <= OFF * case.density
