@@ -299,3 +299,13 @@ def test_a_norm_is_in_the_call_in_evaluation_without_gradients(monkeypatch, name
     with torch.no_grad():
         model.train()(x)
     assert norms == [False, False]
+
+
+@pytest.mark.parametrize("part", ["running_mean", "running_var", "weight", "bias"])
+def test_a_norm_of_mixed_dtypes_is_not_in_the_call(part):
+    children = [conv(4, 6), norm().eval()]
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        assert _run_end(children, 0, x) == 2
+        getattr(children[1], part).data = getattr(children[1], part).double()
+        assert _run_end(children, 0, x) == 0

@@ -89,7 +89,7 @@ def _normalises(x: Tensor, conv: MaskedConv2d) -> Callable[[nn.BatchNorm2d], boo
         takes
         and not norm.training
         and norm.running_mean is not None
-        and norm.running_mean.dtype == dtype
+        and all(t is None or t.dtype == dtype for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
         and norm.num_features == channels
     )
 
