@@ -92,29 +92,8 @@ def _info(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     source = _round_file(args.run, args.round)
-    ticket = Ticket.load(source)
-    if ticket.architecture is None and "model" in (ticket.recipe.get("settings") or {}):
-        exported = ticket.apply(_net(ticket))
-    else:
-        exported = ticket
-    shape = (ticket.recipe.get("settings") or {}).get("shape")
-    report = export(
-        exported,
-        args.out,
-        format=args.format,
-        fold_batchnorm=args.fold_batchnorm,
-        remove_dead=args.remove_dead,
-        example_input=torch.randn(2, *shape) if shape else None,
-        sparse_initializer=args.sparse_initializer,
-    )
-    print(f"{source} -> {report.path} ({report.format}, {report.bytes:,} bytes)")
-    if args.fold_batchnorm:
-        print(f"batchnorms folded: {len(report.folded)}")
-    if args.remove_dead:
-        removed = ", ".join(f"{name} {count}" for name, count in report.removed.items())
-        print(f"dead units removed: {sum(report.removed.values())}{removed and f' ({removed})'}")
-    for note in report.notes:
-        print(f"note: {note}")
+    export(Ticket.load(source), args.out, format=args.format)
+    print(f"{source} -> {args.out} ({args.format})")
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -281,14 +260,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "Show versions and which backends run here, or why not.")
 
-    sub = command("export", _export, "Export the trained weights of a round for other tools to read.")
+    sub = command("export", _export, "Export the trained weights of a round in a sparse format.")
     sub.add_argument("run", type=Path, metavar="RUN", help="a run folder of `find`")
     sub.add_argument("--format", choices=sorted(FORMATS), default="npz", help="default: %(default)s")
     sub.add_argument("--out", type=Path, required=True, help="where to write")
     sub.add_argument("--round", type=int, help="default: the last one")
-    sub.add_argument("--fold-batchnorm", action="store_true", help="into the layers before them")
-    sub.add_argument("--remove-dead", action="store_true", help="units that nothing goes into or comes out of")
-    sub.add_argument("--sparse-initializer", action="store_true", help="onnx: smaller in the file, executed densely")
 
     sub = command("bench", _bench, "Time MaskedLinear against nn.Linear on this machine.")
     sub.add_argument("--density", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05], help="default: %(default)s")

@@ -119,8 +119,8 @@ def test_the_summary_reads_the_csv_alone(tmp_path, capsys):
     assert line.split()[-6:] == ["3.00x", "50", "%", "~1.00x", "50", "%"]
     assert any("no ours" in line for line in lines if "32x32 bf16" in line)
     verdicts = {line[:60].strip(): line.split()[-1] for line in lines if line[60:67].strip().endswith("x")}
-    assert verdicts["linear fp32, weights, 90 % pruned"] == "met"
-    assert verdicts["linear fp32, weights, 95 % pruned"] == "SHORT"
+    assert verdicts["linear fp32, weights, forward + backward, 90 % pruned"] == "met"
+    assert verdicts["linear fp32, weights, forward + backward, 95 % pruned"] == "SHORT"
     assert verdicts["linear as chosen, worst case"] == "met"
     assert verdicts["conv as chosen, worst case"] == "measured"  # not yet
     assert "not reached: linear forward+backward 4096 4096 4096 1x1 fp32, 1 densities" in lines
