@@ -68,11 +68,11 @@ def header() -> dict[str, str]:
     }
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """Replace the file at `path`, atomically; every row has the columns of the first one."""
+def write(path: Path, rows: list[dict], columns: list[str] | None = None, head: dict[str, str] | None = None) -> None:
+    """Replace the file at `path`, atomically; columns None: those of the first row; head None: `header`."""
     text = io.StringIO()
-    text.writelines(f"# {key}: {value}\n" for key, value in header().items())
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    text.writelines(f"# {key}: {value}\n" for key, value in (head or header()).items())
+    table = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
-import os
 import platform
 import re
 from dataclasses import dataclass, field, fields
@@ -15,6 +12,7 @@ from pathlib import Path
 import torch
 
 import sparselottery
+from benchmarks import results
 from benchmarks.gpu.bars import MEASURED
 from benchmarks.gpu.cases import PARTS
 
@@ -56,17 +54,6 @@ class Files:
     def add(self, rows: list[dict], missing: list[dict]) -> None:
         self.rows += rows
         self.missing += missing
-        _write(self.folder / f"gpu-{self.part}.csv", self.head, [*self.case, *MEASURED], self.rows)
-        _write(self.folder / f"gpu-{self.part}-missing.csv", self.head, [*self.case, "impl", "why"], self.missing)
-
-
-def _write(path: Path, head: dict[str, str], columns: list[str], rows: list[dict]) -> None:
-    text = io.StringIO()
-    text.writelines(f"# {key}: {value}\n" for key, value in head.items())
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text.getvalue())
-    os.replace(part, path)
+        results.write(self.folder / f"gpu-{self.part}.csv", self.rows, [*self.case, *MEASURED], self.head)
+        why = [*self.case, "impl", "why"]
+        results.write(self.folder / f"gpu-{self.part}-missing.csv", self.missing, why, self.head)
