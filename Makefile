@@ -1,6 +1,7 @@
 # demo   find a lottery ticket on handwritten digits (under two minutes, offline once installed)
 # test   the test suite            bench  all measurements, their plots and the table of bars
-# lint   ruff                      clean  everything that was built, but not .venv
+# lint   ruff                      fuzz   altered files under sanitizers
+# clean  everything that was built, but not .venv
 # gpu    on a machine with a GPU, offline, nothing installed: tests of its kernels, measurements and bars (9 minutes)
 #
 # The first target creates .venv. A smaller torch, without CUDA, on Linux:
@@ -13,7 +14,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu lint clean
+.PHONY: demo test bench peers gpu fuzz lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -35,6 +36,10 @@ peers: .venv/test.stamp
 # The interpreter must have torch with CUDA, Triton and pytest.
 gpu:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS)
+
+# Thousands of altered files, read and run by a native library that is built with AddressSanitizer and UBSan.
+fuzz: .venv/test.stamp
+	$(BIN)/python tests/fuzz_native.py 2000
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

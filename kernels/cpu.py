@@ -42,13 +42,22 @@ def tile_shape(out_features: int, in_features: int, nnz: int) -> tuple[int, int]
     return 256, min(max(8 * size // max(nnz, 1) // 16 * 16, narrowest), 512)
 
 
-def plan(crow_indices: Tensor, col_indices: Tensor, in_features: int, tile: tuple[int, int] | None = None) -> Tensor:
-    """The plan of a valid CSR pattern as a flat int32 tensor; `tile` = (strip, block) overrides its tiling."""
+def plan(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    in_features: int,
+    tile: tuple[int, int] | None = None,
+    backward: bool = True,
+) -> Tensor:
+    """The plan of a valid CSR pattern as a flat int32 tensor; `tile` = (strip, block) overrides its tiling.
+
+    backward: False leaves out what only gradients need, two thirds of it.
+    """
     out_features = crow_indices.numel() - 1
     strip, block = tile or tile_shape(out_features, in_features, col_indices.numel())
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     indices = native.pointer(crow_indices), native.pointer(col_indices)
-    return native.take(native.LIBRARY.sparselottery_plan, out_features, in_features, *indices, strip, block)
+    return native.take(native.LIBRARY.sparselottery_plan, out_features, in_features, *indices, strip, block, backward)
 
 
 def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):

@@ -16,8 +16,11 @@ _L1 = 20 << 10  # bytes of packed input that a tile may read
 _STRIP = 256  # rows of a strip: output channels
 
 
-def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry) -> Tensor:
-    """The plan of a convolution's valid CSR pattern (O, C / groups * kernel_h * kernel_w) as a flat int32 tensor."""
+def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, backward: bool = True) -> Tensor:
+    """The plan of a convolution's valid CSR pattern (O, C / groups * kernel_h * kernel_w) as a flat int32 tensor.
+
+    backward: False leaves out what only gradients need.
+    """
     out_channels = crow_indices.numel() - 1
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     taps = array("i", _taps(geometry))
@@ -25,7 +28,7 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry) -> 
     density = col_indices.numel() / max(1, out_channels * geometry.channels * size)
     blocks = [conv_block(geometry, density, channels) for channels in (geometry.channels, out_channels)]
     pointers = ctypes.c_void_p(taps.buffer_info()[0]), native.pointer(crow_indices), native.pointer(col_indices)
-    return native.take(native.LIBRARY.sparselottery_conv_plan, out_channels, *pointers, _STRIP, *blocks)
+    return native.take(native.LIBRARY.sparselottery_conv_plan, out_channels, *pointers, _STRIP, *blocks, backward)
 
 
 def conv_block(geometry: Geometry, density: float, channels: int) -> int:

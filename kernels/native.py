@@ -26,6 +26,10 @@ def load(path: Path) -> ctypes.CDLL:
     library.sparselottery_workspace.argtypes = [ctypes.c_int64]
     library.sparselottery_workspace.restype = ctypes.c_void_p
     library.sparselottery_conv_plan.restype = ctypes.c_int64
+    for name in ("net", "rows", "chain_infer"):
+        function = getattr(library, f"sparselottery_{name}")
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        function.restype = None
     for name, result in (("chain", None), ("conv", ctypes.c_bool)):
         for direction in ("forward", "backward"):
             function = getattr(library, f"sparselottery_{name}_{direction}")

@@ -4,9 +4,11 @@ from .convert import convert, to_dense
 from .explain import explain
 from .export import export
 from .info import info
+from .interop import masks_from_scipy, masks_from_torch_prune, masks_from_zeros
 from .lottery import find_ticket, prune
 from .nn import MaskedConv2d, MaskedLinear, MaskedSequential
 from .pattern import Pattern
+from .runtime import SparseModel, load_sparse
 from .ticket import Ticket
 
 __version__ = "0.1.0"
@@ -15,12 +17,17 @@ __all__ = [
     "MaskedLinear",
     "MaskedSequential",
     "Pattern",
+    "SparseModel",
     "Ticket",
     "convert",
     "explain",
     "export",
     "find_ticket",
     "info",
+    "load_sparse",
+    "masks_from_scipy",
+    "masks_from_torch_prune",
+    "masks_from_zeros",
     "prune",
     "to_dense",
 ]

@@ -1,4 +1,4 @@
-"""The command ``sparselottery``: find, explain, info, export, bench. The only module that prints."""
+"""The command ``sparselottery``: find, explain, info, export, bench, bench-model. The only module that prints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from .bench_model import bench_model, write_bench
 from .execution import choose_execution
 from .explain import explain
 from .export import FORMATS, export
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         return _fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is not installed: pip install 'sparselottery[lab]'")
+        extra = "export" if str(error.name).startswith("onnx") else "lab"
+        return _fail(f"{error.name} is not installed: pip install 'sparselottery[{extra}]'")
     except KeyboardInterrupt:
         hint = "; the same command goes on after the last finished round" if args.command is _find else ""
         print(f"\nsparselottery: interrupted{hint}", file=sys.stderr)
@@ -92,8 +94,37 @@ def _info(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     source = _round_file(args.run, args.round)
-    export(Ticket.load(source), args.out, format=args.format)
-    print(f"{source} -> {args.out} ({args.format})")
+    ticket = Ticket.load(source)
+    if ticket.architecture is None and "model" in (ticket.recipe.get("settings") or {}):
+        exported = ticket.apply(_net(ticket))
+    else:
+        exported = ticket
+    shape = (ticket.recipe.get("settings") or {}).get("shape")
+    report = export(
+        exported,
+        args.out,
+        format=args.format,
+        fold_batchnorm=args.fold_batchnorm,
+        remove_dead=args.remove_dead,
+        example_input=torch.randn(2, *shape) if shape else None,
+        sparse_initializer=args.sparse_initializer,
+    )
+    print(f"{source} -> {report.path} ({report.format}, {report.bytes:,} bytes)")
+    if args.fold_batchnorm:
+        print(f"batchnorms folded: {len(report.folded)}")
+    if args.remove_dead:
+        removed = ", ".join(f"{name} {count}" for name, count in report.removed.items())
+        print(f"dead units removed: {sum(report.removed.values())}{removed and f' ({removed})'}")
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def _bench_model(args: argparse.Namespace) -> None:
+    rows = bench_model(args.file, args.batch, args.shape, args.seconds)
+    print(f"{args.file}: float32, {torch.get_num_threads()} threads; speedup: that of sparselottery over the row")
+    _print_rows(rows)
+    for path in write_bench(rows, args.out) if args.out else ():
+        print(f"-> {path}")
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -212,6 +243,10 @@ def _shape(text: str) -> tuple[int, int, int]:
     return sizes
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(size) for size in text.split(","))
+
+
 def _granularity(text: str) -> tuple[int, int]:
     sizes = tuple(_positive(size) for size in text.split("x"))
     if len(sizes) != 2:
@@ -260,15 +295,27 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "Show versions and which backends run here, or why not.")
 
-    sub = command("export", _export, "Export the trained weights of a round in a sparse format.")
+    sub = command("export", _export, "Export the trained weights of a round for other tools to read.")
     sub.add_argument("run", type=Path, metavar="RUN", help="a run folder of `find`")
     sub.add_argument("--format", choices=sorted(FORMATS), default="npz", help="default: %(default)s")
     sub.add_argument("--out", type=Path, required=True, help="where to write")
     sub.add_argument("--round", type=int, help="default: the last one")
+    sub.add_argument("--fold-batchnorm", action="store_true", help="into the layers before them")
+    sub.add_argument("--remove-dead", action="store_true", help="units that nothing goes into or comes out of")
+    sub.add_argument("--sparse-initializer", action="store_true", help="onnx: smaller in the file, executed densely")
 
     sub = command("bench", _bench, "Time MaskedLinear against nn.Linear on this machine.")
     sub.add_argument("--density", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05], help="default: %(default)s")
     shapes = [(128, 784, 300), (512, 1024, 1024)]
     sub.add_argument("--shape", type=_shape, nargs="+", default=shapes, metavar="N,I,O", help="batch, in, out")
     sub.add_argument("--threads", type=_positive, help="default: torch's")
+
+    text = "Time a ticket's or an export's net against dense torch, torch.compile and ONNX Runtime."
+    sub = command("bench-model", _bench_model, text)
+    sub.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file that knows its architecture")
+    sub.add_argument("--batch", type=_sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
+    sub.add_argument("--shape", type=_sizes, metavar="C,H,W", help="of one input; default: what the file tells")
+    sub.add_argument("--seconds", type=float, default=3.0, help="of calls for each row; default: %(default)s")
+    sub.add_argument("--threads", type=_positive, help="default: torch's")
+    sub.add_argument("--out", type=Path, help="folder for table.csv and, with matplotlib, plot.svg")
     return parser

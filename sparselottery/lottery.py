@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .architecture import describe
 from .convert import dense_state, masks_of, prunable
+from .files import atomic, json_copy
 from .masks import Granularity, Masks, at_random, by_magnitude, check, check_blocks, pools, prune_pools
 from .random_state import random_state_kept
-from .ticket import Ticket, atomic, json_copy
+from .ticket import Ticket
 
 METHODS = ("magnitude", "random")
 
@@ -151,7 +153,7 @@ def find_ticket(
 
     theta = files.load("theta")
     if theta is None:
-        theta = Ticket(dense_state(model), masks, recipe)
+        theta = Ticket(dense_state(model), masks, recipe, describe(model))
         if rewind_step:
             theta, _ = _train(model, theta, train, {"start": 0, "stop": rewind_step})
         files.save("theta", theta)
@@ -172,9 +174,9 @@ def find_ticket(
             on_round(record)
         if number < rounds:
             masks = prune_pools(trained.masks, chosen, by_magnitude(trained.weights, trained.masks))
-            start = Ticket((theta if reset else trained).weights, masks, recipe)
+            start = Ticket((theta if reset else trained).weights, masks, recipe, theta.architecture)
 
-    ticket = Ticket(theta.weights, trained.masks, {**recipe, "rounds": rounds})
+    ticket = Ticket(theta.weights, trained.masks, {**recipe, "rounds": rounds}, theta.architecture)
     files.save("ticket", ticket)
     return ticket
 

@@ -18,17 +18,30 @@ LAYERS = [
     {"masks", "pattern", "kernels", "timing", "random_state"},
     {"ops", "info"},
     {"nn"},
-    {"execution", "maskable"},
-    {"convert", "explain"},
+    {"architecture", "execution", "maskable"},
+    {"convert", "explain", "files"},
     {"ticket"},
-    {"export", "lottery"},
+    {"export", "interop", "lottery", "runtime"},
+    {"bench_model"},
     {"__init__"},
     {"lab"},
     {"cli"},
     {"__main__"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-OPTIONAL = {"PIL", "matplotlib", "pooch", "pytest", "rich", "sklearn", "triton"}  # of the extras
+OPTIONAL = {
+    "PIL",
+    "matplotlib",
+    "pooch",
+    "pytest",
+    "rich",
+    "sklearn",
+    "transformers",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+}  # of the extras
 
 
 def sources(folder: str) -> list[Path]:

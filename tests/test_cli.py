@@ -14,6 +14,7 @@ from sparselottery import cli, convert
 from sparselottery.lab import data, experiment
 from sparselottery.lab.data import ENVIRONMENT
 from sparselottery.lab.experiment import preset
+from sparselottery.lab.models import MODELS
 from sparselottery.ticket import Ticket
 
 FIND = ["find", "--rounds", "2", "--iterations", "60"]
@@ -211,6 +212,44 @@ def test_export_safetensors_of_a_round(run_folder, tmp_path):
     out = tmp_path / "trained.safetensors"
     assert cli.main(["export", str(run_folder), "--format", "safetensors", "--round", "1", "--out", str(out)]) == 0
     assert Ticket.load(out).density == Ticket.load(run_folder / "round-01.safetensors").density
+
+
+@pytest.mark.parametrize("format", ["torch-csr", "torch-bsr", "dense", "pt2"])
+def test_export_in_other_formats(run_folder, tmp_path, capsys, format):
+    options = ["--format", format, "--fold-batchnorm", "--remove-dead", "--out", str(tmp_path / "out")]
+    assert cli.main(["export", str(run_folder), *options]) == 0
+    written, folded, dead = capsys.readouterr().out.splitlines()
+    assert written.endswith(f"({format}, {(tmp_path / 'out').stat().st_size:,} bytes)")
+    assert folded == "batchnorms folded: 0"
+    assert dead.startswith("dead units removed: ")
+
+
+def test_export_onnx(run_folder, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out.onnx"
+    assert cli.main(["export", str(run_folder), "--format", "onnx", "--sparse-initializer", "--out", str(out)]) == 0
+    assert len(onnx.load(out).graph.sparse_initializer) == 3
+
+
+def test_export_of_a_net_that_is_no_tree(tmp_path, capsys):
+    shape = (3, 8, 8)
+    net = MODELS["resnet-18"](shape, 10)
+    masks = {"fc.weight": torch.rand(net.fc.weight.shape) < 0.5}
+    settings = {"model": "resnet-18", "shape": shape, "classes": 10, "batch": 2}
+    run = tmp_path / "run"
+    run.mkdir()
+    Ticket.from_model(convert(net, masks), {"settings": settings}).save(run / "round-00.safetensors")
+    out = tmp_path / "out.pt2"
+    assert cli.main(["export", str(run), "--format", "pt2", "--remove-dead", "--out", str(out)]) == 0
+    assert "note: nothing was simplified" in capsys.readouterr().out
+
+
+def test_export_without_its_extra(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    error = fails(capsys, "export", run_folder, "--format", "onnx", "--out", tmp_path / "out")
+    assert error == "sparselottery: onnx is not installed: pip install 'sparselottery[export]'\n"
 
 
 def test_export_of_a_round_that_is_not_there(run_folder, tmp_path, capsys):

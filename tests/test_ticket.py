@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import sparselottery.ticket
+import sparselottery.files
 from sparselottery import MaskedLinear, convert
+from sparselottery.architecture import describe
 from sparselottery.convert import dense_state, masks_of
-from sparselottery.ticket import Ticket, _digest, atomic
+from sparselottery.files import atomic, digest, read
+from sparselottery.ticket import Ticket
 
 RECIPE = {"fraction": 0.2, "layers": ["fc1", "fc2"], "note": "ünïcode", "none": None}
 
@@ -190,8 +192,8 @@ def test_foreign_files(tmp_path):
     save_file({"weight": torch.ones(2)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"x\.safetensors: not a ticket: .*got \['format'\]"):
         Ticket.load(path)
-    save_file({"weight": torch.ones(2)}, path, {"ticket": json.dumps({"version": 2})})
-    with pytest.raises(ValueError, match="expected ticket version 1, got 2"):
+    save_file({"weight": torch.ones(2)}, path, {"ticket": json.dumps({"version": 3})})
+    with pytest.raises(ValueError, match="expected a ticket of version 1 to 2, got 3"):
         Ticket.load(path)
     for metadata in ("no json", "[]", "null"):
         save_file({"weight": torch.ones(2)}, path, {"ticket": metadata})
@@ -231,18 +233,32 @@ def int32(*values):
         ({"shapes": ["fc.weight"]}, "shapes"),
         ({"shapes": None}, "shapes"),
         ({"recipe": None}, "recipe"),
+        ({"recipe": []}, "recipe: expected a mapping"),
+        ({"shapes": {"fc.weight": [2, True]}}, "shapes"),
+        ({"shapes": {"fc.weight": [2, float("nan")]}}, "shapes"),
+        ({"shapes": {"fc.weight": [2, 2**31]}}, "shapes"),
+        ({"shapes": {"fc.weight": [2, 2**20, 2**20]}}, "shapes"),
+        ({"shapes": {"fc.weight": [2, 3], "fc.bias": [2, 3]}}, "expected '<layer>.weight', got 'fc.bias'"),
+        ({"shapes": {"fc.weight": [2, 3], "..weight": [2, 3]}}, "expected '<layer>.weight'"),
+        ({"blocks": {"x.weight": [1, 1]}}, "blocks"),
+        ({"blocks": {"fc.weight": [0, 1]}}, "blocks"),
+        ({"blocks": []}, "blocks"),
+        ({"architecture": {"type": "os.system"}}, "architecture"),
+        ({"fc.col_indices": torch.tensor([0, 3], dtype=torch.int16)}, "col_indices"),
+        ({"fc.col_indices": torch.tensor([0, 2], dtype=torch.int8)}, "col_indices: expected a 1-D int32"),
+        ({"fc.values": torch.ones(2, dtype=torch.int32)}, "values: expected 2 floating-point numbers"),
     ],
 )
 def test_well_signed_files_of_bad_writers(tmp_path, change, message):
     """The digest is right, the contents are not: every invariant of the format is checked on its own."""
     parts = {"fc.values": torch.ones(2), "fc.crow_indices": int32(0, 1, 2), "fc.col_indices": int32(0, 2)}
-    head = {"version": 1, "shapes": {"fc.weight": [2, 3]}, "recipe": {}}
+    head = {"version": 2, "shapes": {"fc.weight": [2, 3]}, "recipe": {}}
 
     def write(path, change):
         tensors = {k: v for k, v in {**parts, **change}.items() if isinstance(v, torch.Tensor)}
-        signed = {k: change.get(k, v) for k, v in head.items()}
+        signed = {**head, **{k: v for k, v in change.items() if "." not in k}}
         signed = {k: v for k, v in signed.items() if v is not None}
-        signed["sha256"] = _digest(signed, tensors)
+        signed["sha256"] = digest(signed, tensors)
         save_file(tensors, path, {"ticket": json.dumps(signed)})
 
     write(tmp_path / "good", {})
@@ -257,7 +273,7 @@ def test_a_failed_save_leaves_what_was_there(saved, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(sparselottery.ticket, "save_file", half)
+    monkeypatch.setattr(sparselottery.files, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         Ticket({}, {}, {}).save(saved)
     assert Ticket.load(saved).same(ticket())
@@ -284,3 +300,85 @@ def test_from_model_takes_masks_from_indices_not_from_values():
     assert torch.equal(made.masks["0.weight"], ticket().masks["0.weight"])
     assert made.masks.keys() == masks_of(net).keys()
     assert made.weights.keys() == dense_state(net).keys()
+
+
+def signed(path, tensors, **head):
+    head["sha256"] = digest(head, tensors)
+    save_file(tensors, path, {"ticket": json.dumps(head)})
+
+
+def test_files_of_version_1_still_load(tmp_path):
+    old = ticket()
+    tensors = old.dense()
+    for name, (pattern, values) in old.csr().items():
+        parts = {"values": values, "crow_indices": pattern.crow_indices, "col_indices": pattern.col_indices}
+        tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in parts.items()}
+    shapes = {name: list(shape) for name, shape in old.shapes.items()}
+    signed(tmp_path / "old", tensors, version=1, shapes=shapes, recipe=RECIPE)
+    assert Ticket.load(tmp_path / "old").same(old)
+    assert Ticket.load(tmp_path / "old").architecture is None
+    signed(tmp_path / "old", tensors, version=1, shapes=shapes, recipe=RECIPE, blocks={})
+    with pytest.raises(ValueError, match="expected version, shapes and recipe"):
+        Ticket.load(tmp_path / "old")
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32)])
+def test_column_indices_are_narrow_where_they_fit(tmp_path, columns, dtype):
+    mask = torch.zeros(2, columns, dtype=torch.bool)
+    mask[1, [0, 7, columns - 1]] = True
+    Ticket({"weight": torch.ones(2, columns)}, {"weight": mask}, {}).save(tmp_path / "t")
+    assert load_file(tmp_path / "t")["col_indices"].dtype == dtype
+    assert read(tmp_path / "t").layers["weight"][0].col_indices.tolist() == [0, 7, columns - 1]
+    assert read(tmp_path / "t").layers["weight"][0].col_indices.dtype == torch.int32
+    assert torch.equal(Ticket.load(tmp_path / "t").masks["weight"], mask)
+
+
+def test_a_ticket_of_a_plain_model_builds_it(tmp_path):
+    net = convert(model(), ticket().masks).eval()
+    Ticket.from_model(net).save(tmp_path / "t")
+    built, x = Ticket.load(tmp_path / "t").apply(), torch.randn(3, 4)
+    assert isinstance(built[0], MaskedLinear)
+    assert not built.training
+    assert torch.equal(built(x), net(x))
+    with pytest.raises(ValueError, match="model: expected one"):
+        ticket().apply()
+
+
+def test_an_architecture_that_is_not_of_these_tensors(tmp_path):
+    other = describe(model(width=6))
+    Ticket(ticket().weights, ticket().masks, {}, other).save(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"t: architecture: expected a model with these tensors, got .*'0\.bias'"):
+        Ticket.load(tmp_path / "t")
+
+
+def test_few_bytes_of_huge_weights(tmp_path):
+    parts = {"values": torch.ones(1), "crow_indices": int32(0, 1), "col_indices": int32(0)}
+    signed(tmp_path / "t", parts, version=2, shapes={"weight": [1, 2**30]}, recipe={})
+    assert read(tmp_path / "t").shapes == {"weight": (1, 2**30)}
+    with pytest.raises(ValueError, match=r"t: shapes: expected at most .* weights in files of this size"):
+        Ticket.load(tmp_path / "t")
+
+
+def test_json_with_a_key_twice_or_without_end(tmp_path):
+    for text in ('{"version": 2, "version": 2}', '{"recipe": ' + "[" * 10**5 + "]" * 10**5 + "}"):
+        save_file({"weight": torch.ones(2)}, tmp_path / "t", {"ticket": text})
+        with pytest.raises(ValueError, match="t: expected JSON"):
+            Ticket.load(tmp_path / "t")
+
+
+def test_later_changes_of_the_file_do_not_reach_what_was_read(saved):
+    before, whole = read(saved), saved.read_bytes()
+    expected = [values.clone() for _, values in before.layers.values()]
+    with saved.open("r+b") as file:
+        file.write(bytes(len(whole)))
+    assert all(map(torch.equal, expected, (values for _, values in before.layers.values())))
+
+
+@pytest.mark.parametrize("name", ["0.bias", "1.running_var", "1.weight", "1.num_batches_tracked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_tensors_of_another_dtype_than_their_module_has(tmp_path, name, dtype):
+    plain = Ticket.from_model(convert(model(), ticket().masks))
+    weights = {**plain.weights, name: plain.weights[name].to(dtype)}
+    Ticket(weights, plain.masks, {}, plain.architecture).save(tmp_path / "t")
+    with pytest.raises(ValueError, match=rf"t: {name[0]}\.\w+: expected "):
+        Ticket.load(tmp_path / "t")

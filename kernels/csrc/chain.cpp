@@ -3,6 +3,7 @@
 // Forward, threads share out the batch and then strips of output rows (`Team`); backward, strips. Nothing is written by
 // two threads.
 #include <algorithm>
+#include <vector>
 
 #include "pack.h"
 #include "plan.h"
@@ -29,6 +30,15 @@ struct Args {  // mirrored in cpu.py
     void* y;                     // forward: the output; backward: gx, or null
     int64_t y_stride, y_layout;
     void* packed_gy;  // backward: gy (in x) is packed to here unless PACKED
+};
+
+struct FrozenLayer {  // mirrored in cpu_net.py
+    const int32_t *plan, *crow_indices, *col_indices;
+    const float *values, *bias;
+};
+
+struct Frozen {  // mirrored in cpu_net.py; its layers follow
+    int64_t threads, layers;
 };
 
 thread_local Scratch scratch;    // a strip's output on its way to row-major
@@ -284,6 +294,25 @@ EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>
 EXPORT void sparselottery_chain_forward(const Args* args) {
     const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
     args->is_double ? forward<double>(*args, layers) : forward<float>(*args, layers);
+}
+
+// The same for a frozen chain, fp32: x (batch, in_features) -> y (batch, out_features), both row-major.
+EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* y, int64_t batch) {
+    const FrozenLayer* frozen = reinterpret_cast<const FrozenLayer*>(chain + 1);
+    int64_t ld = padded(batch), features = 0;
+    ld += ld / kLanes / 16 * kLanes;  // as reference.leading_dim
+    std::vector<Layer> layers(chain->layers);
+    for (int64_t l = 0; l < chain->layers; ++l) features += read_plan(frozen[l].plan).in_features;
+    float* at = workspace.get<float>(features * ld + kLanes);
+    for (int64_t l = 0; l < chain->layers; ++l) {
+        const FrozenLayer& f = frozen[l];
+        layers[l] = {f.plan, f.crow_indices, f.col_indices, f.values, f.bias, at, ld, nullptr, nullptr, nullptr};
+        at += read_plan(f.plan).in_features * ld;
+    }
+    const Plan first = read_plan(frozen[0].plan), last = read_plan(frozen[chain->layers - 1].plan);
+    const Args args{0, chain->threads, chain->layers, batch, ld, x, first.in_features, ROW_MAJOR, y, last.out_features,
+                    ROW_MAJOR, nullptr};
+    forward<float>(args, layers.data());
 }
 
 EXPORT void sparselottery_chain_backward(const Args* args) {

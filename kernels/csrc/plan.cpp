@@ -129,16 +129,19 @@ Plan read_plan(const int32_t* words) {
     return {words[OUT], words[IN], words[NNZ], words[PHASES], columns, read_schedule(words, FORWARD), words};
 }
 
-// Builds the plan of CSR indices that the caller has validated; *words is to be given back to sparselottery_free.
+// Builds the plan of CSR indices that the caller has validated, with Wᵀ if `backward`; *words is to be given back to
+// sparselottery_free.
 EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
-                                  const int32_t* col_indices, int32_t strip, int32_t block, int32_t** words) {
-    Writer out(1);
+                                  const int32_t* col_indices, int32_t strip, int32_t block, bool backward,
+                                  int32_t** words) {
+    Writer out(backward);
     const int32_t nnz = out.words[NNZ] = crow_indices[out_features];
     out.words[OUT] = out_features;
     out.words[IN] = in_features;
     if (in_features <= 65536) out.words[COLUMNS] = out.append(std::vector<uint16_t>(col_indices, col_indices + nnz));
     write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr},
                    shared_strip(out_features, strip), block);
+    if (!backward) return give(out, words);
     write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices,
                     shared_strip(in_features, strip), block, [](int32_t row, int32_t col, Entry* e) {
                         *e = {col, row};
@@ -150,8 +153,8 @@ EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, con
 // The same for a convolution; `block` and `block_back` are in channels.
 EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, const int32_t* crow_indices,
                                        const int32_t* col_indices, int32_t strip, int32_t block, int32_t block_back,
-                                       int32_t** words) {
-    Writer out(taps->phases());
+                                       bool backward, int32_t** words) {
+    Writer out(backward ? taps->phases() : 0);
     const int32_t size = taps->size(), nnz = out.words[NNZ] = crow_indices[out_channels];
     const int32_t in_group = taps->channels / taps->groups, out_group = out_channels / taps->groups;
     out.words[OUT] = out_channels;
@@ -162,7 +165,7 @@ EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, c
             columns[k] = col_indices[k] + r / out_group * in_group * size;
     write_schedule(out, FORWARD, {out_channels, taps->channels * size, crow_indices, columns.data(), nullptr}, strip,
                    block * size);
-    for (int phase = 0; phase < taps->phases(); ++phase)
+    for (int phase = 0; phase < out.words[PHASES]; ++phase)
         write_transpose(out, phase, taps->channels, out_channels * size, out_channels, crow_indices, columns.data(), strip,
                         block_back * size, [&](int32_t row, int32_t col, Entry* e) {
                             const int tap = col % size, stride = taps->stride[1];

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..ticket import atomic
+from ..files import atomic
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PARTS = ("train", "test")

@@ -1,0 +1,213 @@
+"""The latency and throughput of a ticket or export, against what else runs the same net dense on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .convert import to_dense
+from .runtime import load_sparse
+from .ticket import Ticket
+
+OURS = "sparselottery"
+WARM_UP, LEAST = 5, 20  # calls
+TURN = 0.05  # seconds that a candidate runs before the next one's turn
+TOLERANCE = 1e-3  # relative to the norm of what dense torch computes
+
+Call = Callable[[], Any]
+Maker = Callable[[nn.Module, Tensor], Call]
+
+
+def bench_model(
+    path: str | os.PathLike[str],
+    batches: Sequence[int] = (1, 64),
+    shape: Sequence[int] | None = None,
+    seconds: float = 3.0,
+) -> list[dict[str, Any]]:
+    """A row for each batch size and way to run the file's net in fp32, with torch's number of threads.
+
+    shape: of one input; None for that of the recipe or, of nets that begin with a linear layer, its in_features.
+    seconds: of calls for each way and batch. A row has batch, impl, median_ms, p99_ms, items_per_s and speedup (that
+    of `sparselottery` over it: above 1 where sparse is faster); of what is not installed here, a `note` and no times.
+    Raises OSError or ValueError as `load_sparse`, ValueError for a shape that is not known, RuntimeError if ways differ
+    in what they compute.
+    """
+    ticket = Ticket.load(path)
+    dense = to_dense(ticket.apply()).float().eval().requires_grad_(False)
+    shape = tuple(shape or _input_shape(ticket, dense))
+    sparse, rows = load_sparse(path), []
+    for batch in batches:
+        x = torch.randn(batch, *shape)
+        calls, notes = {OURS: partial(sparse, x)}, {}
+        for name, make in MAKERS.items():
+            made = _made(make, dense, x)
+            (notes if isinstance(made, str) else calls)[name] = made
+        check(calls)
+        times = latencies(calls, seconds)
+        ours = float(np.median(times[OURS]))
+        for name in (OURS, *MAKERS):
+            row = {
+                "batch": batch,
+                "impl": name,
+                "median_ms": None,
+                "p99_ms": None,
+                "items_per_s": None,
+                "speedup": None,
+            }
+            if name in times:
+                median, p99 = (float(np.percentile(times[name], q)) for q in (50, 99))
+                row |= {"median_ms": 1e3 * median, "p99_ms": 1e3 * p99}
+                row |= {"items_per_s": batch / median, "speedup": median / ours}
+            rows.append(row | {"note": notes.get(name, "")})
+    return rows
+
+
+def latencies(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
+    """Seconds of single calls, about `seconds` of them each; candidates take turns, so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    while any(sum(each) < seconds or len(each) < LEAST for each in times.values()):
+        for name, call in calls.items():
+            if sum(times[name]) >= seconds and len(times[name]) >= LEAST:
+                continue
+            for _ in range(WARM_UP if len(times[name]) < LEAST else 2):  # caches hold what the others have left
+                call()
+            spent = 0.0
+            while spent < TURN:
+                began = perf_counter()
+                call()
+                times[name].append(perf_counter() - began)
+                spent += times[name][-1]
+    return times
+
+
+def check(calls: dict[str, Call]) -> None:
+    """Raise RuntimeError unless all compute the same, to TOLERANCE."""
+    results = {name: torch.as_tensor(call()).double() for name, call in calls.items()}
+    expected = results["torch"]
+    for name, result in results.items():
+        error = float((result - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"{name}: expected the result of torch, got one that differs by {error:.3g} of its norm")
+
+
+def torch_dense(model: nn.Module, x: Tensor) -> Call:
+    return torch.no_grad()(partial(model, x))
+
+
+def torch_compile(model: nn.Module, x: Tensor) -> Call:
+    """Inductor, its weights packed as constants, max-autotune."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True, max_autotune=True), _quiet():
+        compiled(x)
+    return torch.no_grad()(partial(compiled, x))
+
+
+def onnxruntime_dense(model: nn.Module, x: Tensor) -> Call:
+    """ONNX Runtime on the dense weights, its input and output bound once."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    with onnx_file(model, x) as file:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", x.numpy())
+    y = model(x).numpy()
+    binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+
+    def run() -> np.ndarray:
+        session.run_with_iobinding(binding)
+        return y
+
+    return run
+
+
+@contextlib.contextmanager
+def onnx_file(model: nn.Module, x: Tensor):
+    """The path of the model in ONNX, for inputs of this shape, with the names x and y; gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        file = str(Path(folder) / "model.onnx")
+        torch.onnx.export(model, (x,), file, dynamo=True, input_names=["x"], output_names=["y"], verbose=False)
+        yield file
+
+
+MAKERS: dict[str, Maker] = {
+    "torch": torch_dense,
+    "torch.compile": torch_compile,
+    "ONNX Runtime": onnxruntime_dense,
+}
+NEEDS = {"ONNX Runtime": ("onnx", "onnxscript", "onnxruntime")}
+
+
+def _made(make: Maker, model: nn.Module, x: Tensor) -> Call | str:
+    """The call, or why there is none here."""
+    name = next(name for name, each in MAKERS.items() if each is make)
+    if missing := [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]:
+        return f"not installed: {', '.join(missing)}"
+    if make is not torch_compile:
+        return make(model, x)
+    try:
+        return make(model, x)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # no C++ compiler, first of all
+        return f"does not compile here: {' '.join(str(error).split())[:80]}"
+
+
+def _input_shape(ticket: Ticket, dense: nn.Module) -> Sequence[int]:
+    settings = ticket.recipe.get("settings")
+    if isinstance(settings, dict) and "shape" in settings:
+        return settings["shape"]
+    first = next((m for m in dense.modules() if not isinstance(m, nn.Sequential)), None)
+    if isinstance(first, nn.Linear):
+        return (first.in_features,)
+    raise ValueError("shape: expected that of one input, as the file does not tell it")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warnings and the chatter of exporters and compilers."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def write_bench(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """The rows as table.csv and, where matplotlib is installed, as plot.svg; what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "table.csv"]
+    with files[0].open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    if importlib.util.find_spec("matplotlib"):
+        files.append(folder / "plot.svg")
+        _plot(rows, files[1])
+    return files
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if row["median_ms"] is not None]
+    batches = list(dict.fromkeys(row["batch"] for row in timed))
+    figure = Figure(figsize=(4 * len(batches), 3), layout="constrained")
+    for batch, axes in zip(batches, np.atleast_1d(figure.subplots(1, len(batches))), strict=True):
+        here = [row for row in timed if row["batch"] == batch][::-1]
+        names, medians = [row["impl"] for row in here], [row["median_ms"] for row in here]
+        beyond = [row["p99_ms"] - row["median_ms"] for row in here]
+        axes.barh(names, medians, xerr=[[0] * len(here), beyond], color=["C1" if n == OURS else "C0" for n in names])
+        axes.set(title=f"batch {batch}", xlabel="ms, median and p99")
+    figure.savefig(file)

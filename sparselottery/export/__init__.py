@@ -1,0 +1,124 @@
+"""Tickets and models for other tools to read.
+
+| format | what it is | read by |
+|-|-|-|
+| "safetensors" | a ticket: values, CSR indices, recipe, architecture (see `files`) | safetensors, `Ticket.load` |
+| "npz" | a folder of CSR matrices | numpy and scipy |
+| "torch-csr", "torch-bsr" | a state_dict with torch's sparse tensors | safetensors, `load_torch_sparse` |
+| "dense" | the dense model's state_dict, zeros where pruned | safetensors, Hugging Face |
+| "onnx" | the dense model; executed densely, whatever runs it | ONNX Runtime, OpenVINO |
+| "pt2" | a torch.export program with our ops | torch, with this library imported |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..files import atomic
+from ..ticket import Ticket
+from . import dense, onnx, pt2, torch_sparse
+from .dead import remove_dead as remove_dead_units
+from .job import Job, close, outputs
+from .npz import load_npz, save_npz
+from .simplify import fold_batchnorm as fold_batchnorms
+from .torch_sparse import load_torch_sparse
+
+__all__ = ["FORMATS", "ExportReport", "export", "load_npz", "load_torch_sparse", "save_npz"]
+
+
+class ExportReport(NamedTuple):
+    """What was written. folded: names of batchnorms; removed: units by layer; notes: what was left alone, and why."""
+
+    path: Path
+    format: str
+    bytes: int
+    folded: tuple[str, ...]
+    removed: dict[str, int]
+    notes: tuple[str, ...]
+
+
+# How each is written (returning notes), and whether what was written is what was meant.
+FORMATS: dict[str, tuple[Callable[[Job, Path], tuple[str, ...] | None], Callable[[Job, Path], bool]]] = {
+    "npz": (lambda job, path: save_npz(job.ticket, path), lambda job, path: _reads_back(job, load_npz(path))),
+    "safetensors": (lambda job, path: job.ticket.save(path), lambda job, path: _reads_back(job, Ticket.load(path))),
+    "torch-csr": (torch_sparse.write_csr, torch_sparse.holds),
+    "torch-bsr": (torch_sparse.write_bsr, torch_sparse.holds),
+    "dense": (dense.write, dense.holds),
+    "onnx": (onnx.write, onnx.holds),
+    "pt2": (pt2.write, pt2.holds),
+}
+
+
+def export(
+    source: nn.Module | Ticket,
+    path: str | os.PathLike[str],
+    format: str = "npz",
+    fold_batchnorm: bool = False,
+    remove_dead: bool = False,
+    example_input: Tensor | tuple | None = None,
+    sparse_initializer: bool = False,
+) -> ExportReport:
+    """Write a converted model or a ticket for other tools to read: its sparse layers and the dense rest.
+
+    format: one of `FORMATS`; "npz" makes the folder `path`, all others a file. What is written is read back before it
+    appears at `path`, and must equal the source: to the bit, "onnx" to rounding in ONNX Runtime.
+    fold_batchnorm: fold batchnorms into the nn.Linear or nn.Conv2d before them, equal to rounding.
+    remove_dead: remove units with no way in or out, with the same outputs to rounding (see `dead`).
+        Both change the architecture, so they only apply to models that are trees of plain torch.nn modules in
+        Sequentials; others are left alone, and the report says so.
+    example_input: a tensor, or a tuple of the model's positional arguments: what "onnx" and "pt2" trace, the first
+        dimension being the batch, and what outputs are compared on. It may be left out if the model begins with
+        nn.Linear.
+    sparse_initializer: "onnx" only: store masked weights in ONNX's sparse format.
+
+    Returns the ExportReport.
+    Raises ValueError for an unknown format, a source without masked layers, a dtype that numpy lacks, or a ticket
+    without an architecture as "onnx" or "pt2"; OSError if it cannot be written, does not read back, or would replace a
+    folder that is not empty.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {list(FORMATS)}, got {format!r}")
+    if sparse_initializer and format != "onnx":
+        raise ValueError(f"sparse_initializer: expected the format 'onnx', got {format!r}")
+    ticket, model = (source, None) if isinstance(source, Ticket) else (Ticket.from_model(source), source)
+    if not ticket.masks:
+        raise ValueError("source: expected a converted model or a ticket, got one without masked layers")
+    original = Job(ticket, model, example_input, sparse_initializer)
+    job, folded, removed, notes = _simplified(original, fold_batchnorm, remove_dead)
+    write, holds = FORMATS[format]
+    with atomic(path) as temporary:
+        notes += write(job, temporary) or ()
+        if not holds(job, temporary):
+            raise OSError(f"{path}: what was written does not read back equal to the source; nothing is kept")
+        size = sum(file.stat().st_size for file in (temporary, *temporary.rglob("*")) if file.is_file())
+    return ExportReport(Path(path), format, size, folded, removed, notes)
+
+
+def _simplified(job: Job, fold: bool, remove: bool) -> tuple[Job, tuple[str, ...], dict[str, int], tuple[str, ...]]:
+    folded, removed, notes = (), {}, ()
+    if not (fold or remove):
+        return job, folded, removed, notes
+    if job.ticket.architecture is None:
+        return job, folded, removed, ("nothing was simplified: the model is no tree of plain torch.nn modules",)
+    ticket = job.ticket
+    if fold:
+        ticket, folded = fold_batchnorms(ticket)
+    if remove:
+        ticket, (removed, notes) = remove_dead_units(ticket)
+    simplified = Job(ticket, None, job.example_input, job.sparse_initializer)
+    if job.example_input is not None:
+        with torch.no_grad():
+            before, after = (outputs(each.model(*each.example)) for each in (job, simplified))
+        if not close(before, after):
+            raise OSError("the simplified model does not compute what the source computes; nothing is written")
+    return simplified, folded, removed, notes
+
+
+def _reads_back(job: Job, ticket: Ticket) -> bool:
+    return job.ticket.same(ticket) and job.ticket.architecture == ticket.architecture

@@ -1,0 +1,23 @@
+"""The dense model's state_dict in a safetensors file, zeros where pruned: for any framework, with masks lost.
+
+Keys and shapes are the model's own, so that "model.safetensors" beside a config.json is what Hugging Face's
+`from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ..files import digest, read_safetensors
+from .job import Job
+
+
+def write(job: Job, path: Path) -> None:
+    save_file(job.ticket.weights, path, {"format": "pt"})
+
+
+def holds(job: Job, path: Path) -> bool:
+    """Does the file read back equal, to the bit?"""
+    return digest({}, read_safetensors(path.read_bytes())[1]) == digest({}, job.ticket.weights)

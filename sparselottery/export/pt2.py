@@ -1,0 +1,33 @@
+"""A program of `torch.export`, with this library's ops in it, for any batch size.
+
+`import sparselottery` (which registers the ops), then `torch.export.load(path).module()` gives the model back. That is
+torch's own loader: load only files that you trust, as torch says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .job import Job, batches, outputs
+
+
+def write(job: Job, path: Path) -> None:
+    dynamic = batches(job.example, torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(job.model, job.example, dynamic_shapes=dynamic)
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def holds(job: Job, path: Path) -> bool:
+    """Does the program that was written compute what the model computes, to the bit?"""
+    with path.open("rb") as file, torch.no_grad():
+        loaded = torch.export.load(file).module()
+        ours, theirs = outputs(job.model(*job.example)), outputs(loaded(*job.example))
+    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)

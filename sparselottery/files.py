@@ -1,0 +1,249 @@
+"""The safetensors file of a ticket or an export: tensors, and in its metadata one entry, "ticket", in JSON.
+
+The tensors are the state_dict of the converted model: "fc1.values", "fc1.crow_indices", "fc1.col_indices" for a masked
+"fc1.weight", everything else dense under its own name. A weight (O, ...) of more than two dimensions, a convolution's,
+is stored as the matrix (O, I), I all the others. col_indices are int16 where I <= 32,768, else int32. The entry is
+
+    {"version": 2, "shapes": {"fc1.weight": [300, 784]}, "blocks": {"fc1.weight": [1, 1]}, "recipe": {...},
+     "architecture": {...}, "sha256": "..."}
+
+"blocks" informs of which blocks (R, C) each mask consists; "architecture" describes the dense model and is missing if
+that is not a tree of plain torch.nn modules (see `architecture`). The digest covers all of it: a damaged file is an
+error and never another ticket. A digest keeps nobody out: all that a file says is checked before anything is computed
+of it. Files of version 1 have int32 indices and neither blocks nor an architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .architecture import build
+from .pattern import MAX_INT32, Pattern, block_of, matrix_shape
+
+VERSION = 2
+REQUIRED = {"version", "shapes", "recipe"}
+OPTIONAL = {1: set(), 2: {"blocks", "architecture"}}
+MAX_INT16_COLUMNS = 2**15
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Contents(NamedTuple):
+    """What a file holds. layers: (pattern, values (nnz,)) of each masked weight, as a matrix; shapes: of these weights;
+    dense: all other tensors; architecture: None if unknown."""
+
+    layers: dict[str, tuple[Pattern, Tensor]]
+    shapes: dict[str, tuple[int, ...]]
+    dense: dict[str, Tensor]
+    recipe: dict[str, Any]
+    architecture: dict[str, Any] | None
+
+
+def write(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write the file, atomically: at `path` there is either what was there before or all of it."""
+    tensors, blocks = dict(contents.dense), {}
+    for name, (pattern, values) in contents.layers.items():
+        narrow = torch.int16 if pattern.shape[1] <= MAX_INT16_COLUMNS else torch.int32
+        parts = values, pattern.crow_indices, pattern.col_indices.to(narrow)
+        tensors.update(zip(_csr_names(name), parts, strict=True))
+        blocks[name] = block_of(pattern, contents.shapes[name])
+    head = {"version": VERSION, "shapes": contents.shapes, "blocks": blocks, "recipe": contents.recipe}
+    if contents.architecture is not None:
+        head["architecture"] = contents.architecture
+    head = json_copy("head", head)
+    head["sha256"] = digest(head, tensors)
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"ticket": json.dumps(head)})
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Read a file that `write` wrote, every invariant checked; no dense weight is made of a masked one.
+
+    The tensors are copies that later changes of the file do not reach.
+    Raises OSError if it cannot be read, ValueError naming it if it is foreign, truncated, altered, of a newer version
+    or not well formed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a ticket file, got a folder")
+    with refusals_name(path):
+        return _contents(*read_safetensors(path.read_bytes()))
+
+
+def read_safetensors(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file's bytes; ValueError if it is none."""
+    try:
+        tensors = load_tensors(data)
+        header = loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"not a safetensors file, or a damaged one: {error}") from None
+    return header.get("__metadata__") or {}, tensors
+
+
+def _contents(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Contents:
+    if "ticket" not in metadata:
+        raise ValueError(f"not a ticket: expected a metadata entry 'ticket', got {sorted(metadata)}")
+    head = loads(metadata["ticket"])
+    if not isinstance(head, dict):
+        raise ValueError(f"not a ticket: expected a JSON object in its metadata, got {type(head).__name__}")
+    version = head.get("version")
+    if type(version) is not int or version not in OPTIONAL:
+        raise ValueError(f"expected a ticket of version 1 to {VERSION}, got {version!r}")
+    if head.pop("sha256", None) != digest(head, tensors):
+        raise ValueError("damaged ticket: its contents do not match their sha256")
+    if not REQUIRED <= head.keys() <= REQUIRED | OPTIONAL[version]:
+        raise ValueError(f"expected version, shapes and recipe in the ticket's metadata, got {list(head)}")
+    if not isinstance(head["recipe"], dict):
+        raise ValueError(f"recipe: expected a mapping, got {type(head['recipe']).__name__}")
+    layers, shapes = {}, checked_shapes(head["shapes"])
+    checked_blocks(head.get("blocks", {}), shapes)
+    for name, shape in shapes.items():
+        names = _csr_names(name)
+        if missing := [part for part in names if part not in tensors]:
+            raise ValueError(f"{name}: missing {missing}")
+        values, crow_indices, col_indices = (tensors.pop(part) for part in names)
+        layers[name] = Pattern(crow_indices, col_indices, matrix_shape(shape)), values
+    return checked(Contents(layers, shapes, tensors, head["recipe"], head.get("architecture")))
+
+
+def checked(contents: Contents) -> Contents:
+    """The same, or ValueError: patterns, values and shapes that do not fit together, or not with the architecture."""
+    layers = {}
+    for name, (pattern, values) in contents.layers.items():
+        if name in contents.dense:
+            raise ValueError(f"{name}: expected it to be either dense or sparse, got both")
+        try:
+            if pattern.shape != (matrix := matrix_shape(contents.shapes[name])):
+                raise ValueError(f"expected a matrix {matrix}, got {pattern.shape}")
+            layers[name] = pattern.validate(), values
+            if values.dtype not in DTYPES or values.shape != (pattern.nnz,):
+                expected = f"{pattern.nnz} floating-point numbers"
+                raise ValueError(f"values: expected {expected}, got {values.dtype} {tuple(values.shape)}")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    contents = contents._replace(layers=layers)
+    if contents.architecture is not None:
+        _check_architecture(contents)
+    return contents
+
+
+def _check_architecture(contents: Contents) -> None:
+    """Has the described model the names and shapes of these tensors, and each module one floating-point dtype?"""
+    expected = build(contents.architecture).state_dict()
+    found = contents.shapes | {name: tuple(tensor.shape) for name, tensor in contents.dense.items()}
+    if differ := sorted(
+        n for n in expected.keys() | found.keys() if n not in expected or expected[n].shape != found.get(n)
+    ):
+        raise ValueError(f"architecture: expected a model with these tensors, got one with another {differ[0]!r}")
+    dtypes = {name: tensor.dtype for name, tensor in contents.dense.items()}
+    dtypes |= {name: values.dtype for name, (_, values) in contents.layers.items()}
+    of_module: dict[str, torch.dtype] = {}
+    for name, like in expected.items():
+        dtype = dtypes[name]
+        if like.is_floating_point():
+            if dtype not in DTYPES or of_module.setdefault(name.rpartition(".")[0], dtype) != dtype:
+                raise ValueError(f"{name}: expected the floating-point dtype of its module, got {dtype}")
+        elif dtype != like.dtype:
+            raise ValueError(f"{name}: expected {like.dtype}, got {dtype}")
+
+
+def checked_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of masked weights, as read from a file; ValueError if they are none."""
+    if not isinstance(shapes, dict):
+        raise ValueError(f"shapes: expected a mapping, got {type(shapes).__name__}")
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if parts[-1] != "weight" or not all(parts):
+            raise ValueError(f"shapes: expected '<layer>.weight', got {name!r}")
+        if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not all(_is_size(size) for size in shape):
+            raise ValueError(f"shapes[{name!r}]: expected two sizes or more, got {shape!r}")
+        if max(matrix_shape(shape)) > MAX_INT32:
+            raise ValueError(f"shapes[{name!r}]: expected at most {MAX_INT32} rows and columns, got {shape!r}")
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def checked_blocks(blocks: Any, shapes: Mapping[str, Any]) -> None:
+    """Raise ValueError unless it gives (R, C) for some of the weights. It informs; nothing is computed of it."""
+    if not isinstance(blocks, dict) or not blocks.keys() <= shapes.keys():
+        raise ValueError("blocks: expected a mapping of the names in shapes")
+    for name, block in blocks.items():
+        if not isinstance(block, list) or len(block) != 2 or not all(_is_size(side) and side for side in block):
+            raise ValueError(f"blocks[{name!r}]: expected (rows, columns), got {block!r}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INT32
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, for a file or a folder: renamed to it on success, removed on failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def refusals_name(path: Path) -> Iterator[None]:
+    """Refusals of what the file holds become ValueErrors that name it."""
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def loads(text: str | bytes) -> Any:
+    """JSON of a file; ValueError also for keys that occur twice and for nesting without end."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("expected JSON of a few levels, got too many") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("expected JSON keys to be unique, got one twice")
+    return mapping
+
+
+def json_copy(what: str, value: Any) -> Any:
+    """`value` as JSON would give it back (tuples become lists); TypeError naming `what` if it cannot."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what}: expected JSON-able contents, got {value!r}: {error}") from None
+
+
+def _csr_names(name: str) -> list[str]:
+    """Of a masked weight in a converted model's state_dict: "fc1.weight" -> ["fc1.values", ...]."""
+    return [name.removesuffix("weight") + part for part in ("values", "crow_indices", "col_indices")]
+
+
+def digest(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the head and of every tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,83 @@
+"""Masks that were made elsewhere, as `convert` takes them: bool tensors keyed by weight name.
+
+A dict of bool tensors from anywhere is taken by `convert` as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .masks import Masks
+from .pattern import matrix_shape
+
+
+def masks_from_torch_prune(model: nn.Module) -> Masks:
+    """The masks of all weights that torch.nn.utils.prune has pruned.
+
+    `convert` refuses such layers, as they would lose their masks; so, for each, then
+    `torch.nn.utils.prune.remove(layer, "weight")`, and `convert(model, masks)`.
+    Raises ValueError if something other than a weight is pruned too, or nothing is.
+    """
+    masks = {}
+    for name, module in model.named_modules():
+        for part in (each.removesuffix("_mask") for each in module._buffers if each.endswith("_mask")):
+            if f"{part}_orig" not in module._parameters:
+                continue
+            full = f"{name}.{part}" if name else part
+            if part != "weight":
+                raise ValueError(f"{full}: expected only weights to be pruned; only those have masks here")
+            masks[full] = module._buffers["weight_mask"].bool()
+    if not masks:
+        raise ValueError("model: expected one that torch.nn.utils.prune has pruned, found no weight_mask in it")
+    return masks
+
+
+def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[str] | None = None) -> Masks:
+    """False where a weight is exactly zero: for dense checkpoints that keep no masks. Never done unless asked for.
+
+    A survivor that happens to be zero is lost: prefer masks where there are any.
+    source: a dense model, whose nn.Linear and nn.Conv2d are looked at, or a state_dict with `names` to look at.
+    names: only these weights; None: of a model, all those that contain a zero.
+    Raises ValueError for a state_dict without names or a name that is not there.
+    """
+    if isinstance(source, nn.Module):
+        kinds = (nn.Linear, nn.Conv2d)
+        layers = [(name, layer) for name, layer in source.named_modules() if type(layer) in kinds]
+        weights = {f"{name}.weight" if name else "weight": layer.weight.detach() for name, layer in layers}
+        if names is None:
+            names = [name for name, weight in weights.items() if not bool(weight.all())]
+    elif names is None:
+        raise ValueError("names: expected the weights to look at in a state_dict, got None")
+    else:
+        weights = source
+    if missing := [name for name in names if name not in weights]:
+        raise ValueError(f"names: expected some of {list(weights)}, got {missing}")
+    return {name: weights[name] != 0 for name in names}
+
+
+def masks_from_scipy(matrices: Mapping[str, Any], model: nn.Module | None = None) -> Masks:
+    """True where a scipy sparse matrix or array stores an entry, a zero too.
+
+    matrices: of weights (O, ...) as matrices (O, I), by weight name.
+    model: that the masks are for, which gives their shapes; None: all are matrices.
+    Raises ValueError for a name that the model lacks or a matrix of another shape, TypeError for what is not sparse.
+    """
+    masks, shapes = {}, None if model is None else {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, matrix in matrices.items():
+        if not hasattr(matrix, "tocoo"):
+            raise TypeError(f"matrices[{name!r}]: expected a scipy sparse matrix, got {type(matrix).__name__}")
+        if shapes is not None and name not in shapes:
+            raise ValueError(f"matrices: expected names among {list(shapes)}, got {name!r}")
+        shape = tuple(matrix.shape) if shapes is None else shapes[name]
+        if tuple(matrix.shape) != matrix_shape(shape):
+            raise ValueError(f"matrices[{name!r}]: expected shape {matrix_shape(shape)}, got {tuple(matrix.shape)}")
+        entries = matrix.tocoo()
+        stored = np.zeros(matrix.shape, dtype=bool)
+        stored[entries.row, entries.col] = True
+        masks[name] = torch.from_numpy(stored).view(shape)
+    return masks

@@ -1,0 +1,158 @@
+"""A frozen masked layer: survivors in CSR, packed for a kernel when one first asks for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import cpu, cpu_net, native
+from ..kernels.reference import Geometry, Norm
+from ..maskable import MASKED
+from ..nn import MaskedConv2d, MaskedLayer
+from ..pattern import Pattern
+from ..random_state import random_state_kept
+
+FEW_ROWS = 64  # of a batch for linear layers: up to here threads need not share weights, nor read x from L1
+FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enough for kernels that share each weight
+
+
+class Cache:
+    """What is made once for a key, by whichever thread comes first, and read by all."""
+
+    def __init__(self) -> None:
+        self._lock, self._made = threading.Lock(), {}
+
+    def __call__(self, key: object, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            with self._lock:
+                if key not in self._made:
+                    self._made[key] = make()
+        return self._made[key]
+
+    def __reduce__(self) -> tuple:
+        return Cache, ()  # a copy makes its own
+
+
+class FrozenLayer(nn.Module):
+    """y = x Wᵀ + b or x * W + b as an nn.Linear or nn.Conv2d computes it, of the survivors of W alone.
+
+    `values`, `crow_indices`, `col_indices` and `bias` are buffers, and not to be changed.
+    """
+
+    def __init__(self, dense: nn.Linear | nn.Conv2d, pattern: Pattern, values: Tensor, bias: Tensor | None) -> None:
+        """dense: for its arguments alone; it may be on the meta device."""
+        super().__init__()
+        self._kind = MASKED[type(dense)]
+        self._arguments = {name: getattr(dense, name) for name in self._kind.arguments}
+        self.density = pattern.density
+        self.geometry: Geometry | None = None
+        if self._kind is MaskedConv2d:
+            with random_state_kept():
+                self.geometry = MaskedConv2d(**self._arguments, bias=False, mask=_no_mask(dense)).geometry
+        for name, tensor in (("values", values), ("bias", bias)):
+            self.register_buffer(name, tensor)
+        self.register_buffer("crow_indices", pattern.crow_indices)
+        self.register_buffer("col_indices", pattern.col_indices)
+        self._made = Cache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As that of the dense layer."""
+        if not self.is_native or not runs_native(x) or x.dim() == 0:
+            return self._made("masked", self._masked)(x)
+        if self.geometry is None:
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            return chain_of([self], self._made, *rows.shape)(rows).view(*x.shape[:-1], -1)
+        return self._made("masked", self._masked)(x) if x.dim() != 4 else self.convolve(x)
+
+    @property
+    def is_native(self) -> bool:
+        """Do our kernels for frozen nets take it: fp32 on the CPU, padded by zeros?"""
+        zeros = self._arguments.get("padding_mode", "zeros") == "zeros"
+        return native.available() and self.values.is_cpu and self.values.dtype == torch.float32 and zeros
+
+    def stage(self, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> cpu_net.Stage:
+        """The layer and what follows it, for cpu_net."""
+        indices = self.crow_indices, self.col_indices, self.values
+        if self.geometry is None:
+            return cpu_net.Linear(self._arguments["in_features"], *indices, self.bias, relu)
+        scale, shift = None, self.bias
+        if norm is not None:
+            scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+            shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+            shift = shift if self.bias is None else shift + self.bias * scale
+        return cpu_net.Conv(self.geometry, *indices, scale, shift, relu, pool)
+
+    def convolve(self, x: Tensor, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> Tensor:
+        """max_pool?(relu?(norm?(layer(x)))), each weight read once for many images."""
+        channels, (height, width) = self.geometry.channels, self.geometry.output_size(*x.shape[2:])
+        if x.shape[1] != channels or min(height, width) < pool:
+            raise ValueError(f"x: expected images of {channels} channels that the kernel fits, got {tuple(x.shape)}")
+        indices = self.crow_indices, self.col_indices
+        plan = self._made("plan", lambda: cpu.conv_plan(*indices, self.geometry, backward=False))
+        statistics = norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        args = x, self.values, self.bias, *indices, plan, self.geometry, relu, pool, statistics
+        with torch.no_grad():
+            return cpu.conv_forward(*args)[0]
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer, its weight with zeros where nothing survived."""
+        return self._masked().to_dense().requires_grad_(False)
+
+    def _masked(self) -> MaskedLayer:
+        with random_state_kept():
+            masked = self._kind(
+                **self._arguments,
+                mask=_no_mask(self._kind.dense_type(**self._arguments, device="meta")),
+                bias=self.bias is not None,
+                device=self.values.device,
+                dtype=self.values.dtype,
+            )
+        masked.load_state_dict(self.state_dict())
+        return masked.requires_grad_(False).eval()
+
+    def _apply(self, fn, recurse=True):
+        self._made = Cache()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        arguments = "".join(f"{name}={value!r}, " for name, value in self._arguments.items())
+        return f"{arguments}bias={self.bias is not None}, density={self.density:.4g}"
+
+
+def chain_of(
+    layers: list[FrozenLayer], made: Cache, batch: int, features: int
+) -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
+    """The packed chain for x (batch, features): sparse dot products for one sample, for more of them lanes."""
+    threads, last = torch.get_num_threads(), len(layers) - 1
+    if features != layers[0]._arguments["in_features"]:
+        raise ValueError(f"x: expected {layers[0]._arguments['in_features']} features, got {features}")
+
+    def pack() -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
+        stages = [layer.stage(relu=i < last) for i, layer in enumerate(layers)]
+        if kind is cpu_net.Net:
+            return cpu_net.Net(stages, (features,), threads)
+        return kind(stages, threads)
+
+    kind = cpu_net.Net if batch == 1 else cpu_net.Rows if batch <= FEW_ROWS else cpu_net.Chain
+    return made((kind, threads), pack)
+
+
+def runs_native(x: Tensor) -> bool:
+    """Is x an ordinary fp32 tensor on the CPU that nothing traces?"""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _no_mask(dense: nn.Module) -> Tensor:
+    """A mask of the weight's shape in which nothing survives, in a byte of memory."""
+    return torch.zeros(1, dtype=torch.bool).expand(dense.weight.shape)

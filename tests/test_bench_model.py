@@ -1,0 +1,85 @@
+"""The bench-model table: who is in it, what it says of who is not, and that wrong results stop it."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparselottery import Ticket, bench_model, convert, prune
+from sparselottery.cli import main
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Dense torch, and somebody who is not installed: compilers and exporters take too long here."""
+    monkeypatch.setattr(bench_model, "MAKERS", {"torch": bench_model.torch_dense, "other": lambda model, x: None})
+    monkeypatch.setattr(bench_model, "NEEDS", {"other": ("a_package_that_nobody_has",)})
+
+
+@pytest.fixture
+def ticket(tmp_path):
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    path = tmp_path / "net.safetensors"
+    Ticket.from_model(convert(model, prune(model, 0.8, method="random"))).save(path)
+    return path
+
+
+def test_rows(ways, ticket):
+    rows = bench_model.bench_model(ticket, [1, 3], seconds=0.01)
+    assert [(row["batch"], row["impl"]) for row in rows] == [
+        (batch, impl) for batch in (1, 3) for impl in ("sparselottery", "torch", "other")
+    ]
+    for row in rows:
+        if row["impl"] == "other":
+            assert row["median_ms"] is None
+            assert row["note"] == "not installed: a_package_that_nobody_has"
+        else:
+            assert 0 < row["median_ms"] <= row["p99_ms"]
+            assert row["items_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
+    assert rows[0]["speedup"] == 1
+
+
+def test_wrong_results_are_not_timed(ways, ticket, monkeypatch):
+    wrong = {"torch": bench_model.torch_dense, "wrong": lambda model, x: lambda: model(x) + 0.1}
+    monkeypatch.setattr(bench_model, "MAKERS", wrong)
+    with pytest.raises(RuntimeError, match="wrong: expected the result of torch"):
+        bench_model.bench_model(ticket, [2], seconds=0.01)
+
+
+def test_nan_is_wrong():
+    nan = torch.tensor([float("nan")])
+    with pytest.raises(RuntimeError):
+        bench_model.check({"torch": lambda: torch.ones(1), "nan": lambda: nan})
+
+
+def test_onnxruntime_and_openvino_agree(ticket):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)).eval().requires_grad_(False)
+    x = torch.randn(2, 20)
+    assert np.allclose(bench_model.onnxruntime_dense(dense, x)(), dense(x), atol=1e-5)
+
+
+def test_the_shape_of_images_must_be_said(ways, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+    path = tmp_path / "net.safetensors"
+    Ticket.from_model(convert(model, prune(model, 0.8, method="random"))).save(path)
+    with pytest.raises(ValueError, match="shape: expected that of one input"):
+        bench_model.bench_model(path, [1])
+    assert bench_model.bench_model(path, [1], (3, 8, 8), seconds=0.01)[0]["median_ms"] > 0
+
+
+def test_command(ways, ticket, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["bench-model", str(ticket), "--batch", "1,2", "--seconds", "0.01", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "sparselottery" in printed
+    assert "a_package_that_nobody_has" in printed
+    with (out / "table.csv").open() as file:
+        assert [row["impl"] for row in csv.DictReader(file)] == ["sparselottery", "torch", "other"] * 2
+    assert (out / "plot.svg").stat().st_size > 1000
+    assert main(["bench-model", str(tmp_path / "missing.safetensors")]) == 2
