@@ -58,9 +58,7 @@ def early_stop(curves: Mapping[str, Sequence[float]]) -> tuple[int, float]:
     """
     iterations, losses, accuracies = (curves[key] for key in ("iteration", "val_loss", "test_accuracy"))
     if not len(iterations) == len(losses) == len(accuracies) > 0:
-        raise ValueError(
-            f"curves: expected lists of one length, got {[len(iterations), len(losses), len(accuracies)]}"
-        )
+        raise ValueError(f"curves: expected lists of one length, got {[len(iterations), len(losses), len(accuracies)]}")
     best = min(range(len(losses)), key=losses.__getitem__)
     return int(iterations[best]), float(accuracies[best])
 
