@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """|trained - initial| of one layer's weights, 1-D: of those that survive the next pruning, and of those it takes."""
+    """|trained - initial| of one layer's weights, 1-D: of those that the next pruning keeps, and takes."""
 
     kept: Tensor
     pruned: Tensor

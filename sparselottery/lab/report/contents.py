@@ -7,7 +7,6 @@ import math
 from matplotlib.figure import Figure
 
 from ...ticket import Ticket
-from .. import analyses
 from . import draw, figures, page
 from .figures import Drawing, Picture, file_name
 from .read import TICKET, Run
@@ -44,10 +43,10 @@ def drawings(rows: Rows) -> list[Drawing]:
     figure = figures.against_weights(rounds, "early_stop_iteration", "iteration of early stop")
     add("tickets", "early-stop", "Early stop, in iterations", f"Iteration of early stop {against}", figure)
     if any(row["control"] == TICKET for row in rows["curves"]):
-        floor = figures.accuracy_floor([row for row in rows["curves"] if row["control"] == TICKET])
+        limits = figures.accuracy_limits([row for row in rows["curves"] if row["control"] == TICKET])
         for control in CURVED:
             label = draw.style(control).label
-            figure = figures.accuracy_curves(rows["curves"], few, control, floor)
+            figure = figures.accuracy_curves(rows["curves"], few, control, limits)
             add("curves", f"curves-{control}", f"Training the {label}", f"Test accuracy of the {label}", figure)
     figure = figures.step_times(rounds)
     add("time", "step", "Time per training step", "Milliseconds per step, sparse and w * mask", figure)
@@ -77,7 +76,7 @@ def drawings(rows: Rows) -> list[Drawing]:
 
 
 def middle_round(few: dict[int, float]) -> int:
-    """The one whose masks are looked at: of those shown, the last with at least a tenth of the weights; else the first."""
+    """The one whose masks are looked at: the last of a few with a tenth of the weights or more; else the first."""
     return max((number for number, density in few.items() if density >= 0.1), default=min(few))
 
 
@@ -100,7 +99,7 @@ def pictures(run: Run, rows: Rows) -> list[Picture]:
     masks = {name: mask for name, mask in Ticket.load(path).masks.items() if mask.numel() <= BITMAP_WEIGHTS}
     for name in [list(masks)[i] for i in spread(range(len(masks)), BITMAPS)]:
         mask = masks[name].flatten(1)
-        title = f"{page.layer(name)}, {mask.shape[0]} × {mask.shape[1]}"
+        title = f"{page.layer(name)}, {mask.shape[0]} {draw.TIMES} {mask.shape[1]}"
         image = figures.bitmap(mask.numpy())
         found.append(Picture(file_name("mask", page.layer(name)), "masks", title, image, mask.shape[1]))
     return found
@@ -161,7 +160,8 @@ def sections(run: Run, rows: Rows, drawn: list[Drawing], pictured: list[Picture]
         ),
         page.section(
             "Initial values of the survivors",
-            f"Filled: all initial weights of the layer; lines: what survives, from few prunings (violet) to many (yellow).{partly}",
+            f"Filled: all initial weights of the layer; lines: what survives, by weights left.{partly}",
+            page.round_key({number: density for number, density in few.items() if number}, few),
             of("distributions", "panels"),
         ),
         page.section(
@@ -172,7 +172,8 @@ def sections(run: Run, rows: Rows, drawn: list[Drawing], pictured: list[Picture]
         ),
         page.section(
             "Connections per unit",
-            f"With {looked} % of all weights left: connections into a layer's units and out of its inputs, over their mean.{partly}",
+            f"With {looked} % of all weights left: connections into a layer's units and out of its inputs, over their "
+            f"mean.{partly}",
             of("degrees", "panels"),
         ),
         page.section(

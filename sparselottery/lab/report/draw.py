@@ -16,6 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from .tables import spread
+
+TIMES, MINUS, DASH = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{EN DASH}"
 INK, MUTED, GRID = "#1d2430", "#667085", "#dfe3ea"
 OURS, THEIRS = "#0b5cad", "#667085"  # our kernels, and w * mask
 DARK = {  # of each colour, what stands for it on a dark page
@@ -54,10 +57,10 @@ STYLES = {
     "rearranged": Style("rearranged mask", "#b07d00", "D"),
     "one-shot": Style("one-shot", "#007a5a", "^"),
     "survivors": Style("survivors' values", "#a8408a", "v"),
-    "noise-0.5": Style("noise 0.5 σ", "#a3263f", "P", "-"),
-    "noise-1": Style("noise 1 σ", "#a3263f", "P", "--"),
-    "noise-2": Style("noise 2 σ", "#a3263f", "P", "-."),
-    "noise-3": Style("noise 3 σ", "#a3263f", "P", ":"),
+    "noise-0.5": Style("noise 0.5 sigma", "#a3263f", "P", "-"),
+    "noise-1": Style("noise 1 sigma", "#a3263f", "P", "--"),
+    "noise-2": Style("noise 2 sigma", "#a3263f", "P", "-."),
+    "noise-3": Style("noise 3 sigma", "#a3263f", "P", ":"),
     "order": Style("other data order", "#2a93b8", "X"),
     "pruned": Style("before the reset", MUTED, "v", "--"),
     "reset": Style("after a reset", "#5f7d1a", "<"),
@@ -116,10 +119,8 @@ def canvas(width: float = 5.2, height: float = 3.5) -> Iterator[Axes]:
 def weights_left(axes: Axes, densities: Sequence[float]) -> None:
     """The paper's x axis: percent of weights left, logarithmic, falling."""
     axes.set_xscale("log")
-    ticks = [max(densities)]
-    for density in sorted(densities, reverse=True):
-        if density < ticks[-1] / 1.6:
-            ticks.append(density)
+    falling = sorted(set(densities), reverse=True)
+    ticks = [falling[i] for i in spread(range(len(falling)))]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([percent(tick) for tick in ticks])
@@ -137,7 +138,7 @@ def percent(share: float) -> str:
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], size: float = 9.5) -> None:
     """Names lines (y of the last point, label, colour) at the right edge, moved apart where they would overlap."""
     figure = axes.figure
-    figure.draw_without_rendering()
+    figure.get_layout_engine().execute(figure)
     height = axes.get_window_extent().height * 72 / figure.dpi  # points
     (bottom, top), gap = axes.get_ylim(), size * 1.25
     places = [(min(max((y - bottom) / (top - bottom), 0), 1) * height, label, color) for y, label, color in ends]
@@ -149,7 +150,10 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], size: float =
             if overlap > 1e-3:
                 heights[i] -= overlap / 2
                 heights[i + 1] += overlap / 2
-        heights = [max(each, gap * i) for i, each in enumerate(heights)]
+        last = len(heights) - 1
+        heights = [
+            min(max(each, gap * i + size / 2), height - gap * (last - i) - size / 2) for i, each in enumerate(heights)
+        ]
     for y, (_, label, color) in zip(heights, places, strict=True):
         axes.annotate(label, (1, 0), (7, y), xycoords="axes fraction", textcoords="offset points", color=color,
                       va="center", fontsize=size, annotation_clip=False)  # fmt: skip
@@ -160,6 +164,7 @@ def svg(figure: Figure, name: str) -> str:
     text = io.StringIO()
     with rc_context(RC | {"svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # it is laid out
     element = text.getvalue()[text.getvalue().index("<svg") :].strip()
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     return re.sub(r'<g id="[^"]*"', "<g", element)

@@ -66,9 +66,11 @@ def against_weights(rows: Sequence[Row], key: str, ylabel: str, scale: float = 1
             _, color, marker, dashes = draw.style(control)
             x, y, low, high = zip(*points, strict=True)
             order = 3 if control == TICKET else 2
-            axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0, zorder=order - 1)
+            axes.fill_between(
+                x, low, high, color=color, alpha=0.16 if control == TICKET else 0.1, linewidth=0, zorder=order - 1
+            )
             axes.plot(x, y, color=color, marker=marker, linestyle=dashes, zorder=order)
-        draw.weights_left(axes, [point[0] for points in found.values() for point in points])
+        draw.weights_left(axes, [point[0] for point in found[TICKET]])
         axes.set_ylabel(ylabel)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         ends = [(points[-1][1], draw.style(name).label, draw.style(name).color) for name, points in found.items()]
@@ -76,7 +78,9 @@ def against_weights(rows: Sequence[Row], key: str, ylabel: str, scale: float = 1
         return axes.figure
 
 
-def accuracy_curves(rows: Sequence[Row], densities: Mapping[int, float], control: str, floor: float) -> Figure | None:
+def accuracy_curves(
+    rows: Sequence[Row], densities: Mapping[int, float], control: str, limits: tuple[float, float]
+) -> Figure | None:
     """Test accuracy while training, mean over trials, of a few rounds; the dense net's is dashed."""
     chosen = [row for row in rows if row["control"] == control and row["round"] in densities]
     if not chosen:
@@ -93,19 +97,20 @@ def accuracy_curves(rows: Sequence[Row], densities: Mapping[int, float], control
         if not ends:
             return None
         axes.set(xlabel="iterations", ylabel="test accuracy, %", xlim=(0, None))
-        axes.set_ylim(floor, None)
+        axes.set_ylim(limits)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         draw.label_ends(axes, ends)
         return axes.figure
 
 
-def accuracy_floor(rows: Sequence[Row]) -> float:
-    """Where the y axis of `accuracy_curves` begins, percent: below what tickets reach in a tenth of the iterations."""
+def accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """The y axis of `accuracy_curves`, percent: from what is reached in a tenth of the iterations to the best."""
     last = max(row["iteration"] for row in rows)
     late = [row["test_accuracy"] for row in rows if row["iteration"] >= last / 10]
-    low, high = np.quantile(late, 0.01), max(late)
-    return float(100 * (low - 0.1 * (high - low)))
+    low, high = 100 * float(np.quantile(late, 0.01)), 100 * max(late)
+    margin = 0.06 * (high - low) + 0.01
+    return low - margin, high + margin
 
 
 def step_times(rows: Sequence[Row]) -> Figure | None:
@@ -187,7 +192,7 @@ def movement(rows: Sequence[Row]) -> Figure | None:
             axes.plot(x, middle, color=color)
             ends.append((middle[-1], label, color))
         draw.weights_left(axes, x)
-        axes.set(ylabel="|trained − initial|", ylim=(0, None))
+        axes.set(ylabel="|trained - initial|", ylim=(0, None))
         draw.label_ends(axes, ends)
         return axes.figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -42,14 +42,14 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 def text(value: Any) -> str:
     """Escaped, for content and quoted attributes."""
-    return escape(str(value), quote=True)
+    return escape(str(value), quote=True).replace(" %", "&nbsp;%")
 
 
 def header(title: str, sentence: str, notes: Sequence[str], tiles: Sequence[Tile]) -> str:
     listed = "".join(f"<li>{text(note)}</li>" for note in notes)
     cards = "".join(
-        f'<div class="tile"><dt>{text(tile.what)}</dt><dd class="number" style="margin-left:0">{text(tile.number)}</dd>'
-        f'<dd class="detail">{text(tile.detail)}</dd></div>'
+        f'<div class="tile"><dt>{text(tile.what)}</dt><dd class="number">{text(tile.number)}</dd>'
+        f"<dd>{text(tile.detail)}</dd></div>"
         for tile in tiles
     )
     return (
@@ -103,35 +103,25 @@ def key(controls: Sequence[str]) -> str:
     return f'<ul class="key">{"".join(items)}</ul>' if controls else ""
 
 
+def round_key(densities: Mapping[int, float], colored: Mapping[int, float]) -> str:
+    """The colours of rounds, among all that have one."""
+    colors = dict(zip(colored, draw.sequence(len(colored)), strict=True))
+    items = "".join(
+        f'<li><i style="border-color:var(--{colors[number][1:]})"></i>{draw.percent(density)} %</li>'
+        for number, density in densities.items()
+    )
+    return f'<ul class="key">{items}</ul>'
+
+
 def round_table(rounds: Sequence[Row]) -> str:
     """Of the ticket: accuracy, iterations, milliseconds per step, seconds and bytes of each round."""
-    groups = (("", 2), ("test accuracy, %", 2), ("to early stop", 2), ("ms per step", 3), ("whole training", 2),
-              ("weights, KiB", 2))  # fmt: skip
-    names = ("round", "weights left, %", "early stop", "end", "iterations", "seconds", "sparse", "w * mask", "speed-up",
-             "iterations", "seconds", "sparse", "dense")  # fmt: skip
-    head = "".join(f'<th class="group" colspan="{count}">{text(name)}</th>' for name, count in groups)
-    head = f"<tr>{head}</tr><tr>{''.join(f'<th>{text(name)}</th>' for name in names)}</tr>"
+    groups = {group: sum(each == group for each, _, _ in COLUMNS) for group, _, _ in COLUMNS}
+    head = "".join(f'<th class="group" colspan="{count}">{text(group)}</th>' for group, count in groups.items())
+    names = "".join(f"<th>{text(name)}</th>" for _, name, _ in COLUMNS)
     body = ""
     for row in (row for row in rounds if row["control"] == TICKET):
-        speed = _ratio(row["dense_ms"], row["sparse_ms"])
-        reached = _product(row["early_stop_iteration"], row["train_step_ms"], 1e-3)
-        cells = (
-            str(row["round"]),
-            draw.percent(row["density"]),
-            _ranged(row, "early_stop_test_accuracy", 100, ".2f"),
-            _ranged(row, "final_test_accuracy", 100, ".2f"),
-            _ranged(row, "early_stop_iteration", 1, ",.0f"),
-            _plain(reached, ",.1f"),
-            _plain(row["sparse_ms"], ".3f"),
-            _plain(row["dense_ms"], ".3f"),
-            _plain(speed, ".2f") + ("×" if speed else ""),
-            _plain(row["iterations"], ",.0f"),
-            _ranged(row, "train_seconds", 1, ",.1f"),
-            _plain(_product(row["sparse_bytes"], 1 / 1024), ",.0f"),
-            _plain(_product(row["dense_bytes"], 1 / 1024), ",.0f"),
-        )
-        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+        body += f"<tr>{''.join(f'<td>{cell(row)}</td>' for _, _, cell in COLUMNS)}</tr>"
+    return _table(f"<tr>{head}</tr><tr>{names}</tr>", body)
 
 
 def control_table(rounds: Sequence[Row], column: str, scale: float, form: str) -> str:
@@ -141,12 +131,10 @@ def control_table(rounds: Sequence[Row], column: str, scale: float, form: str) -
     head = "".join(f"<th>{text(draw.style(name).label)}</th>" for name in controls)
     body = ""
     for row in controls[TICKET]:
-        cells = "".join(
-            f"<td>{_ranged(at[name, row['round']], column, scale, form) if (name, row['round']) in at else '–'}</td>"
-            for name in controls
-        )
-        body += f"<tr><td>{draw.percent(row['density'])}</td>{cells}</tr>"
-    return f'<div class="scroll"><table><thead><tr><th>weights left, %</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        found = [at.get((name, row["round"])) for name in controls]
+        cells = "".join(f"<td>{_ranged(each, column, scale, form) if each else draw.DASH}</td>" for each in found)
+        body += f"<tr><td>{100 * row['density']:.1f}</td>{cells}</tr>"
+    return _table(f"<tr><th>weights left, %</th>{head}</tr>", body)
 
 
 def density_table(layers: Sequence[Row], densities: Mapping[int, float]) -> str:
@@ -157,14 +145,11 @@ def density_table(layers: Sequence[Row], densities: Mapping[int, float]) -> str:
         cells = ""
         for group in grouped(rows, "round").values():
             share = sum(row["nnz"] for row in group) / sum(row["total"] for row in group)
-            cells += f'<td style="background:rgba(var(--heat),{0.04 + 0.42 * share:.2f})">{draw.percent(share)}</td>'
-        size = f"{text(rows[0]['shape'].replace('x', '×'))}"
+            cells += f'<td style="background:rgba(var(--heat),{0.04 + 0.42 * share:.2f})">{100 * share:.1f}</td>'
+        size = text(rows[0]["shape"].replace("x", draw.TIMES))
         body += f'<tr><td>{text(layer(name))} <span class="range">{size}</span></td>{cells}</tr>'
-    whole = "".join(f"<td>{draw.percent(density)}</td>" for density in densities.values())
-    return (
-        f'<div class="scroll"><table class="heat"><thead><tr><th>round</th>{head}</tr></thead>'
-        f"<tbody>{body}<tr><td><b>all layers</b></td>{whole}</tr></tbody></table></div>"
-    )
+    whole = "".join(f"<td>{100 * density:.1f}</td>" for density in densities.values())
+    return _table(f"<tr><th>round</th>{head}</tr>", f"{body}<tr><td><b>all layers</b></td>{whole}</tr>", "heat")
 
 
 def settings(run: Run) -> str:
@@ -176,7 +161,7 @@ def settings(run: Run) -> str:
         for part in shown.values()
         for name, value in part.items()
     )
-    return f'<details><summary>All settings</summary><div class="scroll settings"><table><tbody>{body}</tbody></table></div></details>'
+    return details("All settings", _table("", body, "settings"))
 
 
 def details(summary: str, contents: str) -> str:
@@ -192,21 +177,21 @@ def layer(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def _table(head: str, body: str, kind: str = "") -> str:
+    return f'<div class="scroll"><table class="{kind}"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
 def _ranged(row: Row, column: str, scale: float, form: str) -> str:
     """The mean and, where trials differ, how far they go."""
     if row[column] is None:
-        return "–"
+        return draw.DASH
     low, high = (f"{scale * row[column + end]:{form}}" for end in ("_min", "_max"))
     mean = f"{scale * row[column]:{form}}"
-    return mean if low == high else f'{mean} <span class="range">{low}–{high}</span>'
+    return mean if low == high else f'{mean} <span class="range">{low}{draw.DASH}{high}</span>'
 
 
 def _plain(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
+    return draw.DASH if value is None else f"{value:{form}}"
 
 
 def _product(*factors: float | None) -> float | None:
@@ -216,3 +201,34 @@ def _product(*factors: float | None) -> float | None:
             return None
         product *= factor
     return product
+
+
+def _percent(key: str) -> Callable[[Row], str]:
+    return lambda row: _ranged(row, key, 100, ".2f")
+
+
+def _times(form: str, *keys: str, scale: float = 1.0) -> Callable[[Row], str]:
+    """The product of some columns and ``scale``."""
+    return lambda row: _plain(_product(scale, *(row[key] for key in keys)), form)
+
+
+def _speed_up(row: Row) -> str:
+    return (
+        f"{row['dense_ms'] / row['sparse_ms']:.2f}{draw.TIMES}" if row["dense_ms"] and row["sparse_ms"] else draw.DASH
+    )
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (  # of `round_table`: group, name, cell
+    ("", "round", lambda row: str(row["round"])),
+    ("", "weights left, %", lambda row: f"{100 * row['density']:.1f}"),
+    ("test accuracy, %", "early stop", _percent("early_stop_test_accuracy")),
+    ("test accuracy, %", "end", _percent("final_test_accuracy")),
+    ("to early stop", "iterations", lambda row: _ranged(row, "early_stop_iteration", 1, ",.0f")),
+    ("to early stop", "seconds", _times(",.2f", "early_stop_iteration", "train_step_ms", scale=1e-3)),
+    ("to the end", "iterations", _times(",.0f", "iterations")),
+    ("to the end", "seconds", lambda row: _ranged(row, "train_seconds", 1, ",.2f")),
+    ("ms per step", "sparse", _times(".3f", "sparse_ms")),
+    ("ms per step", "w * mask", _times(".3f", "dense_ms")),
+    ("ms per step", "speed-up", _speed_up),
+    ("weights", "KiB", _times(",.0f", "sparse_bytes", scale=1 / 1024)),
+)

@@ -40,7 +40,7 @@ def sentence(run: Run) -> str:
     scope = {"layer": "layer by layer", "global": "globally"}.get(str(settings.get("scope", "")), "")
     words = f"{_number(trials)} trial{'s' * (trials != 1)} of {how} magnitude pruning, {_number(rounds)} rounds"
     if isinstance(settings.get("fraction"), float):
-        words += f" of {100 * settings['fraction']:.3g} %{scope and ' ' + scope}"
+        words += f" of {100 * settings['fraction']:.3g} %{scope and ', ' + scope}"
     if "iterations" in settings:
         words += f"; each training has {_number(settings['iterations'])} iterations"
         words += f" of {_number(settings['batch'])} images" if "batch" in settings else ""
@@ -94,12 +94,12 @@ def tiles(rounds: Sequence[Row], seconds: Sequence[Row]) -> list[Tile]:
         if good := [row for row in trained if row[accuracy] >= level]:
             least = min(good, key=lambda row: row["density"])
             detail = f"{_accuracy(least)} test accuracy; dense {_accuracy(dense)}"
-            found.append(Tile("smallest ticket no worse than dense", f"{draw.percent(least['density'])} %", detail))
+            found.append(Tile("Smallest matching ticket", f"{draw.percent(least['density'])} %", detail))
         if trained:
             best = max(trained, key=lambda row: row[accuracy])
             points = 100 * (best[accuracy] - level)
             detail = f"test accuracy at early stop over dense, with {_left(best)}"
-            found.append(Tile("most accurate ticket", f"{_signed(points)} pp", detail))
+            found.append(Tile("Most accurate ticket", f"{_signed(points)} pp", detail))
     if dense["early_stop_iteration"]:
         found.append(_early_stop(rounds, dense, pruned))
     timed = [row for row in pruned if row["sparse_ms"] and row["dense_ms"]]
@@ -108,14 +108,18 @@ def tiles(rounds: Sequence[Row], seconds: Sequence[Row]) -> list[Tile]:
         detail = (
             f"{fastest['sparse_ms']:.3g} ms against {fastest['dense_ms']:.3g} ms as w * mask, with {_left(fastest)}"
         )
-        found.append(Tile("time per step", f"{fastest['dense_ms'] / fastest['sparse_ms']:.1f}× faster", detail))
+        found.append(
+            Tile(
+                "Time per training step", f"{fastest['dense_ms'] / fastest['sparse_ms']:.1f}{draw.TIMES} faster", detail
+            )
+        )
     if seconds:
         last = seconds[-1]
         share = last["saved_seconds"] / last["dense_seconds"]
-        detail = (
-            f"{last['sparse_seconds']:,.3g} s of steps in a ladder against {last['dense_seconds']:,.3g} s as w * mask"
+        detail = f"{last['sparse_seconds']:,.3g} s of training steps against {last['dense_seconds']:,.3g} s as w * mask"
+        found.append(
+            Tile("Seconds of all rounds", f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}", detail)
         )
-        found.append(Tile("seconds in all", f"{abs(share):.0%} {'less' if share >= 0 else 'more'}", detail))
     return found
 
 
@@ -124,11 +128,11 @@ def _early_stop(rounds: Sequence[Row], dense: Row, pruned: Sequence[Row]) -> Til
     stopped = [row for row in pruned if row[key] is not None]
     first = min(stopped, key=lambda row: row[key])
     change = 1 - first[key] / dense[key]
-    detail = f"iterations to early stop, {first[key]:,.0f} against {dense[key]:,.0f}, with {_left(first)}"
+    detail = f"{first[key]:,.0f} against {dense[key]:,.0f} of the dense net, with {_left(first)}"
     reinit = next((row for row in rounds if (row["control"], row["round"]) == ("reinit", first["round"])), None)
     if reinit and reinit[key] is not None:
         detail += f"; its reinit {reinit[key]:,.0f}"
-    return Tile("early stop", f"{abs(change):.0%} {'fewer' if change >= 0 else 'more'}", detail)
+    return Tile("Iterations to early stop", f"{100 * abs(change):.0f} % {'fewer' if change >= 0 else 'more'}", detail)
 
 
 def _left(row: Row) -> str:
@@ -140,7 +144,7 @@ def _accuracy(row: Row) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:+.2f}".replace("-", draw.MINUS)
 
 
 def _number(value: Any) -> str:

@@ -112,8 +112,10 @@ def mean(rows: Iterable[Row], key: str, by: Callable[[Row], Any]) -> dict[Any, f
 
 
 def spread(values: Iterable[int], count: int = 6) -> list[int]:
-    """At most ``count`` of the values, the first and the last among them, evenly apart."""
+    """At most ``count`` of the values, evenly apart, the first and the last among them."""
     ordered = sorted(set(values))
-    if len(ordered) <= count:
-        return ordered
-    return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
+    step = -(-(len(ordered) - 1) // (count - 1)) or 1
+    chosen = ordered[::step]
+    if chosen[-1:] != ordered[-1:]:
+        chosen[-1 if 2 * (len(ordered) - 1) < (2 * len(chosen) - 1) * step else len(chosen) :] = ordered[-1:]
+    return chosen
