@@ -7,7 +7,7 @@ import math
 from matplotlib.figure import Figure
 
 from ...ticket import Ticket
-from . import draw, figures, page
+from . import draw, figures, page, tickets
 from .figures import Drawing, Picture, file_name
 from .read import TICKET, Run
 from .tables import Row, grouped, spread
@@ -183,7 +183,8 @@ def sections(run: Run, rows: Rows, drawn: list[Drawing], pictured: list[Picture]
         ),
         page.section(
             "Linear mode connectivity",
-            "The ticket trained twice on data in another order: test error on the straight line between the two. "
+            "The ticket trained twice, on data in another order: error on the straight line between the two, on "
+            f"the first {tickets.TEST_IMAGES:,} test images. "
             "Instability is the largest error on it less the mean of its ends.",
             of("connectivity"),
         ),

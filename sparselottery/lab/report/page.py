@@ -42,7 +42,7 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 def text(value: Any) -> str:
     """Escaped, for content and quoted attributes."""
-    return escape(str(value), quote=True).replace(" %", "&nbsp;%")
+    return escape(str(value), quote=True).replace(" %", "&nbsp;%").replace("w * mask", "w&nbsp;*&nbsp;mask")
 
 
 def header(title: str, sentence: str, notes: Sequence[str], tiles: Sequence[Tile]) -> str:

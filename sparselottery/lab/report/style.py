@@ -47,6 +47,7 @@ th:first-child,td:first-child {{text-align:left;padding-left:0}}
 th {{color:var(--muted);font-weight:600;vertical-align:bottom;line-height:1.25}}
 thead tr:last-child th {{border-bottom:1.5px solid var(--muted)}}
 thead .group {{padding-bottom:.1rem;font-size:.8rem;font-weight:500}}
+thead .group:not(:empty) {{border-bottom:1px solid var(--line)}}
 tbody td {{border-bottom:1px solid var(--line)}}
 tbody tr:hover td {{background:var(--card)}}
 .heat th:not(:first-child),.heat td:not(:first-child) {{text-align:center;padding:.36rem .3rem}}

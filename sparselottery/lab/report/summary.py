@@ -93,8 +93,8 @@ def tiles(rounds: Sequence[Row], seconds: Sequence[Row]) -> list[Tile]:
         level, trained = dense[accuracy], [row for row in pruned if row[accuracy] is not None]
         if good := [row for row in trained if row[accuracy] >= level]:
             least = min(good, key=lambda row: row["density"])
-            detail = f"{_accuracy(least)} test accuracy; dense {_accuracy(dense)}"
-            found.append(Tile("Smallest matching ticket", f"{draw.percent(least['density'])} %", detail))
+            detail = f"of the weights are enough: {_accuracy(least)} test accuracy; dense {_accuracy(dense)}"
+            found.append(Tile("Matching ticket", f"{draw.percent(least['density'])} %", detail))
         if trained:
             best = max(trained, key=lambda row: row[accuracy])
             points = 100 * (best[accuracy] - level)

@@ -16,7 +16,7 @@ from ..training import evaluate
 from .read import TICKET, Run
 from .tables import Row, spread
 
-ALL = "all layers"
+TEST_IMAGES = 2000  # of connectivity: enough for a percentage, few enough for a deep net
 QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -55,15 +55,18 @@ def resets(run: Run) -> bool:
 
 
 def connectivity(run: Run, points: int = 11) -> tuple[list[Row], str]:
-    """Test loss and accuracy between the ticket's weights and those of the control `order`, and why there is nothing.
+    """Test loss and error between the ticket's weights and those of the control `order`, and why there is nothing.
 
-    Both were trained from the same weights at the same mask. The rows of a trial's round are in the order of ``share``.
+    Both were trained from the same weights at the same mask. Of a few rounds, on the first TEST_IMAGES. The rows of a
+    trial's round are in the order of ``share``.
     """
     ladder = {(each.trial, each.round): each.weights for each in run.trainings if each.control == TICKET}
+    few = spread(number for _, number in ladder)
     pairs = [
         (each.trial, each.round, ladder[each.trial, each.round], each.weights)
         for each in run.trainings
         if each.control == "order" and each.draw == 0 and each.weights and (each.trial, each.round) in ladder
+        if each.round in few
     ]
     if not pairs:
         return [], ""
@@ -73,10 +76,11 @@ def connectivity(run: Run, points: int = 11) -> tuple[list[Row], str]:
         images = data.load(settings["data"])
     except (KeyError, TypeError, ValueError, OSError, ImportError) as error:
         return [], f"Linear mode connectivity was left out: {type(error).__name__}: {error}"
+    x, y = images.test_x[:TEST_IMAGES], images.test_y[:TEST_IMAGES]
     found = []
     for trial, number, one, other in pairs:
         ends = Ticket.load(one), Ticket.load(other)
-        line = analyses.connectivity(*ends, model, partial(evaluate, x=images.test_x, y=images.test_y), points)
+        line = analyses.connectivity(*ends, model, partial(evaluate, x=x, y=y), points)
         instability = analyses.instability([1 - accuracy for accuracy in line.accuracies])
         for share, loss, accuracy in zip(*line, strict=True):
             row = {"trial": trial, "round": number, "density": ends[0].density, "share": share, "test_loss": loss}
