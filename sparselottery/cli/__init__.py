@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get(str(error.name).partition(".")[0], "lab")
         return _fail(f"{error.name} is not installed: pip install 'sparselottery[{extra}]'")
     except KeyboardInterrupt:
-        hint = "; the same command goes on after the last finished round" if args.command in (find.find, lab.lab) else ""
+        resumes = args.command in (find.find, lab.lab)
+        hint = "; the same command goes on after the last finished round" if resumes else ""
         print(f"\nsparselottery: interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0

@@ -24,4 +24,4 @@ def net(ticket: Ticket) -> nn.Sequential:
     settings = ticket.recipe.get("settings") or {}
     if missing := {"model", "shape", "classes", "batch"} - settings.keys():
         raise ValueError(f"expected a ticket of `sparselottery find`, found one whose settings lack {sorted(missing)}")
-    return build(settings["model"], tuple(settings["shape"]), settings["classes"])
+    return build(settings["model"], tuple(settings["shape"]), settings["classes"], settings.get("dropout", 0.0))

@@ -49,7 +49,8 @@ def progress(description: str, total: int) -> Iterator[tuple[Callable[..., None]
     Yields ``update(completed=..., description=...)`` and ``say(line)``, which prints above the bar.
     """
     with bars() as (update, say):
-        yield partial(update, "", description=description, total=total), say
+        update(description, description=description, total=total)
+        yield partial(update, description), say
 
 
 @contextmanager

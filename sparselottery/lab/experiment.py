@@ -34,6 +34,7 @@ TRAIN_SETTINGS = (
     "eval_every",
     "seed",
     "optimizer",
+    "momentum",
     "weight_decay",
     "drops",
     "warmup",
@@ -175,7 +176,7 @@ def _evaluated(model: nn.Module, data: data_sets.Dataset) -> dict:
 
 def _net(settings: Settings, data: data_sets.Dataset) -> nn.Sequential:
     """A new net; its weights are drawn on the CPU, the same for every device."""
-    return build(settings.model, data.shape, data.classes).to(settings.device)
+    return build(settings.model, data.shape, data.classes, settings.dropout).to(settings.device)
 
 
 def pruning(settings: Settings, model: nn.Module) -> dict:
@@ -217,7 +218,7 @@ def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> di
     left alone.
     """
     stream = batches(data.train_x, data.train_y, settings.batch, seed=0, augment=settings.augment)
-    how = {"lr": settings.lr, "optimizer": settings.optimizer, "weight_decay": settings.weight_decay}
+    how = {key: getattr(settings, key) for key in ("lr", "optimizer", "weight_decay", "momentum")}
     sparse, dense = stepper(deepcopy(model), **how), stepper(masked_dense(model, masks_of(model)), **how)
     steps, options = (lambda: sparse(*next(stream)), lambda: dense(*next(stream))), {}
     if settings.device == "cuda":
