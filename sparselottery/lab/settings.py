@@ -147,12 +147,11 @@ def preset(data: str | None = None, model: str = "lenet-300-100", **changes: obj
 
 
 def scaled(settings: Settings, scale: float) -> Settings:
-    """The same experiment, shorter: all that is counted in iterations times ``scale``, rounded, trainings not to 0.
+    """The same experiment, shorter: iterations, warm-up and rewind step times ``scale``, rounded.
 
-    The number of evaluations shrinks with it: `eval_every` stays. Raises ValueError unless ``scale`` is positive.
+    There are fewer evaluations, not denser ones: `eval_every` stays. Raises ValueError unless ``scale`` is positive.
     """
     if not scale > 0:
         raise ValueError(f"scale: expected a positive number, got {scale}")
-    iterations = max(1, round(scale * settings.iterations))
-    warmup, rewind_step = (round(scale * each) for each in (settings.warmup, settings.rewind_step))
-    return replace(settings, iterations=iterations, warmup=warmup, rewind_step=rewind_step)
+    counts = {name: round(scale * getattr(settings, name)) for name in ("iterations", "warmup", "rewind_step")}
+    return replace(settings, **counts)
