@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -195,7 +197,16 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "controls": list(dict.fromkeys([*before.get("controls", ()), *grid.controls])),
         "draws": max(grid.draws, before.get("draws", 0)),
         "threads": grid.threads,
+        "machine": _machine(),
     }
+
+
+def _machine() -> str:
+    """The processor, its cores and torch, in a line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} CPUs, torch {torch.__version__}"
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
