@@ -12,7 +12,6 @@ from ..lab import data
 from ..lab.controls import CONTROLS
 from ..lab.executors import EXECUTORS, Event
 from ..lab.grid import Grid, Job, done, run
-from ..lab.report import write as write_report
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from .options import add_out, add_settings, given, names, positive, sizes
 from .tables import Columns, bars, header, row
@@ -95,7 +94,9 @@ def lab(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    print(write_report(args.run, args.out))
+    from ..lab.report import write  # matplotlib: an extra, and slow to import
+
+    print(write(args.run, args.out))
 
 
 def _watch(grid: Grid, events: Iterator[Event], before: int, total: int) -> list[tuple[Job, str]]:

@@ -76,7 +76,9 @@ def processes(work: Work, take: Take, place: Place) -> Iterator[Event]:
 
 def workers_of(place: Place) -> int:
     """How many jobs run at once on this machine: with a GPU one, else so many that each thread has a core."""
-    return place.workers or (1 if place.gpus else max(1, len(os.sched_getaffinity(0)) // place.threads))
+    ours = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(ours(0)) if ours else os.cpu_count() or 1
+    return place.workers or (1 if place.gpus else max(1, cores // place.threads))
 
 
 class _Worker:
