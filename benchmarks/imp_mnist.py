@@ -24,8 +24,9 @@ from benchmarks import results
 from sparselottery import convert
 from sparselottery.convert import dense_state, load_dense_state, prunable
 from sparselottery.lab import data
-from sparselottery.lab.controls import masked_dense, reinit
+from sparselottery.lab.controls import reinit
 from sparselottery.lab.experiment import REINIT_SEED, Settings, preset
+from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import lenet_300_100
 from sparselottery.lab.training import train
 from sparselottery.lottery import prune

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from sparselottery import convert
-from sparselottery.lab.controls import masked_dense
+from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import CIFAR10, build
 from sparselottery.lottery import prune
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import steps
 from sparselottery import convert, to_dense
-from sparselottery.lab.controls import masked_dense
+from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import CIFAR10, build
 from sparselottery.lottery import prune
 

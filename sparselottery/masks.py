@@ -105,24 +105,47 @@ def block_sums(tensor: Tensor, block: Block) -> Tensor:
 
 
 def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """The blocks with the smallest mean |w| go first. By their sums, those that the border cuts off would.
+    """The blocks with the smallest mean |w| go first; see `by_score`."""
+    return by_score(lambda name: weights[name].detach().abs(), masks)
 
-    The mean is float64, so that blocks of equal float32 weights tie, whatever their sizes. The score raises ValueError
-    for a layer with survivors that are not finite.
+
+def by_score(score_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:
+    """The blocks with the smallest mean score go first. By their sums, those that the border cuts off would.
+
+    score_of: layer -> scores of its single weights, of its mask's shape. The mean is float64, so that blocks of equal
+    float32 scores tie, whatever their sizes. The result raises ValueError for a layer with survivors that are not
+    finite.
     """
 
     def score(name: str, block: Block = (1, 1)) -> Tensor:
-        weight, mask = weights[name].detach(), masks[name]
-        scores = weight[mask].abs()
-        if bad := int((~scores.isfinite()).sum()):
+        mask = masks[name]
+        scores = score_of(name).to(mask.device)
+        alive = scores[mask]
+        if bad := int((~alive.isfinite()).sum()):
             raise ValueError(f"{name}: expected finite weights, got {bad} that are nan or inf")
         if block == (1, 1):
-            return scores
-        sums = block_sums(weight.abs().double().masked_fill(~mask, 0), block)
+            return alive
+        sums = block_sums(scores.double().masked_fill(~mask, 0), block)
         counts = block_sums(mask, block)
         return (sums / counts)[counts > 0]
 
     return score
+
+
+def to_counts(masks: Mapping[str, Tensor], chosen: Iterable[Pool], like: Mapping[str, Tensor]) -> list[Pool]:
+    """The pools with the fractions that leave each of them as many surviving blocks of `masks` as `like` has in it.
+
+    Raises ValueError for a pool of which `like` has more, and for a mask that has not whole blocks.
+    """
+    exact = []
+    for pool in chosen:
+        before, after = (
+            sum(int(grid_of(each, name, pool.block).sum()) for name in pool.names) for each in (masks, like)
+        )
+        if after > before:
+            raise ValueError(f"{', '.join(pool.names)}: expected at most {before} survivors, got {after}")
+        exact.append(pool._replace(fraction=(before - after) / max(before, 1)))
+    return exact
 
 
 def at_random(masks: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Score:

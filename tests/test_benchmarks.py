@@ -17,7 +17,7 @@ from benchmarks.conv_peers import ConvProblem
 from benchmarks.report import MASKED, MLP, Bar
 from benchmarks.timing import Candidate
 from sparselottery import convert, to_dense
-from sparselottery.lab.controls import masked_dense
+from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import conv_net
 from sparselottery.lottery import prune
 

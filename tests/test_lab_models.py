@@ -147,6 +147,26 @@ def test_build_takes_what_the_net_takes():
         build("conv-2", (784,), 10)
 
 
+def test_dropout_after_pools_and_hidden_units():
+    shape = (3, 8, 8)
+    model = build("conv-4", shape, 10, dropout=0.5)
+    names = [name for name, module in model.named_children() if isinstance(module, nn.Dropout)]
+    assert names == ["pool_dropout1", "pool_dropout2", "dropout1", "dropout2"]
+    order = list(dict(model.named_children()))
+    after = [order[order.index(name) - 1] for name in names]
+    assert after == ["pool1", "pool2", "relu1", "relu2"]
+    assert {module.p for module in model if isinstance(module, nn.Dropout)} == {0.5}
+    assert list(model.state_dict()) == list(build("conv-4", shape, 10).state_dict())
+    x = torch.randn(2, *shape)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    with pytest.raises(ValueError, match=r"dropout: expected 0 or one of the nets conv-2.*vgg-19"):
+        build("vgg-19", CIFAR10, 10, dropout=0.5)
+    with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
+        build("conv-2", shape, 10, dropout=1)
+
+
 def test_lenets_first_weights_are_those_of_the_committed_runs():
     torch.manual_seed(0)
     layer = nn.Linear(784, 300)

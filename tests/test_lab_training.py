@@ -66,10 +66,11 @@ def test_a_step_is_one_of_adam_on_the_cross_entropy(data):
         torch.testing.assert_close(a, b)
 
 
-def test_a_step_of_sgd_has_momentum_and_weight_decay(data):
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_step_of_sgd_has_momentum_and_weight_decay(data, momentum):
     ours, plain = reinit(factory, 0), reinit(factory, 0)
-    step = training.stepper(ours, 1e-2, "sgd", weight_decay=0.1)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
+    step = training.stepper(ours, 1e-2, "sgd", weight_decay=0.1, momentum=momentum)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-2, momentum=momentum, weight_decay=0.1)
     for x, y in islice(training.batches(data.train_x, data.train_y, 10, seed=0), 5):
         step(x, y)
         optimizer.zero_grad()
@@ -101,10 +102,10 @@ def test_every_step_has_its_rate(data, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "stepper", lambda *how: seen.append(how) or (lambda x, y, lr: seen.append(lr)))
     how = {"iterations": 12, "batch": 20, "lr": 0.6, "optimizer": "sgd", "weight_decay": 0.1, "eval_every": 5}
-    how |= {"drops": (0.5,), "warmup": 3}
+    how |= {"momentum": 0.5, "drops": (0.5,), "warmup": 3}
     model = reinit(factory, 0)
     training.train(model, data, **how)
-    assert seen[0] == (model, 0.6, "sgd", 0.1)
+    assert seen[0] == (model, 0.6, "sgd", 0.1, 0.5)
     assert seen[1:] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6] + [0.06] * 6)
     seen.clear()
     training.train(model, data, **how, stop=7)

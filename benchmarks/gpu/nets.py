@@ -18,7 +18,7 @@ from benchmarks.gpu.timing import Entry
 from benchmarks.timing import Candidate
 from sparselottery import convert, to_dense
 from sparselottery.convert import prunable
-from sparselottery.lab.controls import masked_dense
+from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import CIFAR10, build
 
 TOLERANCE = {"fp32": 1e-2, "bf16": 1e-1}  # rounding flips ReLUs; batchnorm over few pixels spreads each

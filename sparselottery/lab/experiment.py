@@ -19,8 +19,9 @@ from ..lottery import find_ticket
 from ..ticket import Ticket
 from ..timing import interleaved_ms
 from . import data as data_sets
-from .controls import masked_dense, reinit
+from .controls import reinit
 from .graph import WARM_UP
+from .masked_dense import masked_dense
 from .models import build
 from .training import batches, stepper, train
 

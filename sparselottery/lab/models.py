@@ -30,10 +30,13 @@ def conv_net(
     shape: Shape = CIFAR10,
     classes: int = 10,
     hidden: tuple[int, ...] = (256, 256),
+    dropout: float = 0.0,
 ) -> nn.Sequential:
     """Conv-2, -4, -6: for each of ``widths`` two 3x3 convolutions and a 2x2 max-pool, then linear layers.
 
-    ``conv1 conv_relu1 conv2 conv_relu2 pool1 ... flatten fc1 relu1 fc2 relu2 fc3``.
+    ``conv1 conv_relu1 conv2 conv_relu2 pool1 ... flatten fc1 relu1 fc2 relu2 fc3``. With ``dropout``, the share of
+    activations that is dropped in training (section 4 has 0.5, and not where), a ``pool_dropout1`` follows each pool
+    and a ``dropout1`` each ReLU of a linear layer.
     Maps (N, *shape), shape (C, H, W), to logits (N, classes).
     """
     channels, height, width = shape
@@ -44,9 +47,11 @@ def conv_net(
             layers[f"conv_relu{j}"] = nn.ReLU()
             channels = channels_out
         layers[f"pool{i}"] = nn.MaxPool2d(2)
+        if dropout:
+            layers[f"pool_dropout{i}"] = nn.Dropout(dropout)
         height, width = height // 2, width // 2
     layers["flatten"] = nn.Flatten()
-    layers.update(_linears(channels * height * width, hidden, classes))
+    layers.update(_linears(channels * height * width, hidden, classes, dropout))
     return nn.Sequential(layers)
 
 
@@ -115,8 +120,8 @@ def _lenet_of(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return lenet_300_100(*shape, classes)
 
 
-# Each takes the shape of an image and the number of classes.
-MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Sequential]] = {
+# Each takes the shape of an image and the number of classes; the `DROPOUT_MODELS` take `dropout`, too.
+MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "lenet-300-100": _lenet_of,
     "conv-2": partial(conv_net, (64,)),
     "conv-4": partial(conv_net, (64, 128)),
@@ -124,28 +129,40 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Sequential]] = {
     "resnet-18": resnet_18,
     "vgg-19": vgg_19,
 }
+DROPOUT_MODELS = ("conv-2", "conv-4", "conv-6")
 
 
-def build(name: str, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+def build(name: str, shape: tuple[int, ...], classes: int, dropout: float = 0.0) -> nn.Sequential:
     """The net called ``name``, one of `MODELS`, for images of ``shape``: (features,) for Lenet, else (C, H, W).
 
-    Raises ValueError for another name or an image of the wrong number of dimensions.
+    ``dropout``: in [0, 1), of Conv-2, -4 and -6; see `conv_net`.
+    Raises ValueError for another name, an image of the wrong number of dimensions, and dropout in another net.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
     expected = ("features",) if name == "lenet-300-100" else ("channels", "height", "width")
     if len(shape) != len(expected):
         raise ValueError(f"{name}: expected images of shape ({', '.join(expected)}), got {shape}")
-    return MODELS[name](shape, classes)
+    if dropout and name not in DROPOUT_MODELS:
+        raise ValueError(
+            f"dropout: expected 0 or one of the nets {', '.join(DROPOUT_MODELS)}, got {dropout} and {name}"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a value in [0, 1), got {dropout}")
+    return MODELS[name](shape, classes, **({"dropout": dropout} if dropout else {}))
 
 
-def _linears(in_features: int, hidden: Sequence[int], classes: int) -> OrderedDict[str, nn.Module]:
-    """``fc1 relu1 fc2 relu2 ...``, the last one without a ReLU."""
+def _linears(
+    in_features: int, hidden: Sequence[int], classes: int, dropout: float = 0.0
+) -> OrderedDict[str, nn.Module]:
+    """``fc1 relu1 fc2 relu2 ...``, the last one without a ReLU; with dropout, after each ReLU a ``dropout1 ...``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, (width_in, width_out) in enumerate(pairwise((in_features, *hidden, classes)), start=1):
         layers[f"fc{i}"] = _glorot(nn.Linear(width_in, width_out))
         if i <= len(hidden):
             layers[f"relu{i}"] = nn.ReLU()
+            if dropout:
+                layers[f"dropout{i}"] = nn.Dropout(dropout)
     return layers
 
 

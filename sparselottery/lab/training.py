@@ -34,6 +34,7 @@ def train(
     seed: int = 0,
     optimizer: str = "adam",
     weight_decay: float = 0.0,
+    momentum: float = 0.9,
     drops: Sequence[float] = (),
     warmup: int = 0,
     augment: bool = False,
@@ -76,7 +77,7 @@ def train(
             on_eval(iteration)
 
     model.train()
-    step = stepper(model, lr, optimizer, weight_decay)
+    step = stepper(model, lr, optimizer, weight_decay, momentum)
     rates = [learning_rate(each, iterations, lr, drops, warmup) for each in range(iterations)]
     stream = batches(data.train_x, data.train_y, batch, seed, start, augment)
     iteration = start
@@ -116,11 +117,11 @@ def learning_rate(iteration: int, iterations: int, lr: float, drops: Sequence[fl
 
 
 def stepper(
-    model: nn.Module, lr: float, optimizer: str = "adam", weight_decay: float = 0.0
+    model: nn.Module, lr: float, optimizer: str = "adam", weight_decay: float = 0.0, momentum: float = 0.9
 ) -> Callable[[Tensor, Tensor, float], None]:
     """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
 
-    ``optimizer`` is "adam" or "sgd", which has momentum 0.9; ``weight_decay`` is of all parameters. On a GPU the step
+    ``optimizer`` is "adam" or "sgd", whose ``momentum`` may be 0; ``weight_decay`` is of all parameters. On a GPU the step
     is a CUDA graph from its fourth call on. Raises ValueError for another name.
     """
     parameters = list(model.parameters())
@@ -128,7 +129,7 @@ def stepper(
     if optimizer == "adam":
         chosen = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=graphed)
     elif optimizer == "sgd":
-        chosen = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+        chosen = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     else:
         raise ValueError(f"optimizer: expected adam or sgd, got {optimizer!r}")
     (group,) = chosen.param_groups
