@@ -84,7 +84,7 @@ void forward(const Schedule& s, Range strips, const T* values, const T* bias, co
     });
 }
 
-// gx = Wᵀ gy where x > 0, else 0, and the gradient of the values.
+// gx = Wᵀ gy, but 0 where x <= 0, and the gradient of the values.
 template <class T>
 void input_gradient(const Schedule& s, Range strips, const T* values, const T* gy, const T* x, T* gx, T* gvalues,
                     int64_t width, int64_t ld) {
@@ -97,7 +97,7 @@ void input_gradient(const Schedule& s, Range strips, const T* values, const T* g
             fused_tile<T, R>(s, s.tiles + strip * s.blocks + b, values, gy + b * s.block * ld + column, Strided{ld}, in, ld,
                              out, ld, gvalues, !first);
         for (int64_t r = 0; r < height; ++r)
-            for (int64_t n = 0; n < columns; ++n) out[r * ld + n] = in[r * ld + n] > 0 ? out[r * ld + n] : T(0);
+            for (int64_t n = 0; n < columns; ++n) out[r * ld + n] = in[r * ld + n] <= 0 ? T(0) : out[r * ld + n];
     });
 }
 
