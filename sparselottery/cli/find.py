@@ -40,7 +40,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("find", find, "Find a ticket of one of the paper's nets by iterative magnitude pruning.")
     sub.add_argument("--model", choices=PRESETS, help="default: lenet-300-100")
     add_settings(sub, Settings, leave_out=["model"])
-    sub.add_argument("--scale", type=float, default=1.0, help="of all that is counted in iterations, default: 1")
+    sub.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="of the iterations, warm-up and rewind step; default: 1"
+    )
     sub.add_argument("--threads", type=positive, help="default: torch's")
     add_out(sub)
 
