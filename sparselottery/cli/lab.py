@@ -43,7 +43,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         )
         sub.set_defaults(command=lab, experiment=name)
         _add_grid(sub)
-        add_settings(sub, Settings, PRESETS[name], leave_out=["model"])
+        add_settings(sub, Settings, vars(PRESETS[name]), leave_out=["model"])
 
     text = "Write the figures and numbers of a run as one HTML page, with CSV files, PNGs and SVGs beside it."
     sub = command("report", report, text)

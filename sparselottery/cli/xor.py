@@ -23,7 +23,7 @@ NOTE = (
 def add_xor(experiments: argparse._SubParsersAction) -> None:
     sub = experiments.add_parser("xor", help="thousands of tiny nets", description=TEXT)
     sub.set_defaults(command=xor)
-    add_settings(sub, Settings, Settings())
+    add_settings(sub, Settings, vars(Settings()))
     sub.add_argument("--threads", type=positive, help="default: torch's")
     sub.add_argument("--print", action="store_true", help="show all settings and stop")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")

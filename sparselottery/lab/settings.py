@@ -7,6 +7,7 @@ import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..pattern import BLOCKS
 from . import data as data_sets
 from .models import MODELS
 
@@ -56,7 +57,11 @@ class Settings:
     conv_share: float = setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole")
     fc_share: float = setting(1.0, "of the fraction, in linear layers")
     output_share: float = setting(0.5, "of the fraction, in the output layer (paper App. G.4)")
-    granularity: tuple[int, int] = setting((1, 1), "blocks that are pruned whole; single weights in the output layer")
+    granularity: tuple[int, int] = setting(
+        (1, 1),
+        "blocks of rows (filters) x columns (channels at one tap) that are pruned whole, but for the output layer; "
+        f"GPUs have kernels for {', '.join(f'{rows}x{columns}' for rows, columns in BLOCKS)}",
+    )
     device: str = setting("cpu", "where to train", ("cpu", "cuda"))
 
     def __post_init__(self) -> None:
