@@ -17,7 +17,7 @@ from pathlib import Path
 
 TIMES = {"seconds", "train_seconds", "eval_seconds", "train_step_ms", "eval_ms", "sparse_ms", "dense_ms"}
 OPTIONS = [
-    *("--data", "digits", "--rounds", "2", "--iterations", "60", "--eval-every", "20"),
+    *("--data", "digits", "--rounds", "2", "--iterations", "40", "--eval-every", "20"),
     *("--trials", "2", "--controls", "reinit,order", "--draws", "1", "--workers", "2"),
 ]
 
