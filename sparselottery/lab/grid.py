@@ -183,12 +183,13 @@ def _seed(trial: int, job: Job) -> int:
 
 
 def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
-    """What grid.json says: more trials, controls and draws than now, if more were asked for before."""
+    """What grid.json says: all trials, controls, draws and rounds that were ever asked for."""
     path = folder / "grid.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     settings = json.loads(json.dumps(asdict(grid.settings)))
     if before and (before["settings"], before["threads"]) != (settings, grid.threads):
         raise ValueError(f"{path} is of a grid with other settings or threads: use another folder")
+    rounds = grid.rounds, before.get("rounds") if before else ()
     return {
         "settings": settings,
         "scale": grid.settings.scale,
@@ -196,6 +197,7 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "trials": max(grid.trials, before.get("trials", 0)),
         "controls": list(dict.fromkeys([*before.get("controls", ()), *grid.controls])),
         "draws": max(grid.draws, before.get("draws", 0)),
+        "rounds": None if None in rounds else sorted(set().union(*rounds)),
         "threads": grid.threads,
         "machine": _machine(),
     }
