@@ -25,12 +25,14 @@ from sparselottery import convert
 from sparselottery.convert import dense_state, load_dense_state, prunable
 from sparselottery.lab import data
 from sparselottery.lab.controls import reinit
-from sparselottery.lab.experiment import REINIT_SEED, Settings, preset
 from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import lenet_300_100
+from sparselottery.lab.settings import Settings, preset
 from sparselottery.lab.training import train
 from sparselottery.lottery import prune
 from sparselottery.masks import survivors
+
+REINIT_SEED = 1_000_003  # added to the seed: no trial's first weights are another trial's control
 
 
 class Round(NamedTuple):

@@ -81,6 +81,7 @@ def find_ticket(
     train: Callable[..., Mapping[str, Any] | None],
     *,
     rounds: int,
+    retrain: Callable[..., Mapping[str, Any] | None] | None = None,
     fraction: float = 0.2,
     rewind_step: int = 0,
     reset: bool = True,
@@ -119,6 +120,7 @@ def find_ticket(
             With `rewind_step=k > 0` it is called as `train(model, start=0, stop=k)` once, to reach theta_k, and as
             `train(model, start=k, stop=None)` in each round: to skip the first k steps of data and schedule.
         rounds: how often to prune, at least 1.
+        retrain: as `train`, in its place from round 1 on: with `reset=False` e.g. fine-tuning at a low learning rate.
         fraction, scope, rates, output_fraction, ignore, granularity: how to prune, by magnitude: see `prune`.
         rewind_step: k, the step whose weights the survivors go back to; 0 is the initialisation.
         reset: False trains on from the pruned weights instead, and goes back to theta_k only in the ticket that is
@@ -164,7 +166,7 @@ def find_ticket(
         name = f"round-{number:02d}"
         trained = files.load(name)
         if trained is None:
-            trained, record = _train(model, start, train, steps)
+            trained, record = _train(model, start, retrain if retrain and number else train, steps)
             record = {"round": number, **record}
             files.save_record(name, record)
             files.save(name, trained)  # last: the round is done when this file is there

@@ -13,8 +13,8 @@ from torch import nn
 from sparselottery import cli, convert
 from sparselottery.lab import data, experiment
 from sparselottery.lab.data import ENVIRONMENT
-from sparselottery.lab.experiment import preset
 from sparselottery.lab.models import MODELS
+from sparselottery.lab.settings import preset
 from sparselottery.ticket import Ticket
 
 FIND = ["find", "--rounds", "2", "--iterations", "60"]
@@ -54,7 +54,7 @@ def fails(capsys, *argv: object) -> str:
 def test_find_prints_a_row_per_round_and_where_the_ticket_is(tmp_path, capsys):
     assert cli.main([*FIND, "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
-    head, columns, *rounds, _, ticket, explain, export = capsys.readouterr().out.splitlines()
+    head, _, columns, *rounds, _, ticket, explain, export = capsys.readouterr().out.splitlines()
     assert str(folder) in head
     assert columns.split("  ")[:4] == ["round", "weights %", "test %", "stops at"]
     assert [row.split()[:2] for row in rounds] == [["0", "100.0"], ["1", "80.2"], ["2", "64.3"]]
@@ -75,15 +75,16 @@ def test_find_again_prints_the_finished_rounds(tmp_path, capsys, monkeypatch):
 
 
 def test_find_passes_every_option_on(tmp_path, capsys):
-    options = "--rounds 2 --iterations 40 --fraction 0.5 --batch 30 --seed 3 --one-shot --reinit --threads 1"
+    options = "--rounds 2 --iterations 40 --fraction 0.5 --batch 30 --seed 3 --one-shot --threads 1"
     assert cli.main(["find", *options.split(), "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     assert settings == settings | {"rounds": 2, "iterations": 40, "fraction": 0.5, "batch": 30, "seed": 3}
-    assert settings == settings | {"one_shot": True, "reinit": True, "continued": False, "data": "digits"}
-    rows = capsys.readouterr().out.splitlines()[1:4]
-    assert rows[0].endswith("reinit test %  reinit stops at")
-    assert [row.split()[0] for row in rows[1:]] == ["0", "1"]
+    assert settings == settings | {"one_shot": True, "retrain": "rewind", "data": "digits"}
+    _, note, _, *rows = capsys.readouterr().out.splitlines()[:5]
+    assert note == "note: scale 0.0133: 40 of the preset's 3,000 iterations"
+    assert settings["scale"] in note
+    assert [row.split()[0] for row in rows] == ["0", "1"]
 
 
 def test_find_prunes_blocks(tmp_path):
@@ -97,7 +98,7 @@ def test_find_prunes_blocks(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, preset("digits", rounds=2, iterations=60).name}
 
 
-@pytest.mark.parametrize("option", [["--rewind-step", "20"], ["--continued"]])
+@pytest.mark.parametrize("option", [["--rewind-step", "20"], ["--retrain", "continue"], ["--retrain", "fine-tune"]])
 def test_find_resets_otherwise(tmp_path, option):
     assert cli.main([*FIND, *option, "--out", str(tmp_path)]) == 0
 
@@ -130,9 +131,9 @@ def test_find_a_convolutional_net_and_explain_it(tmp_path, capsys, monkeypatch):
     assert folder.name.startswith("cifar10-conv-2-")
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     assert settings == settings | {"model": "conv-2", "lr": 0.001, "warmup": 1, "note": "JPEG-recompressed"}
-    head, note, *_ = capsys.readouterr().out.splitlines()
+    head, *notes, _, _, _, _, _, _, _ = capsys.readouterr().out.splitlines()
     assert head.startswith("cifar10: conv-2, 2 trainings of 2 iterations")
-    assert note == "note: JPEG-recompressed"
+    assert notes == ["note: scale 0.0001: 2 of the paper's 20,000 iterations", "note: JPEG-recompressed"]
     assert cli.main(["explain", str(folder)]) == 0
     assert "fc1" in capsys.readouterr().out
 

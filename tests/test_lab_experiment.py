@@ -11,13 +11,12 @@ from sparselottery import Pattern
 from sparselottery.lab import experiment
 from sparselottery.lab.controls import reinit
 from sparselottery.lab.data import Dataset, load
-from sparselottery.lab.experiment import PRESETS, preset
-from sparselottery.lab.models import MODELS, lenet_300_100
+from sparselottery.lab.models import lenet_300_100
+from sparselottery.lab.settings import preset
 from sparselottery.masks import pools
 from sparselottery.ticket import Ticket
 
 QUICK = preset("digits", rounds=2, iterations=40, eval_every=20)
-CIFAR_NETS = ("conv-2", "conv-4", "conv-6", "resnet-18", "vgg-19")
 digits_net = partial(lenet_300_100, 64, 10)
 
 
@@ -31,77 +30,62 @@ def run(settings, out, data=None):
     return experiment.run(settings, data or load(settings.data), out, on_round=records.append), records
 
 
-def test_presets_are_the_papers():
-    mnist = preset("mnist")
-    assert (mnist.rounds, mnist.iterations, mnist.eval_every, mnist.batch, mnist.lr) == (16, 50_000, 100, 60, 1.2e-3)
-    assert (mnist.prunings, mnist.rate(mnist.fc_share), mnist.rate(mnist.output_share)) == (16, 0.2, 0.1)
-    assert preset("digits", rounds=3).rounds == 3
-    assert (preset().data, preset(model="conv-4").data) == ("digits", "cifar10")
-    table = [
-        (s.model, s.iterations, s.batch, s.optimizer, s.lr, [s.iterations * drop for drop in s.drops])
-        for s in map(partial(preset, "cifar10"), CIFAR_NETS)
-    ]
-    assert table == [
-        ("conv-2", 20_000, 60, "adam", 2e-4, []),
-        ("conv-4", 25_000, 60, "adam", 3e-4, []),
-        ("conv-6", 30_000, 60, "adam", 3e-4, []),
-        ("resnet-18", 30_000, 128, "sgd", 0.1, pytest.approx([20_000, 25_000])),
-        ("vgg-19", 112_480, 64, "sgd", 0.1, [56_240, 84_360]),
-    ]
-    for model in CIFAR_NETS:
-        settings = preset(model=model)
-        deep = model in ("resnet-18", "vgg-19")
-        assert (settings.weight_decay, settings.augment, settings.eval_every) == (1e-4 * deep, deep, 100)
+LAYERS = {"conv.weight": (4, 3, 3, 3), "shortcut.weight": (8, 4, 1, 1), "fc1.weight": (5, 4), "fc2.weight": (2, 5)}
+
+
+def rates(monkeypatch, settings):
+    """The fraction that each layer of a small net loses, and who competes with whom."""
+    weights = {name: torch.ones(shape) for name, shape in LAYERS.items()}
+    monkeypatch.setattr(experiment, "prunable", lambda _: weights)
+    chosen = pools(list(LAYERS), **experiment.pruning(settings, nn.Module()))
+    return {name: pool.fraction for pool in chosen for name in pool.names}, {pool.names for pool in chosen}
 
 
 @pytest.mark.parametrize(
-    ("model", "conv", "fc", "output", "scope"),
+    ("model", "conv", "fc", "output"),
     [
-        ("lenet-300-100", 0.2, 0.2, 0.1, "layer"),
-        ("conv-2", 0.1, 0.2, 0.1, "layer"),
-        ("conv-4", 0.1, 0.2, 0.1, "layer"),
-        ("conv-6", 0.15, 0.2, 0.1, "layer"),
-        ("resnet-18", 0.2, 0.0, 0.0, "global"),
-        ("vgg-19", 0.2, 0.0, 0.0, "global"),
+        ("lenet-300-100", 0.2, 0.2, 0.1),
+        ("conv-2", 0.1, 0.2, 0.1),
+        ("conv-4", 0.1, 0.2, 0.1),
+        ("conv-6", 0.15, 0.2, 0.1),
+        ("resnet-18", 0.2, 0.0, 0.0),
+        ("vgg-19", 0.2, 0.0, 0.0),
     ],
 )
-def test_what_is_pruned_is_the_papers(monkeypatch, model, conv, fc, output, scope):
-    layers = {"conv.weight": (4, 3, 3, 3), "shortcut.weight": (8, 4, 1, 1), "fc1.weight": (5, 4), "fc2.weight": (2, 5)}
-    monkeypatch.setattr(experiment, "prunable", lambda _: {name: torch.ones(shape) for name, shape in layers.items()})
-    how = experiment.pruning(preset(model=model), nn.Module())
-    assert (how["fraction"], how["output_fraction"], how["scope"]) == (pytest.approx(conv), output, scope)
-    assert how["rates"] == {"shortcut.weight": 0.0, "fc1.weight": fc, "fc2.weight": fc}
-    assert set(how.pop("granularity").values()) == {(1, 1)}
-    pruned = {name: pool.fraction for pool in pools(list(layers), **how) for name in pool.names}
-    assert pruned == pytest.approx({"conv.weight": conv, "shortcut.weight": 0, "fc1.weight": fc, "fc2.weight": output})
+def test_what_is_pruned_is_the_papers(monkeypatch, model, conv, fc, output):
+    found, _ = rates(monkeypatch, preset(model=model))
+    assert found == pytest.approx(dict(zip(LAYERS, (conv, 0, fc, output), strict=True)))
 
 
-def test_a_net_takes_its_data_only():
-    with pytest.raises(ValueError, match=r"'cifar'"):
-        preset("cifar")
-    with pytest.raises(ValueError, match=r"lenet-300-100: expected data among digits, .*, got 'cifar10'"):
-        preset("cifar10")
-    with pytest.raises(ValueError, match=r"conv-2: expected data among cifar10, got 'mnist'"):
-        preset("mnist", "conv-2")
-    with pytest.raises(ValueError, match=r"'lenet'.*lenet-300-100, conv-2"):
-        preset(model="lenet")
-    assert set(PRESETS) == set(MODELS)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"prune_layers": "conv"}, (0.1, 0, 0, 0)),
+        ({"prune_layers": "fc"}, (0, 0, 0.2, 0.1)),
+        ({"scope": "global"}, (0.2, 0, 0.2, 0.2)),
+        ({"scope": "global", "prune_layers": "conv"}, (0.2, 0, 0, 0)),
+        ({"scope": "global", "output_share": 0.0}, (0.2, 0, 0.2, 0)),
+    ],
+)
+def test_who_is_pruned_with_whom(monkeypatch, changes, expected):
+    found, together = rates(monkeypatch, preset(model="conv-2", **changes))
+    assert found == pytest.approx(dict(zip(LAYERS, expected, strict=True)))
+    competing = tuple(name for name in LAYERS if found[name])
+    assert (competing in together) == ("scope" in changes or len(competing) == 1)
 
 
-def test_one_shot_prunes_to_where_all_rounds_lead():
-    settings = preset("mnist", one_shot=True)
-    assert settings.prunings == 1
-    assert (1 - settings.rate(1), 1 - settings.rate(0.5)) == pytest.approx((0.8**16, 0.9**16))
+def test_nothing_to_prune(monkeypatch):
+    linear = {"fc1.weight": torch.ones(5, 4), "fc2.weight": torch.ones(2, 5)}
+    monkeypatch.setattr(experiment, "prunable", lambda _: linear)
+    with pytest.raises(ValueError, match="prune_layers: lenet-300-100 has no conv layers"):
+        experiment.pruning(preset(prune_layers="conv"), nn.Module())
 
 
-def test_names_tell_settings_apart_and_leave_defaults_out():
-    assert preset("digits", seed=0).name == preset("digits").name
-    assert preset("digits").name == "digits-lenet-300-100-b23c8c75"
-    assert preset(model="resnet-18").name.startswith("cifar10-resnet-18-")
-    changes = {"rounds": 3, "iterations": 9, "fraction": 0.5, "seed": 1, "one_shot": True, "reinit": True, "lr": 0.1}
-    changes |= {"granularity": (16, 16)}
-    names = {preset("digits", **{key: value}).name for key, value in changes.items()}
-    assert len(names | {preset("digits").name, preset("mnist").name}) == len(changes) + 2
+def test_a_global_scope_lets_layers_compete(tmp_path):
+    ticket, _ = run(replace(QUICK, scope="global"), tmp_path)
+    kept = [mask.float().mean().item() for mask in ticket.masks.values()]
+    assert ticket.density == pytest.approx(0.64, abs=1e-3)
+    assert max(kept) - min(kept) > 0.02
 
 
 def test_a_run_and_what_it_records(tmp_path):
@@ -140,15 +124,6 @@ def test_finished_rounds_are_read(tmp_path, monkeypatch):
     assert again[2]["curves"] == records[2]["curves"]
 
 
-def test_reinit_trains_the_same_mask_from_other_weights(tmp_path):
-    _, plain = run(QUICK, tmp_path / "plain")
-    _, records = run(replace(QUICK, reinit=True), tmp_path / "reinit")
-    for record, alone in zip(records, plain, strict=True):
-        assert record["curves"] == alone["curves"]
-        assert record["reinit_early_stop_iteration"] in (20, 40)
-        assert 0.3 < record["reinit_early_stop_test_accuracy"] < 1
-
-
 def test_rewinds_to_a_later_step(tmp_path):
     ticket, records = run(replace(QUICK, rewind_step=10), tmp_path)
     assert records[0]["curves"]["iteration"] == [10, 20, 40]
@@ -158,9 +133,34 @@ def test_rewinds_to_a_later_step(tmp_path):
     assert records[0]["curves"]["val_loss"][0] < 2.2  # ten steps in
 
 
-def test_continued_training_goes_on_from_the_trained_weights(tmp_path):
-    _, records = run(replace(QUICK, continued=True), tmp_path)
+@pytest.mark.parametrize("retrain", ["continue", "fine-tune"])
+def test_survivors_keep_their_weights(tmp_path, retrain):
+    ticket, records = run(replace(QUICK, retrain=retrain), tmp_path)
     assert records[1]["curves"]["val_loss"][0] < records[0]["curves"]["val_loss"][0] / 2
+    before, after = (Ticket.load(tmp_path / f"round-0{number}.safetensors") for number in (0, 1))
+    first = reinit(digits_net, QUICK.seed).state_dict()
+    assert torch.equal(ticket.weights["fc1.weight"], first["fc1.weight"] * ticket.masks["fc1.weight"])
+    moved = (after.weights["fc1.weight"] - before.weights["fc1.weight"])[after.masks["fc1.weight"]].abs().mean()
+    assert 0 < moved < (after.weights["fc1.weight"] - first["fc1.weight"])[after.masks["fc1.weight"]].abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("retrain", "expected"),
+    [("rewind", (0.1, (0.5,), 4)), ("continue", (0.1, (0.5,), 4)), ("fine-tune", (pytest.approx(0.01), (), 0))],
+)
+def test_the_schedule_of_a_round(tmp_path, monkeypatch, retrain, expected):
+    schedules, train = [], experiment.train
+
+    def spy(model, data, **how):
+        schedules.append((how["lr"], how["drops"], how["warmup"]))
+        assert (how["start"], how["stop"]) == ((0, 6) if len(schedules) == 1 else (6, None))
+        return train(model, data, **how)
+
+    monkeypatch.setattr(experiment, "train", spy)
+    settings = replace(QUICK, retrain=retrain, optimizer="sgd", lr=0.1, drops=(0.5,), warmup=4, rewind_step=6)
+    run(settings, tmp_path)
+    plain = (0.1, (0.5,), 4)
+    assert schedules == [plain, plain, expected, expected]
 
 
 def test_one_shot(tmp_path):
@@ -179,9 +179,61 @@ def test_blocks_everywhere_but_in_the_output_layer(tmp_path):
     assert ticket.density == pytest.approx(0.64, abs=0.02)
 
 
-def test_runs_of_single_weights_are_kept_as_before_there_were_blocks(tmp_path):
-    run(QUICK, tmp_path)
-    assert "granularity" not in (tmp_path / "settings.json").read_text()
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """A ladder and its records."""
+    folder = tmp_path_factory.mktemp("ladder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "step_ms", lambda *_: {})
+        _, records = run(replace(QUICK, rewind_step=10), folder)
+    return folder, records
+
+
+def compared(ladder, control, number=2, seed=1):
+    return experiment.compare(replace(QUICK, rewind_step=10), load("digits"), ladder[0], control, number, seed)
+
+
+def test_the_same_weights_and_masks_train_as_in_the_ladder(ladder):
+    for number in (0, 2):
+        record, trained = compared(ladder, "reset", number)
+        assert record["curves"] == ladder[1][number]["curves"]
+        kept = Ticket.load(ladder[0] / f"round-0{number}.safetensors")
+        assert all(torch.equal(weight, kept.weights[name]) for name, weight in trained.weights.items())
+    ladder_only = {"sparse_bytes", "dense_bytes"}
+    assert record.keys() == ladder[1][2].keys() - ladder_only
+    assert all(record[key] == ladder[1][2][key] for key in ("round", "density", "nnz", "total"))
+
+
+@pytest.mark.parametrize("control", ["reinit", "order", "rearranged"])
+def test_what_is_drawn_follows_from_the_seed(ladder, control):
+    first, again, other = (compared(ladder, control, seed=seed)[0]["curves"] for seed in (1, 1, 2))
+    assert first == again != other
+    assert first != ladder[1][2]["curves"]
+    assert first["iteration"] == [10, 20, 40]
+
+
+def test_another_order_starts_from_the_same_weights(ladder):
+    record, trained = compared(ladder, "order")
+    assert record["curves"]["val_loss"][0] == ladder[1][2]["curves"]["val_loss"][0]
+    assert trained.recipe["control"] == "order"
+    assert all(torch.equal(mask, Ticket.load(ladder[0] / "ticket.safetensors").masks[name])
+               for name, mask in trained.masks.items())  # fmt: skip
+
+
+def test_what_is_not_trained_is_evaluated(ladder):
+    record, trained = compared(ladder, "pruned")
+    before = Ticket.load(ladder[0] / "round-01.safetensors").weights
+    assert all(torch.equal(weight, before[name] * trained.masks[name] if name in trained.masks else before[name])
+               for name, weight in trained.weights.items())  # fmt: skip
+    assert record["curves"]["iteration"] == [0]
+    assert record["early_stop_test_accuracy"] == record["final_test_accuracy"] == record["curves"]["test_accuracy"][0]
+    assert abs(record["final_test_accuracy"] - ladder[1][1]["final_test_accuracy"]) < 0.2
+    assert record.keys() == compared(ladder, "reset")[0].keys()
+
+
+def test_a_control_of_a_round_that_is_not_there(ladder):
+    with pytest.raises(FileNotFoundError, match="round-08"):
+        compared(ladder, "reinit", 9)
 
 
 @pytest.fixture
@@ -195,7 +247,7 @@ def images() -> Dataset:
 
 @pytest.mark.parametrize("model", ["conv-2", "resnet-18"])
 def test_nets_with_convolutions(tmp_path, images, model):
-    settings = preset(model=model, rounds=1, iterations=2, eval_every=2, batch=4, reinit=True, rewind_step=1)
+    settings = preset(model=model, rounds=1, iterations=2, eval_every=2, batch=4, rewind_step=1)
     ticket, records = run(settings, tmp_path, images)
     assert [record["curves"]["iteration"] for record in records] == [[1, 2]] * 2
     assert all(record["sparse_ms"] > 0 for record in records)
@@ -216,9 +268,12 @@ def test_nets_with_convolutions(tmp_path, images, model):
     assert bool(norms) == (model == "resnet-18")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="device: expected cpu"):
-        run(preset(device="nowhere"), tmp_path)
+        run(preset(device="cuda"), tmp_path)
+    with pytest.raises(ValueError, match="device: expected cpu"):
+        experiment.compare(preset(device="cuda"), load("digits"), tmp_path, "reinit", 1, seed=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -226,7 +281,3 @@ def test_runs_on_a_gpu(tmp_path):
     settings = preset(device="cuda", rounds=1, iterations=20, eval_every=10)
     ticket, _ = run(settings, tmp_path)
     assert 0.7 < ticket.density < 0.9
-
-
-def test_the_device_names_a_run_only_if_it_is_not_the_cpu():
-    assert preset(device="cpu").name == preset().name != preset(device="cuda").name

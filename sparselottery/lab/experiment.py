@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import nn
 
-from ..convert import convert, masks_of, prunable
+from ..convert import masks_of, prunable
 from ..explain import explain
 from ..lottery import find_ticket
+from ..random_state import random_state_kept
 from ..ticket import Ticket
 from ..timing import interleaved_ms
 from . import data as data_sets
-from .controls import reinit
+from .controls import CONTROLS, Round
 from .graph import WARM_UP
 from .masked_dense import masked_dense
 from .models import build
-from .training import batches, stepper, train
+from .settings import Settings
+from .training import batches, evaluate, learning_rate, stepper, train
 
-REINIT_SEED = 1_000_003  # added to the seed: no trial's first weights are another trial's control
 # Of the settings, what `train` takes.
 TRAIN_SETTINGS = (
     "iterations",
@@ -34,106 +34,13 @@ TRAIN_SETTINGS = (
     "eval_every",
     "seed",
     "optimizer",
+    "momentum",
     "weight_decay",
     "drops",
     "warmup",
     "augment",
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a run's result. `preset` fills it in for each net; the defaults are Lenet's."""
-
-    data: str
-    rounds: int
-    iterations: int
-    eval_every: int
-    fraction: float = 0.2  # of the surviving weights, pruned per round in layers whose share is 1
-    batch: int = 60
-    lr: float = 1.2e-3
-    seed: int = 0
-    rewind_step: int = 0
-    one_shot: bool = False  # prune once, to where `rounds` prunings would lead
-    continued: bool = False  # reset only at the end (paper App. B, strategy 2)
-    reinit: bool = False  # also train every round's mask from other initial weights
-    model: str = "lenet-300-100"
-    optimizer: str = "adam"
-    weight_decay: float = 0.0
-    drops: tuple[float, ...] = ()  # after these shares of the iterations the learning rate falls to a tenth
-    warmup: int = 0  # iterations until the learning rate is reached
-    augment: bool = False
-    scope: str = "layer"  # or "global": convolutions compete with each other
-    conv_share: float = 1.0  # of `fraction`, pruned in convolutions, 1x1 shortcuts excepted, which stay whole
-    fc_share: float = 1.0  # in linear layers
-    output_share: float = 0.5  # in the output layer (paper App. G.4)
-    granularity: tuple[int, int] = (1, 1)  # blocks that are pruned whole; single weights in the output layer
-    device: str = "cpu"  # or "cuda"
-
-    @property
-    def name(self) -> str:
-        """``<data>-<model>-<hash>``. Defaults are left out of the hash, so a new option renames no old run."""
-        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
-        chosen = {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
-        digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-        return f"{self.data}-{self.model}-{digest[:8]}"
-
-    @property
-    def prunings(self) -> int:
-        return 1 if self.one_shot else self.rounds
-
-    def rate(self, share: float) -> float:
-        """What each pruning removes of a layer's survivors, if it removes ``share`` of `fraction` per round."""
-        rate = share * self.fraction
-        return 1 - (1 - rate) ** self.rounds if self.one_shot else rate
-
-
-# Paper Fig. 2, which leaves the number of rounds open: these end with 1 to 4 % of the weights.
-CONV_NET = Settings("cifar10", rounds=20, iterations=20_000, eval_every=100, model="conv-2", lr=2e-4, conv_share=0.5)
-DEEP_NET = Settings(
-    "cifar10",
-    rounds=16,
-    iterations=30_000,
-    eval_every=100,
-    model="resnet-18",
-    batch=128,
-    optimizer="sgd",
-    lr=0.1,
-    weight_decay=1e-4,
-    drops=(2 / 3, 5 / 6),
-    augment=True,
-    scope="global",
-    fc_share=0.0,
-    output_share=0.0,
-)
-PRESETS = {
-    settings.model: settings
-    for settings in (
-        Settings("mnist", rounds=16, iterations=50_000, eval_every=100),
-        CONV_NET,
-        replace(CONV_NET, model="conv-4", iterations=25_000, lr=3e-4),
-        replace(CONV_NET, model="conv-6", iterations=30_000, lr=3e-4, conv_share=0.75),
-        DEEP_NET,
-        replace(DEEP_NET, model="vgg-19", rounds=20, iterations=112_480, batch=64, drops=(1 / 2, 3 / 4)),
-    )
-}
-
-
-def preset(data: str | None = None, model: str = "lenet-300-100", **changes: object) -> Settings:
-    """The paper's settings for a net, and smaller ones for Lenet on the digits.
-
-    ``data`` None: the digits for Lenet, CIFAR-10 for the others. Raises ValueError for an unknown net, for unknown data
-    and for a net that does not take them.
-    """
-    if model not in PRESETS:
-        raise ValueError(f"unknown model {model!r}: expected one of {', '.join(PRESETS)}")
-    settings = PRESETS[model]
-    takes = [name for name in data_sets.NAMES if (name == "cifar10") == (settings.data == "cifar10")]
-    data = takes[0] if data is None else data
-    if data not in takes:
-        raise ValueError(f"{model}: expected data among {', '.join(takes)}, got {data!r}")
-    small = {"rounds": 12, "iterations": 3000, "eval_every": 20} if data == "digits" else {}
-    return replace(settings, **{"data": data, **small, **changes})
+SCORED_IMAGES = 256  # those that SNIP and GraSP see
 
 
 def run(
@@ -147,76 +54,161 @@ def run(
 
     ``data``: what `data.load` gives for ``settings.data``; its shape, classes and note are kept with the settings.
     Each round's record holds what `train` returns, ``sparse_ms`` and ``dense_ms`` of a training step on our kernels and
-    on w * mask, ``sparse_bytes`` and ``dense_bytes`` of the weights, and with ``settings.reinit`` the control's
-    ``reinit_early_stop_iteration`` and ``reinit_early_stop_test_accuracy``. Raises ValueError for a device that is not
-    there.
+    on w * mask, ``sparse_bytes`` and ``dense_bytes`` of the weights. Raises ValueError for a device that is not there.
     """
-    if settings.device not in ("cpu", *["cuda"] * torch.cuda.is_available()):
-        raise ValueError(f"device: expected cpu, or cuda where torch sees a GPU, got {settings.device!r}")
-    factory, data = partial(_net, settings, data.shape, data.classes), data.to(settings.device)
-    recipe = {key: getattr(settings, key) for key in TRAIN_SETTINGS}
+    _check_device(settings)
+    data = data.to(settings.device)
 
-    def train_round(model: nn.Module, start: int = 0, stop: int | None = None) -> dict:
+    def measured(model: nn.Module, recipe: dict, start: int = 0, stop: int | None = None) -> dict:
         record = train(model, data, **recipe, start=start, stop=stop, on_eval=on_eval)
         if stop is not None:  # on the way to the weights of the rewind step
             return record
-        record |= step_ms(model, data, settings)
         layers = explain(model)
-        record |= {"sparse_bytes": sum(layer["bytes"] for layer in layers)}
-        record |= {"dense_bytes": sum(layer["dense_bytes"] for layer in layers)}
-        if settings.reinit:
-            control = convert(reinit(factory, settings.seed + REINIT_SEED), masks_of(model))
-            outcome = train(control, data, **recipe, on_eval=on_eval)
-            record |= {f"reinit_{key}": outcome[key] for key in ("early_stop_iteration", "early_stop_test_accuracy")}
-        return record
+        return {
+            **record,
+            **step_ms(model, data, settings),
+            "sparse_bytes": sum(layer["bytes"] for layer in layers),
+            "dense_bytes": sum(layer["dense_bytes"] for layer in layers),
+        }
 
+    recipe = _recipe(settings)
+    recorded = {**asdict(settings), "shape": data.shape, "classes": data.classes, "note": data.note}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = factory()
+        model = _net(settings, data)
         return find_ticket(
             model,
-            train_round,
+            partial(measured, recipe=recipe),
             rounds=settings.prunings,
+            retrain=partial(measured, recipe=_last_rate(recipe)) if settings.retrain == "fine-tune" else None,
             **pruning(settings, model),
             rewind_step=settings.rewind_step,
-            reset=not settings.continued,
+            reset=settings.retrain == "rewind",
             out=out,
-            settings=_recorded(settings) | {"shape": data.shape, "classes": data.classes, "note": data.note},
+            settings=recorded | ({"scale": settings.scale} if settings.scale else {}),
             on_round=on_round,
         )
 
 
-def _net(settings: Settings, shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    """A new net; its weights are drawn on the CPU, the same for every device."""
-    return build(settings.model, shape, classes).to(settings.device)
+def compare(
+    settings: Settings,
+    data: data_sets.Dataset,
+    ladder: Path,
+    control: str,
+    number: int,
+    seed: int,
+    on_eval: Callable[[int], None] | None = None,
+) -> tuple[dict, Ticket]:
+    """The record and the trained weights of a control at a round of the ladder in the folder ``ladder``.
 
-
-def pruning(settings: Settings, model: nn.Module) -> dict:
-    """How `find_ticket` is to prune ``model``: convolutions by ``fraction`` and ``scope``, the rest by ``rates``.
-
-    Blocks are pruned everywhere but in the output layer.
+    ``control``: one of `CONTROLS`; ``seed``: of all that it draws. Its training is the ladder's: from the rewind step
+    on, with the same random state and, if it does not reorder them, the same batches. The record of a control that is
+    not trained holds one evaluation, at iteration 0, and None for the times of training. Raises FileNotFoundError if
+    the ladder has not finished the round, ValueError for a device that is not there.
     """
-    rates, granularity = {}, {}
-    for name, weight in prunable(model).items():
-        if weight.dim() == 2:
-            rates[name] = settings.rate(settings.fc_share)
-        elif weight[0, 0].numel() == 1:
-            rates[name] = 0.0
-        granularity[name] = settings.granularity
-    granularity[name] = (1, 1)  # the output layer
+    _check_device(settings)
+    chosen, data, generator = CONTROLS[control], data.to(settings.device), torch.Generator().manual_seed(seed)
+    here = Round(
+        number=number,
+        theta=Ticket.load(ladder / "theta.safetensors"),
+        dense=Ticket.load(ladder / "round-00.safetensors"),
+        previous=Ticket.load(ladder / f"round-{number - 1:02d}.safetensors") if number else None,
+        masks=Ticket.load(ladder / f"round-{number:02d}.safetensors").masks,
+        factory=partial(_net, settings, data),
+        images=data.train_x[:SCORED_IMAGES],
+        labels=data.train_y[:SCORED_IMAGES],
+        pruning=pruning(settings, _net(settings, data)),
+    )
+    with random_state_kept():
+        began = perf_counter()
+        start = chosen.start(here, generator)
+        model = start.apply(here.factory())
+        torch.manual_seed(here.theta.recipe["seed"])  # as the ladder does before each training
+        if chosen.trains:
+            recipe = _recipe(settings) | ({"seed": seed} if chosen.reorders else {})
+            outcome = train(model, data, **recipe, start=settings.rewind_step, on_eval=on_eval)
+        else:
+            outcome = _evaluated(model, data)
+        seconds = perf_counter() - began
+    total = sum(mask.numel() for mask in start.masks.values())
+    record = {"round": number, "density": start.density, "nnz": start.nnz, "total": total, "seconds": seconds}
+    return {**record, **outcome}, Ticket.from_model(model, {**start.recipe, "control": control, "control_seed": seed})
+
+
+def _check_device(settings: Settings) -> None:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected cpu, or cuda where torch sees a GPU, got 'cuda'")
+
+
+def _recipe(settings: Settings) -> dict:
+    """The keyword arguments of `train`."""
+    return {key: getattr(settings, key) for key in TRAIN_SETTINGS}
+
+
+def _last_rate(recipe: dict) -> dict:
+    """The same training, all of it at the last learning rate."""
+    last = learning_rate(recipe["iterations"] - 1, *(recipe[key] for key in ("iterations", "lr", "drops", "warmup")))
+    return recipe | {"lr": last, "drops": (), "warmup": 0}
+
+
+def _evaluated(model: nn.Module, data: data_sets.Dataset) -> dict:
+    """What `train` returns, of a net that is not trained."""
+    began = perf_counter()
+    val_loss, val_accuracy = evaluate(model, data.val_x, data.val_y)
+    _, test_accuracy = evaluate(model, data.test_x, data.test_y)
+    seconds = perf_counter() - began
     return {
-        "fraction": settings.rate(settings.conv_share),
-        "scope": settings.scope,
-        "rates": rates,
-        "output_fraction": settings.rate(settings.output_share),
-        "granularity": granularity,
+        "early_stop_iteration": 0,
+        "early_stop_test_accuracy": test_accuracy,
+        "final_test_accuracy": test_accuracy,
+        "train_seconds": 0.0,
+        "eval_seconds": seconds,
+        "train_step_ms": None,
+        "eval_ms": 1e3 * seconds,
+        "curves": {
+            "iteration": [0],
+            "val_loss": [val_loss],
+            "val_accuracy": [val_accuracy],
+            "test_accuracy": [test_accuracy],
+        },
     }
 
 
-def _recorded(settings: Settings) -> dict:
-    """What is kept of the settings with a run: without the latest defaults, so that runs begun before them go on."""
-    later = {"granularity": (1, 1), "device": "cpu"}
-    return {key: value for key, value in asdict(settings).items() if key not in later or value != later[key]}
+def _net(settings: Settings, data: data_sets.Dataset) -> nn.Sequential:
+    """A new net; its weights are drawn on the CPU, the same for every device."""
+    return build(settings.model, data.shape, data.classes, settings.dropout).to(settings.device)
+
+
+def pruning(settings: Settings, model: nn.Module) -> dict:
+    """How `find_ticket` is to prune ``model``: keyword arguments of `prune`.
+
+    With scope "layer" a layer loses its share of the fraction. With "global" all layers whose share is not 0 compete,
+    and lose the fraction together. 1x1 shortcuts stay whole. Blocks are pruned everywhere but in the output layer.
+    Raises ValueError if nothing is left to prune.
+    """
+    weights = prunable(model)
+    output = list(weights)[-1]
+    shares = {name: _share(settings, weight, name == output) for name, weight in weights.items()}
+    if not any(shares.values()):
+        raise ValueError(f"prune_layers: {settings.model} has no {settings.prune_layers} layers to prune")
+    if settings.scope == "global":
+        shares = {name: share and 1.0 for name, share in shares.items()}
+    rates = {name: settings.rate(share) for name, share in shares.items()}
+    competing = [name for name in weights if rates[name]] if settings.scope == "global" else []
+    return {
+        "fraction": settings.rate(1.0),
+        "scope": settings.scope,
+        "rates": {name: rate for name, rate in rates.items() if name not in competing},
+        "granularity": {name: (1, 1) if name == output else settings.granularity for name in weights},
+    }
+
+
+def _share(settings: Settings, weight: torch.Tensor, output: bool) -> float:
+    """Of the fraction, that a layer loses."""
+    kind = "fc" if weight.dim() == 2 else "conv"
+    if settings.prune_layers not in ("all", kind) or (kind == "conv" and weight[0, 0].numel() == 1):
+        return 0.0
+    return settings.output_share if output else getattr(settings, f"{kind}_share")
 
 
 def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> dict[str, float]:
@@ -226,8 +218,8 @@ def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> di
     left alone.
     """
     stream = batches(data.train_x, data.train_y, settings.batch, seed=0, augment=settings.augment)
-    how = settings.lr, settings.optimizer, settings.weight_decay
-    sparse, dense = stepper(deepcopy(model), *how), stepper(masked_dense(model, masks_of(model)), *how)
+    how = {key: getattr(settings, key) for key in ("lr", "optimizer", "weight_decay", "momentum")}
+    sparse, dense = stepper(deepcopy(model), **how), stepper(masked_dense(model, masks_of(model)), **how)
     steps, options = (lambda: sparse(*next(stream)), lambda: dense(*next(stream))), {}
     if settings.device == "cuda":
         options["synchronize"] = torch.cuda.synchronize

@@ -1,0 +1,56 @@
+"""``bench`` and ``bench-model``: sparse against dense on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..bench_model import bench_model, write_bench
+from ..lab.timing import linear_ms
+from .options import positive, sizes, three_sizes
+from .tables import print_rows, progress
+
+
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    sub = command("bench", bench, "Time MaskedLinear against nn.Linear on this machine.")
+    sub.add_argument("--density", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05], help="default: %(default)s")
+    shapes = [(128, 784, 300), (512, 1024, 1024)]
+    sub.add_argument("--shape", type=three_sizes, nargs="+", default=shapes, metavar="N,I,O", help="batch, in, out")
+    sub.add_argument("--threads", type=positive, help="default: torch's")
+
+    text = "Time a ticket's or an export's net against dense torch, torch.compile and ONNX Runtime."
+    sub = command("bench-model", bench_net, text)
+    sub.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file that knows its architecture")
+    sub.add_argument("--batch", type=sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
+    sub.add_argument("--shape", type=sizes, metavar="C,H,W", help="of one input; default: what the file tells")
+    sub.add_argument("--seconds", type=float, default=3.0, help="of calls for each row; default: %(default)s")
+    sub.add_argument("--threads", type=positive, help="default: torch's")
+    sub.add_argument("--out", type=Path, help="folder for table.csv and, with matplotlib, plot.svg")
+
+
+def bench(args: argparse.Namespace) -> None:
+    cases = [(shape, density) for shape in args.shape for density in args.density]
+    rows = []
+    with progress("linear layers", len(cases)) as (update, _):
+        for shape, density in cases:
+            ms = linear_ms(*shape, density)
+            row: dict[str, object] = {"batch, in, out": "x".join(map(str, shape)), "density": density}
+            for key, title in (("forward", "fwd"), ("both", "fwd+bwd")):
+                sparse, dense = ms[f"{key}_sparse_ms"], ms[f"{key}_dense_ms"]
+                row |= {f"{title} sparse ms": sparse, f"{title} dense ms": dense}
+                row[f"{title} speed-up"] = f"{dense / sparse:.2f}x"
+            rows.append(row)
+            update(completed=len(rows))
+    print(f"MaskedLinear against nn.Linear, float32, {torch.get_num_threads()} threads, medians of alternating bursts")
+    print_rows(rows)
+
+
+def bench_net(args: argparse.Namespace) -> None:
+    rows = bench_model(args.file, args.batch, args.shape, args.seconds)
+    print(f"{args.file}: float32, {torch.get_num_threads()} threads; speedup: that of sparselottery over the row")
+    print_rows(rows)
+    for path in write_bench(rows, args.out) if args.out else ():
+        print(f"-> {path}")

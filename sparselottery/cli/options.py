@@ -1,0 +1,100 @@
+"""Options of commands: types of their values, and one for every field of a settings dataclass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    return tuple(positive(size) for size in text.split(","))
+
+
+def three_sizes(text: str) -> tuple[int, ...]:
+    found = sizes(text)
+    if len(found) != 3:
+        raise argparse.ArgumentTypeError(f"expected batch,in,out, got {text!r}")
+    return found
+
+
+def names(choices: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """Of a list of these, separated by commas; none for an empty one."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(name for name in text.split(",") if name))
+        if unknown := [name for name in found if name not in choices]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {unknown[0]!r}")
+        return found
+
+    return parse
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, settings: type, defaults: Any = None, leave_out: Collection[str] = ()
+) -> None:
+    """An option for each field of a dataclass, None if not given; `defaults`, an instance, is shown in the help.
+
+    The field's metadata hold its ``text`` and ``choices``.
+    """
+    hints = get_type_hints(settings)
+    for field in fields(settings):
+        if field.name in leave_out:
+            continue
+        text = field.metadata.get("text", "")
+        default = getattr(defaults, field.name, field.default)
+        text += f"; default: {_shown(default)}" if default is not MISSING else "; default: the net's"
+        option = f"--{field.name.replace('_', '-')}"
+        if hints[field.name] is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        kind, metavar = TYPES.get(hints[field.name], (hints[field.name], None))
+        choices = field.metadata.get("choices")
+        text = text.replace("%", "%%")
+        parser.add_argument(option, type=kind, metavar=None if choices else metavar, choices=choices, help=text)
+
+
+def given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The fields of a dataclass that the user gave options for."""
+    values = {field.name: getattr(args, field.name, None) for field in fields(settings)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="parent of the run folder; default: %(default)s")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ("x" if all(isinstance(each, int) for each in value) else ",").join(f"{each:g}" for each in value) or "-"
+    return str(value)
+
+
+def _block(text: str) -> tuple[int, ...]:
+    found = tuple(positive(size) for size in text.split("x"))
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, got {text!r}")
+    return found
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(Fraction(share)) for share in text.split(",") if share)
+
+
+TYPES: dict[Any, tuple[Callable, str]] = {
+    int: (int, "N"),
+    float: (float, "X"),
+    tuple[int, int]: (_block, "RxC"),
+    tuple[float, ...]: (_shares, "X,X"),
+    tuple[int, ...]: (sizes, "N,N"),
+}

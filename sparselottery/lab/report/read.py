@@ -1,0 +1,177 @@
+"""A run's folder, read: of a grid (trials x controls) or of one `find_ticket`, finished or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TICKET = "ticket"  # what the ladder's own trainings are called beside the controls
+NUMBERS = (
+    "density",
+    "nnz",
+    "total",
+    "seconds",
+    "early_stop_iteration",
+    "early_stop_test_accuracy",
+    "final_test_accuracy",
+    "train_seconds",
+    "eval_seconds",
+    "train_step_ms",
+    "eval_ms",
+    "sparse_ms",
+    "dense_ms",
+    "sparse_bytes",
+    "dense_bytes",
+)
+CURVES = ("iteration", "val_loss", "val_accuracy", "test_accuracy")
+
+
+class Training(NamedTuple):
+    """One training: its numbers (None where not measured), its curves, and its trained weights, if they were kept."""
+
+    trial: int
+    control: str
+    draw: int
+    round: int
+    numbers: dict[str, float | None]
+    curves: dict[str, list[float]]
+    weights: Path | None
+
+
+class Run(NamedTuple):
+    """``grid``: what grid.json says, {} for a folder of `find`. ``recipe``: settings.json of the first ladder."""
+
+    folder: Path
+    grid: dict[str, Any]
+    recipe: dict[str, Any]
+    ladders: dict[int, Path]  # by trial
+    trainings: list[Training]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result: those of trial 0."""
+        found = {**_mapping(self.recipe.get("settings")), **_mapping(self.grid.get("settings"))}
+        return found or self.recipe
+
+    @property
+    def finished(self) -> bool:
+        """Are all ladders at their end, and all controls as far as the longest of them?"""
+        trials = range(_count(self.grid.get("trials")) or 1)
+        if any(
+            trial not in self.ladders or not (self.ladders[trial] / "ticket.safetensors").exists() for trial in trials
+        ):
+            return False
+        rounds: dict[tuple[int, str, int], int] = {}
+        for each in self.trainings:
+            if each.control != TICKET:
+                rounds[each[:3]] = rounds.get(each[:3], 0) + 1
+        planned = {(trial, control) for trial in trials for control in self.controls}
+        return planned <= {key[:2] for key in rounds} and len(set(rounds.values())) <= 1
+
+    @property
+    def controls(self) -> list[str]:
+        """Those that were asked for, then others that are there."""
+        asked = self.grid.get("controls")
+        asked = [str(name) for name in asked] if isinstance(asked, list) else []
+        return list(dict.fromkeys([*asked, *(each.control for each in self.trainings if each.control != TICKET)]))
+
+
+def read(folder: Path) -> Run:
+    """Raises FileNotFoundError if the folder is no run's, or one without a finished round; ValueError for damage."""
+    if (folder / "grid.json").is_file():
+        grid = _object(folder / "grid.json")
+        homes = {int(path.name[6:]): path for path in folder.glob("trial-*") if re.fullmatch(r"trial-\d+", path.name)}
+        homes = dict(sorted(homes.items()))
+        ladders = {trial: home / TICKET for trial, home in homes.items()}
+    elif (folder / "settings.json").is_file():
+        grid, homes, ladders = {}, {}, {0: folder}
+    else:
+        raise FileNotFoundError(f"{folder}: expected a run folder with grid.json or settings.json, found neither")
+    trainings = [each for trial, ladder in ladders.items() for each in _ladder(trial, ladder)]
+    for trial, home in homes.items():
+        for draw in sorted(home.glob("*/draw-*"), key=lambda path: (path.parent.name, _number(path))):
+            trainings += [_training(path, trial, draw.parent.name, _number(draw)) for path in _records(draw)]
+    if not any(each.control == TICKET for each in trainings):
+        raise FileNotFoundError(f"{folder}: expected a run with a finished round, found none yet")
+    started = {trial: ladder for trial, ladder in ladders.items() if (ladder / "settings.json").is_file()}
+    return Run(folder, grid, _object(next(iter(started.values())) / "settings.json"), started, trainings)
+
+
+def _ladder(trial: int, folder: Path) -> list[Training]:
+    """A round of a ladder is done when its weights are there."""
+    done = []
+    for path in _records(folder):
+        training = _training(path, trial, TICKET, 0)
+        if training.weights is None:
+            continue
+        done.append(training)
+        record = _object(path)
+        keys = {key: f"reinit_{key}" for key in ("early_stop_iteration", "early_stop_test_accuracy")}
+        if all(name in record for name in keys.values()):  # of `find --reinit`
+            numbers = dict.fromkeys(NUMBERS) | {key: training.numbers[key] for key in ("density", "nnz", "total")}
+            numbers |= {key: _finite(path, name, record[name]) for key, name in keys.items()}
+            done.append(Training(trial, "reinit", 0, training.round, numbers, {key: [] for key in CURVES}, None))
+    return done
+
+
+def _records(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*.json") if re.fullmatch(r"round-\d+\.json", path.name))
+
+
+def _training(path: Path, trial: int, control: str, draw: int) -> Training:
+    record = _object(path)
+    numbers = {key: _finite(path, key, record.get(key)) for key in NUMBERS}
+    for key in ("density", "nnz", "total"):
+        if numbers[key] is None:
+            raise ValueError(f"{path}: expected a number {key!r}, found none")
+    if not 0 < numbers["density"] <= 1:
+        raise ValueError(f"{path}: density: expected one in (0, 1], got {numbers['density']}")
+    curves = _mapping(record.get("curves"))
+    lists = {key: [_finite(path, f"curves.{key}", each) for each in _list(path, key, curves.get(key, []))]
+             for key in CURVES}  # fmt: skip
+    if len({len(values) for values in lists.values()}) > 1:
+        raise ValueError(f"{path}: curves: expected lists of one length, got {[len(each) for each in lists.values()]}")
+    weights = path.with_suffix(".safetensors")
+    return Training(trial, control, draw, _number(path), numbers, lists, weights if weights.is_file() else None)
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.rpartition("-")[2]
+    if not digits.isdecimal():
+        raise ValueError(f"{path}: expected a name that ends with a number")
+    return int(digits)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file of a run: {error}") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(contents).__name__}")
+    return contents
+
+
+def _finite(path: Path, key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{path}: {key}: expected a finite number, got {value!r}")
+    return value
+
+
+def _list(path: Path, key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: curves.{key}: expected a list, got {type(value).__name__}")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -1,0 +1,157 @@
+"""All that decides a run's result, and the paper's values of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from . import data as data_sets
+from .models import MODELS
+
+RETRAIN = ("rewind", "continue", "fine-tune")
+PRUNE_LAYERS = ("all", "conv", "fc")
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field; its metadata are the line that explains it and, if not everything is allowed, what is."""
+    return field(default=default, metadata={"text": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run's result. `preset` fills it in for each net; the defaults are Lenet's.
+
+    Raises ValueError for a value that is not among those allowed.
+    """
+
+    data: str = _setting(MISSING, "what to train on", data_sets.NAMES)
+    rounds: int = _setting(MISSING, "prunings")
+    iterations: int = _setting(MISSING, "of each training")
+    eval_every: int = _setting(MISSING, "iterations between evaluations")
+    fraction: float = _setting(0.2, "of the survivors, pruned per round in layers whose share is 1")
+    batch: int = _setting(60, "images per iteration")
+    lr: float = _setting(1.2e-3, "learning rate")
+    seed: int = _setting(0, "of the first weights and the data order")
+    rewind_step: int = _setting(0, "the survivors, or the schedule, go back to this iteration")
+    one_shot: bool = _setting(False, "prune once, to where all rounds would lead")
+    retrain: str = _setting(
+        "rewind",
+        "how a round goes on: rewind, survivors go back to their weights of the rewind step; continue, they keep "
+        "theirs and the schedule goes back; fine-tune, they keep theirs and the last learning rate",
+        RETRAIN,
+    )
+    model: str = _setting("lenet-300-100", "the net", tuple(MODELS))
+    optimizer: str = _setting("adam", "of the training", ("adam", "sgd"))
+    momentum: float = _setting(0.9, "of sgd")
+    weight_decay: float = _setting(0.0, "of all parameters")
+    dropout: float = _setting(0.0, "share of the units dropped in training (Conv nets)")
+    drops: tuple[float, ...] = _setting((), "after these shares of the iterations the learning rate falls to a tenth")
+    warmup: int = _setting(0, "iterations until the learning rate is reached")
+    augment: bool = _setting(False, "flip and crop the training images")
+    scope: str = _setting("layer", "who competes: the weights of a layer, or of all layers", ("layer", "global"))
+    prune_layers: str = _setting("all", "prune convolutions only, or linear layers only", PRUNE_LAYERS)
+    conv_share: float = _setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole")
+    fc_share: float = _setting(1.0, "of the fraction, in linear layers")
+    output_share: float = _setting(0.5, "of the fraction, in the output layer (paper App. G.4)")
+    granularity: tuple[int, int] = _setting((1, 1), "blocks that are pruned whole; single weights in the output layer")
+    device: str = _setting("cpu", "where to train", ("cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{each.name}: expected one of {', '.join(choices)}, got {value!r}")
+
+    @property
+    def name(self) -> str:
+        """``<data>-<model>-<hash>``. Defaults are left out of the hash, so a new option renames no old run."""
+        return self.named({})
+
+    def named(self, further: dict[str, Any]) -> str:
+        """The same with ``further`` in the hash."""
+        defaults = {each.name: each.default for each in fields(self) if each.default is not MISSING}
+        chosen = {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
+        digest = hashlib.sha256(json.dumps(chosen | further, sort_keys=True).encode()).hexdigest()
+        return f"{self.data}-{self.model}-{digest[:8]}"
+
+    @property
+    def prunings(self) -> int:
+        """How often the ladder prunes."""
+        return 1 if self.one_shot else self.rounds
+
+    def rate(self, share: float) -> float:
+        """What each pruning removes of a layer's survivors, if it removes ``share`` of `fraction` per round."""
+        rate = share * self.fraction
+        return 1 - (1 - rate) ** self.rounds if self.one_shot else rate
+
+    @property
+    def scale(self) -> str:
+        """How much shorter or longer the trainings are than the preset's, to be said beside results; else empty."""
+        full = preset(self.data, self.model).iterations
+        if self.iterations == full:
+            return ""
+        whose = "the preset's" if self.data == "digits" else "the paper's"
+        return f"scale {self.iterations / full:.3g}: {self.iterations:,} of {whose} {full:,} iterations"
+
+
+# Paper Fig. 2, which leaves the number of rounds open: these end with 1 to 4 % of the weights.
+LENET = Settings("mnist", rounds=16, iterations=50_000, eval_every=100)
+CONV_NET = Settings("cifar10", rounds=20, iterations=20_000, eval_every=100, model="conv-2", lr=2e-4, conv_share=0.5)
+DEEP_NET = Settings(
+    "cifar10",
+    rounds=16,
+    iterations=30_000,
+    eval_every=100,
+    model="resnet-18",
+    batch=128,
+    optimizer="sgd",
+    lr=0.1,
+    weight_decay=1e-4,
+    drops=(2 / 3, 5 / 6),
+    augment=True,
+    scope="global",
+    fc_share=0.0,
+    output_share=0.0,
+)
+VGG = replace(DEEP_NET, model="vgg-19", rounds=20, iterations=112_480, batch=64, drops=(1 / 2, 3 / 4))
+PRESETS = {
+    "lenet-300-100": LENET,
+    "conv-2": CONV_NET,
+    "conv-4": replace(CONV_NET, model="conv-4", iterations=25_000, lr=3e-4),
+    "conv-6": replace(CONV_NET, model="conv-6", iterations=30_000, lr=3e-4, conv_share=0.75),
+    "resnet-18": DEEP_NET,
+    "resnet-18-warmup": replace(DEEP_NET, lr=0.03, warmup=20_000),
+    "vgg-19": VGG,
+    "vgg-19-warmup": replace(VGG, warmup=10_000),
+}
+
+
+def preset(data: str | None = None, model: str = "lenet-300-100", **changes: object) -> Settings:
+    """The paper's settings for a net, and smaller ones for Lenet on the digits.
+
+    ``model``: a key of `PRESETS`; those that end in "-warmup" are the paper's of section 5. ``data`` None: the digits
+    for Lenet, CIFAR-10 for the others. Raises ValueError for an unknown net, for unknown data and for a net that does
+    not take them.
+    """
+    if model not in PRESETS:
+        raise ValueError(f"unknown model {model!r}: expected one of {', '.join(PRESETS)}")
+    settings = PRESETS[model]
+    takes = [name for name in data_sets.NAMES if (name == "cifar10") == (settings.data == "cifar10")]
+    data = takes[0] if data is None else data
+    if data not in takes:
+        raise ValueError(f"{model}: expected data among {', '.join(takes)}, got {data!r}")
+    small = {"rounds": 12, "iterations": 3000, "eval_every": 20} if data == "digits" else {}
+    return replace(settings, **{"data": data, **small, **changes})
+
+
+def scaled(settings: Settings, scale: float) -> Settings:
+    """The same experiment, shorter: iterations, warm-up and rewind step times ``scale``, rounded.
+
+    There are fewer evaluations, not denser ones: `eval_every` stays. Raises ValueError unless ``scale`` is positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
+    counts = {name: round(scale * getattr(settings, name)) for name in ("iterations", "warmup", "rewind_step")}
+    return replace(settings, **counts)
