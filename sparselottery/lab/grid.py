@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..files import atomic
+from ..info import machine
 from . import data as data_sets
 from .controls import CONTROLS
 from .executors import EXECUTORS, Event, Place, Report
@@ -195,7 +196,14 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "controls": list(dict.fromkeys([*before.get("controls", ()), *grid.controls])),
         "draws": max(grid.draws, before.get("draws", 0)),
         "threads": grid.threads,
+        "rounds": _either(before.get("rounds", ()), grid.rounds),
+        "machines": list(dict.fromkeys([*before.get("machines", ()), machine()])),
     }
+
+
+def _either(before: Iterable[int] | None, now: Iterable[int] | None) -> list[int] | None:
+    """The rounds of both; None, all of them, if it is one of them."""
+    return None if before is None or now is None else sorted({*before, *now})
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
+from ..settings import Settings
 from . import draw
 from .read import TICKET, Run
 from .tables import Row
@@ -59,7 +61,7 @@ def sentence(run: Run) -> str:
 def notes(run: Run) -> list[str]:
     """What has to be said beside every figure: shortening, altered data, what is missing."""
     settings = run.settings
-    found = [run.grid.get("scale"), run.grid.get("note"), settings.get("note")]
+    found = [run.grid.get("scale") or _scale(settings), run.grid.get("note"), settings.get("note")]
     found = [str(each) for each in found if isinstance(each, str) and each]
     if not run.finished:
         done = sum(each.control == TICKET for each in run.trainings)
@@ -69,12 +71,22 @@ def notes(run: Run) -> list[str]:
     return [each[0].upper() + each[1:] + "." * (not each.endswith(".")) for each in dict.fromkeys(found)]
 
 
+def _scale(settings: dict[str, Any]) -> str:
+    """What is shortened, of a run of this library's experiment."""
+    known = {each.name for each in fields(Settings)}
+    try:
+        return Settings(**{key: value for key, value in settings.items() if key in known}).scale
+    except (TypeError, ValueError):
+        return ""
+
+
 def machines(run: Run) -> list[str]:
     """Where it ran, as far as its folder says."""
-    threads, machine = (run.grid.get(key) for key in ("threads", "machine"))
-    found = (
-        [f"Measured on {machine}."] if machine else ["The run's folder does not say on which machine it was measured."]
-    )
+    threads, machines = (run.grid.get(key) for key in ("threads", "machines"))
+    if isinstance(machines, list) and machines:
+        found = [f"Measured on {'; '.join(map(str, machines))}."]
+    else:
+        found = ["The run's folder does not say on which machine it was measured."]
     return found + ([f"Threads per training: {_number(threads)}."] if threads else [])
 
 
