@@ -212,6 +212,12 @@ def _times(form: str, *keys: str, scale: float = 1.0) -> Callable[[Row], str]:
     return lambda row: _plain(_product(scale, *(row[key] for key in keys)), form)
 
 
+def _seconds_to_stop(row: Row) -> str:
+    if None in (row["early_stop_iteration"], row["first_iteration"], row["train_step_ms"]):
+        return draw.DASH
+    return f"{(row['early_stop_iteration'] - row['first_iteration']) * row['train_step_ms'] / 1e3:,.2f}"
+
+
 def _speed_up(row: Row) -> str:
     return (
         f"{row['dense_ms'] / row['sparse_ms']:.2f}{draw.TIMES}" if row["dense_ms"] and row["sparse_ms"] else draw.DASH
@@ -224,7 +230,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (  # of `round_tabl
     ("test accuracy, %", "early stop", _percent("early_stop_test_accuracy")),
     ("test accuracy, %", "end", _percent("final_test_accuracy")),
     ("to early stop", "iterations", lambda row: _ranged(row, "early_stop_iteration", 1, ",.0f")),
-    ("to early stop", "seconds", _times(",.2f", "early_stop_iteration", "train_step_ms", scale=1e-3)),
+    ("to early stop", "seconds", _seconds_to_stop),
     ("to the end", "iterations", _times(",.0f", "iterations")),
     ("to the end", "seconds", lambda row: _ranged(row, "train_seconds", 1, ",.2f")),
     ("ms per step", "sparse", _times(".3f", "sparse_ms")),

@@ -45,10 +45,16 @@ def trainings(run: Run) -> list[Row]:
     """One row for each training."""
     return [
         {"trial": each.trial, "control": each.control, "draw": each.draw, "round": each.round}
-        | {"iterations": max(each.curves["iteration"], default=None)}
+        | _steps(each.curves["iteration"])
         | each.numbers
         for each in run.trainings
     ]
+
+
+def _steps(iterations: Sequence[float]) -> Row:
+    """The iteration that a training began with, and how many it had."""
+    first = min(iterations, default=None)
+    return {"first_iteration": first, "iterations": None if first is None else max(iterations) - first}
 
 
 def curves(run: Run) -> list[Row]:
@@ -66,7 +72,7 @@ def rounds(rows: Iterable[Row]) -> list[Row]:
     found = []
     for (control, number), group in grouped(rows, "control", "round").items():
         row: Row = {"control": control, "round": number, "trainings": len(group)}
-        for key in ("iterations", *AVERAGED):
+        for key in ("first_iteration", "iterations", *AVERAGED):
             values = [each[key] for each in group if each[key] is not None]
             row |= (
                 {key: fmean(values), f"{key}_min": min(values), f"{key}_max": max(values)}
