@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ...ticket import Ticket
 from . import draw, figures, page, tickets
 from .figures import Drawing, Picture, file_name
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .tables import Row, grouped, spread
 
 Rows = dict[str, list[Row]]

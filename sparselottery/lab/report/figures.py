@@ -15,7 +15,7 @@ from PIL import Image
 
 from . import draw
 from .draw import INK, MUTED, OURS, THEIRS
-from .read import TICKET
+from .folder import TICKET
 from .tables import Row, grouped, mean, spread
 
 LAYERS_SHOWN = 6

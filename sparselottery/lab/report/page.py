@@ -11,7 +11,7 @@ from typing import Any
 from ..controls import CONTROLS
 from . import draw
 from .figures import Drawing, Picture
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .style import CSS
 from .summary import Tile
 from .tables import Row, grouped

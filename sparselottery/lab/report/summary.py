@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..settings import Settings
 from . import draw
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .tables import Row
 from .tickets import resets
 

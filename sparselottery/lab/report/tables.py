@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ...files import atomic
-from .read import NUMBERS, TICKET, Run
+from .folder import NUMBERS, TICKET, Run
 
 Row = dict[str, Any]
 AVERAGED = tuple(key for key in NUMBERS if key not in ("nnz", "total"))

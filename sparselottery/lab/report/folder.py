@@ -107,19 +107,8 @@ def read(folder: Path) -> Run:
 
 def _ladder(trial: int, folder: Path) -> list[Training]:
     """A round of a ladder is done when its weights are there."""
-    done = []
-    for path in _records(folder):
-        training = _training(path, trial, TICKET, 0)
-        if training.weights is None:
-            continue
-        done.append(training)
-        record = _object(path)
-        keys = {key: f"reinit_{key}" for key in ("early_stop_iteration", "early_stop_test_accuracy")}
-        if all(name in record for name in keys.values()):  # of `find --reinit`
-            numbers = dict.fromkeys(NUMBERS) | {key: training.numbers[key] for key in ("density", "nnz", "total")}
-            numbers |= {key: _finite(path, name, record[name]) for key, name in keys.items()}
-            done.append(Training(trial, "reinit", 0, training.round, numbers, {key: [] for key in CURVES}, None))
-    return done
+    found = [_training(path, trial, TICKET, 0) for path in _records(folder)]
+    return [each for each in found if each.weights is not None]
 
 
 def _records(folder: Path) -> list[Path]:
