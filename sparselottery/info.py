@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from pathlib import Path
 
 import torch
 
@@ -19,14 +17,3 @@ def info() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         **backends(),
     }
-
-
-def machine() -> str:
-    """What a measurement was made on: processor, cores, torch."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 TIMES = {"seconds", "train_seconds", "eval_seconds", "train_step_ms", "eval_ms", "sparse_ms", "dense_ms"}
 OPTIONS = [
-    *("--data", "digits", "--rounds", "2", "--iterations", "100", "--eval-every", "20"),
-    *("--trials", "2", "--controls", "reinit,order,one-shot", "--draws", "2", "--workers", "2"),
+    *("--data", "digits", "--rounds", "2", "--iterations", "60", "--eval-every", "20"),
+    *("--trials", "2", "--controls", "reinit,order", "--draws", "1", "--workers", "2"),
 ]
 
 
@@ -38,23 +39,28 @@ def results(out: Path) -> dict[str, object]:
     return found
 
 
-def killed(out: Path, seconds: float) -> bool:
-    """Run the grid and kill it, with -9 and nothing else, after so long; False if it had ended by then.
+def killed(out: Path, moment: Callable[[], bool]) -> bool:
+    """Run the grid and kill it, with -9 and nothing else, at a moment; False if it had ended by then.
 
     Raises AssertionError if one of its processes lives on. Linux only.
     """
     process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        process.wait(seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + 30
-        while members := running(process.pid):
-            assert time.monotonic() < deadline, f"living on: {members}"
-            time.sleep(0.05)
-        return True
+    while not moment() and process.poll() is None:
+        time.sleep(0.01)
+    ended = process.poll() is not None
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while members := running(process.pid):
+        assert time.monotonic() < deadline, f"living on: {members}"
+        time.sleep(0.05)
+    return not ended
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """The moment so many seconds from now."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() > deadline
 
 
 def running(session: int) -> list[int]:
@@ -81,7 +87,7 @@ def main(times: int) -> None:
         longest, expected = time.monotonic() - began, results(Path(folder) / "whole")
         for number in range(times):
             out, moment = Path(folder) / str(number), random.uniform(0, longest)
-            cut = killed(out, moment)
+            cut = killed(out, after(moment))
             finish(out)
             assert results(out) == expected, f"killed after {moment:.2f} s it ended otherwise"
             print(f"{number + 1} of {times}: {'killed' if cut else 'ended'} after {moment:.2f} s, the same end")

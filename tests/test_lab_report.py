@@ -235,7 +235,7 @@ def test_nothing_from_files_becomes_html(copy):
     evil = "<img src=x onerror=alert(1)>\"'&"
     shutil.copytree(copy / "trial-0" / "reinit", copy / "trial-0" / evil.replace("/", ""))
     described = json.loads((copy / "grid.json").read_text())
-    described |= {"note": evil, "scale": evil, "machines": [evil], evil: evil}
+    described |= {"note": evil, "scale": evil, "machine": evil, evil: evil}
     described["settings"] |= {"model": evil, "data": evil, "rounds": evil, "iterations": evil, "optimizer": evil}
     (copy / "grid.json").write_text(json.dumps(described))
     written = write(copy)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from ..lab import data
 from ..lab.controls import CONTROLS
-from ..lab.executors import EXECUTORS
+from ..lab.executors import EXECUTORS, Event
 from ..lab.grid import Grid, Job, done, run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from .options import add_out, add_settings, given, names, positive, sizes
@@ -37,6 +38,11 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         sub.set_defaults(command=lab, experiment=name)
         _add_grid(sub)
         add_settings(sub, Settings, PRESETS[name], leave_out=["model"])
+
+    text = "Write the figures and numbers of a run as one HTML page, with CSV files, PNGs and SVGs beside it."
+    sub = command("report", report, text)
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run folder of `lab` or `find`, finished or not")
+    sub.add_argument("--out", type=Path, help="folder to write into; default: report/ in RUN")
 
 
 def _add_grid(sub: argparse.ArgumentParser) -> None:
@@ -87,7 +93,13 @@ def lab(args: argparse.Namespace) -> None:
     print(f"\nnext:   sparselottery report {out}")
 
 
-def _watch(grid: Grid, events, before: int, total: int) -> list[tuple[Job, str]]:
+def report(args: argparse.Namespace) -> None:
+    from ..lab.report import write  # matplotlib: an extra, and slow to import
+
+    print(write(args.run, args.out))
+
+
+def _watch(grid: Grid, events: Iterator[Event], before: int, total: int) -> list[tuple[Job, str]]:
     """Show the events: a line for each finished training, a bar for each that runs; returns which jobs failed."""
     failures, finished = [], before
     print(header(COLUMNS))

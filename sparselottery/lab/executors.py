@@ -45,7 +45,7 @@ class Place(NamedTuple):
 def processes(work: Work, take: Take, place: Place) -> Iterator[Event]:
     """Run jobs in processes of this machine, each of which ends when this one does, even if that is killed."""
     context = multiprocessing.get_context("spawn")
-    workers = place.workers or (1 if place.gpus else max(1, len(os.sched_getaffinity(0)) // place.threads))
+    workers = workers_of(place)
     idle: list[_Worker] = []
     busy: dict[Connection, tuple[_Worker, Any]] = {}
     try:
@@ -72,6 +72,13 @@ def processes(work: Work, take: Take, place: Place) -> Iterator[Event]:
         for worker in (*idle, *(worker for worker, _ in busy.values())):
             worker.process.kill()
             worker.stop()
+
+
+def workers_of(place: Place) -> int:
+    """How many jobs run at once on this machine: with a GPU one, else so many that each thread has a core."""
+    ours = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(ours(0)) if ours else os.cpu_count() or 1
+    return place.workers or (1 if place.gpus else max(1, cores // place.threads))
 
 
 class _Worker:

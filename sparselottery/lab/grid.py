@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -23,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..files import atomic
-from ..info import machine
 from . import data as data_sets
 from .controls import CONTROLS
 from .executors import EXECUTORS, Event, Place, Report
@@ -197,13 +198,21 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "draws": max(grid.draws, before.get("draws", 0)),
         "threads": grid.threads,
         "rounds": _either(before.get("rounds", ()), grid.rounds),
-        "machines": list(dict.fromkeys([*before.get("machines", ()), machine()])),
+        "machine": _machine(),
     }
 
 
 def _either(before: Iterable[int] | None, now: Iterable[int] | None) -> list[int] | None:
-    """The rounds of both; None, all of them, if it is one of them."""
+    """The rounds of both; None, which is all of them, if it is one of them."""
     return None if before is None or now is None else sorted({*before, *now})
+
+
+def _machine() -> str:
+    """The processor, its cores and torch, in a line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} CPUs, torch {torch.__version__}"
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:

@@ -121,8 +121,8 @@ def stepper(
 ) -> Callable[[Tensor, Tensor, float], None]:
     """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
 
-    ``optimizer`` is "adam" or "sgd", whose ``momentum`` may be 0; ``weight_decay`` is of all parameters. On a GPU the step
-    is a CUDA graph from its fourth call on. Raises ValueError for another name.
+    ``optimizer`` is "adam" or "sgd", with ``momentum``, which may be 0; ``weight_decay`` is of all parameters. On a GPU
+    the step is a CUDA graph from its fourth call on. Raises ValueError for another name.
     """
     parameters = list(model.parameters())
     graphed = _on_gpu(parameters)

@@ -82,11 +82,9 @@ def _scale(settings: dict[str, Any]) -> str:
 
 def machines(run: Run) -> list[str]:
     """Where it ran, as far as its folder says."""
-    threads, machines = (run.grid.get(key) for key in ("threads", "machines"))
-    if isinstance(machines, list) and machines:
-        found = [f"Measured on {'; '.join(map(str, machines))}."]
-    else:
-        found = ["The run's folder does not say on which machine it was measured."]
+    threads, machine = (run.grid.get(key) for key in ("threads", "machine"))
+    unknown = "The run's folder does not say on which machine it was measured."
+    found = [f"Measured on {machine}." if machine else unknown]
     return found + ([f"Threads per training: {_number(threads)}."] if threads else [])
 
 
