@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from functools import partial
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -245,19 +244,6 @@ def test_nothing_from_files_becomes_html(copy):
     assert shown.text.count(evil) > 10
 
 
-def test_nothing_from_files_becomes_svg():
-    evil = "</text><script>alert(1)</script>$x_$"
-    rows = [
-        {"control": control, "round": number, "density": 1 / (1 + number), "iterations": 10, "first_iteration": 0}
-        | {f"early_stop_iteration{end}": 5 + number for end in ("", "_min", "_max")}
-        for control in ("ticket", evil)
-        for number in (0, 1)
-    ]
-    drawn = draw.svg(figures.against_weights(rows, "early_stop_iteration", "y"), "name")
-    assert "<script" not in drawn
-    assert "&lt;script" in drawn
-
-
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
@@ -297,89 +283,12 @@ def test_connectivity_says_why_it_is_missing(copy, monkeypatch):
     assert "Linear mode connectivity was left out: FileNotFoundError: digits: not on this machine" in text
 
 
-def rounds(ticket, reinit=()):
-    """Rows as `tables.rounds` gives: (density, accuracy, iteration, sparse ms, dense ms) of each round."""
-    keys = ("density", "early_stop_test_accuracy", "early_stop_iteration", "sparse_ms", "dense_ms")
-    both = (("ticket", ticket, 0), ("reinit", reinit, 1))
-    return [
-        {"control": name, "round": first + i, "iterations": 1000, **dict(zip(keys, values, strict=True))}
-        for name, found, first in both
-        for i, values in enumerate(found)
-    ]
-
-
-def test_headline():
-    found = rounds(
-        [(1, 0.95, 800, 2.0, 1.0), (0.5, 0.97, 600, 1.0, 1.0), (0.25, 0.95, 700, 0.5, 2.0), (0.1, 0.9, 900, 0.5, 1.5)],
-        [(0.5, 0.9, 900, None, None)],
-    )
-    tiles = {tile.what: tile for tile in summary.tiles(found, tables.seconds(found))}
-    assert tiles["Matching ticket"].number == "25 %"
-    assert tiles["Most accurate ticket"].number == "+2.00 pp"
-    assert tiles["Iterations to early stop"].number == "25 % fewer"
-    assert tiles["Iterations to early stop"].detail.endswith("50 % left; its reinit 900")
-    assert tiles["Time per training step"].number == f"4.0{draw.TIMES} faster"
-    assert tiles["Seconds of all rounds"].number == "27 % less"
-    assert tiles["Seconds of all rounds"].detail == "4 s of training steps against 5.5 s as w * mask"
-
-
-def test_headline_of_a_loss():
-    found = rounds([(1, 0.95, 800, 2.0, 1.0), (0.5, 0.9, 1000, 2.0, 1.0)])
-    tiles = {tile.what: tile.number for tile in summary.tiles(found, tables.seconds(found))}
-    assert "Matching ticket" not in tiles
-    assert tiles["Most accurate ticket"] == f"{draw.MINUS}5.00 pp"
-    assert tiles["Iterations to early stop"] == "25 % more"
-    assert tiles["Seconds of all rounds"] == "100 % more"
-
-
-def test_seconds_add_up():
-    found = tables.seconds(rounds([(1, 0.9, 1, 1.0, 3.0), (0.5, 0.9, 1, 2.0, 1.0), (0.4, 0.9, 1, None, 1.0)]))
-    assert [row["sparse_seconds"] for row in found] == pytest.approx([1, 3])
-    assert [row["dense_seconds"] for row in found] == pytest.approx([3, 4])
-    assert [row["saved_seconds"] for row in found] == pytest.approx([2, 1])
-
-
-@pytest.mark.parametrize("count", range(30))
-def test_spread(count):
-    chosen = tables.spread(range(count))
-    assert len(chosen) <= 6
-    assert chosen[:1] == list(range(count))[:1]
-    assert chosen[-1:] == list(range(count))[-1:]
-    assert sorted(set(chosen)) == chosen
-
-
-def test_rows_come_back_from_csv(tmp_path):
-    rows = [{"control": 'a,b\n"c"', "round": 3, "x": 1e-9, "y": None}, {"control": "1", "round": 0, "x": 0.5, "y": -2}]
-    tables.write(tmp_path / "a" / "b.csv", rows)
-    assert tables.read(tmp_path / "a" / "b.csv") == rows
-
-
-def test_labels_do_not_overlap():
-    with draw.canvas() as axes:
-        axes.plot([0, 1], [0, 1])
-        draw.label_ends(axes, [(0.98 + 0.001 * i, f"label {i}", "#000000") for i in range(12)])
-        figure = axes.figure
-        figure.draw_without_rendering()
-        boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
-        assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
-        assert boxes[-1].y1 <= figure.bbox.y1
-
-
 def test_figures_are_coloured_by_the_page(report):
     html = report.read_text()
     inside = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     colors = set(re.findall(r"#[0-9a-f]{6}", "".join(inside)))
     assert not colors & set(draw.DARK)
     assert "var(--0b5cad)" in inside[0]
-
-
-def test_every_control_has_its_look():
-    looks = [draw.style(name)[1:] for name in ("ticket", *grid.CONTROLS)]
-    assert len(set(looks)) == len(looks)
-    assert {name: draw.style(name).label for name in grid.CONTROLS if draw.style(name).label == name} == {
-        "one-shot": "one-shot"
-    }
-    assert {draw.style(name).color for name in grid.CONTROLS} <= set(draw.DARK)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from ...files import atomic
@@ -68,14 +68,18 @@ def curves(run: Run) -> list[Row]:
 
 
 def rounds(rows: Iterable[Row]) -> list[Row]:
-    """Over trials and draws of each control's round: how many, and of each number mean, ``_min`` and ``_max``."""
+    """Over trials and draws of each control's round: how many, and of each number mean, ``_min`` and ``_max``.
+
+    Of milliseconds it is the median, which a stalled machine does not move.
+    """
     found = []
     for (control, number), group in grouped(rows, "control", "round").items():
         row: Row = {"control": control, "round": number, "trainings": len(group)}
         for key in ("first_iteration", "iterations", *AVERAGED):
             values = [each[key] for each in group if each[key] is not None]
+            average = median if key.endswith("_ms") else fmean
             row |= (
-                {key: fmean(values), f"{key}_min": min(values), f"{key}_max": max(values)}
+                {key: average(values), f"{key}_min": min(values), f"{key}_max": max(values)}
                 if values
                 else dict.fromkeys((key, f"{key}_min", f"{key}_max"))
             )
