@@ -16,6 +16,7 @@ from .style import CSS
 from .summary import Tile
 from .tables import Row, grouped
 
+BORDERS = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}  # of matplotlib's lines
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -95,11 +96,10 @@ def key(controls: Sequence[str]) -> str:
     """The colour of each control, and what it is."""
     items = []
     for name in (TICKET, *controls):
-        label, color, _, _ = draw.style(name)
+        label, color, _, dashes = draw.style(name)
+        line = f"{BORDERS[dashes]} var(--{color[1:]})"
         about = CONTROLS[name].text if name in CONTROLS else ""
-        items.append(
-            f'<li><i style="border-color:var(--{color[1:]})"></i><b>{text(label)}</b>{text(about and " " + about)}</li>'
-        )
+        items.append(f'<li><i style="border-top:3px {line}"></i><b>{text(label)}</b>{text(about and " " + about)}</li>')
     return f'<ul class="key">{"".join(items)}</ul>' if controls else ""
 
 

@@ -138,7 +138,9 @@ def _early_stop(rounds: Sequence[Row], dense: Row, pruned: Sequence[Row]) -> Til
     reinit = next((row for row in rounds if (row["control"], row["round"]) == ("reinit", first["round"])), None)
     if reinit and reinit[key] is not None:
         detail += f"; its reinit {reinit[key]:,.0f}"
-    return Tile("Iterations to early stop", f"{100 * abs(change):.0f} % {'fewer' if change >= 0 else 'more'}", detail)
+    share = f"{100 * abs(change):.0f} %"
+    word = "as many" if share == "0 %" else f"{share} {'fewer' if change > 0 else 'more'}"
+    return Tile("Iterations to early stop", word, detail)
 
 
 def _left(row: Row) -> str:
