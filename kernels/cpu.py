@@ -48,16 +48,19 @@ def plan(
     in_features: int,
     tile: tuple[int, int] | None = None,
     backward: bool = True,
+    strips: tuple[int, int] | None = None,
 ) -> Tensor:
     """The plan of a valid CSR pattern as a flat int32 tensor; `tile` = (strip, block) overrides its tiling.
 
-    backward: False leaves out what only gradients need, two thirds of it.
+    backward: False leaves out what only gradients need, two thirds of it. strips: rows of a strip of W and of Wᵀ;
+    None: as many as `tile` says, or fewer, so that threads find at least eight strips to share.
     """
     out_features = crow_indices.numel() - 1
     strip, block = tile or tile_shape(out_features, in_features, col_indices.numel())
+    strips = strips or [min(strip, max(32, rows // 8 // 16 * 16)) for rows in (out_features, in_features)]
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     indices = native.pointer(crow_indices), native.pointer(col_indices)
-    return native.take(native.LIBRARY.sparselottery_plan, out_features, in_features, *indices, strip, block, backward)
+    return native.take(native.LIBRARY.sparselottery_plan, out_features, in_features, *indices, *strips, block, backward)
 
 
 def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):

@@ -30,6 +30,8 @@ def load(path: Path) -> ctypes.CDLL:
         function = getattr(library, f"sparselottery_{name}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         function.restype = None
+    library.sparselottery_train.argtypes = [ctypes.c_void_p]
+    library.sparselottery_train.restype = None
     for name, result in (("chain", None), ("conv", ctypes.c_bool)):
         for direction in ("forward", "backward"):
             function = getattr(library, f"sparselottery_{name}_{direction}")

@@ -110,9 +110,6 @@ void write_transpose(Writer& out, int phase, int32_t rows, int32_t cols, int32_t
     write_schedule(out, TRANSPOSE + SCHEDULE * phase, {rows, cols, ptr.data(), idx.data(), value.data()}, strip, block);
 }
 
-// Low enough that threads find at least eight strips to share.
-int32_t shared_strip(int32_t rows, int32_t strip) { return std::min(strip, std::max(32, rows / 8 / 16 * 16)); }
-
 int64_t give(const Writer& out, int32_t** words) {
     *words = static_cast<int32_t*>(std::malloc(out.words.size() * 4));
     if (!*words) return -1;
@@ -129,21 +126,20 @@ Plan read_plan(const int32_t* words) {
     return {words[OUT], words[IN], words[NNZ], words[PHASES], columns, read_schedule(words, FORWARD), words};
 }
 
-// Builds the plan of CSR indices that the caller has validated, with Wᵀ if `backward`; *words is to be given back to
-// sparselottery_free.
+// Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is
+// to be given back to sparselottery_free.
 EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
-                                  const int32_t* col_indices, int32_t strip, int32_t block, bool backward,
-                                  int32_t** words) {
+                                  const int32_t* col_indices, int32_t strip, int32_t strip_back, int32_t block,
+                                  bool backward, int32_t** words) {
     Writer out(backward);
     const int32_t nnz = out.words[NNZ] = crow_indices[out_features];
     out.words[OUT] = out_features;
     out.words[IN] = in_features;
     if (in_features <= 65536) out.words[COLUMNS] = out.append(std::vector<uint16_t>(col_indices, col_indices + nnz));
-    write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr},
-                   shared_strip(out_features, strip), block);
+    write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr}, strip, block);
     if (!backward) return give(out, words);
-    write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices,
-                    shared_strip(in_features, strip), block, [](int32_t row, int32_t col, Entry* e) {
+    write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices, strip_back, block,
+                    [](int32_t row, int32_t col, Entry* e) {
                         *e = {col, row};
                         return true;
                     });

@@ -1,5 +1,6 @@
 // The widest vector of the instruction set this file is compiled for, as GCC/Clang vector extensions.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #ifdef __x86_64__
@@ -63,6 +64,44 @@ INLINE void keep_scalar(T& value) {
 #elif defined(__aarch64__)
     asm("" : "+w"(value));
 #endif
+}
+
+template <class T>
+INLINE Vec<T> square_roots(Vec<T> v) {
+    constexpr bool single = sizeof(T) == 4;
+#if VECTOR_BYTES == 64
+    if constexpr (single) return (Vec<T>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+    else return (Vec<T>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif VECTOR_BYTES == 32
+    if constexpr (single) return (Vec<T>)_mm256_sqrt_ps((__m256)v);
+    else return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__x86_64__)
+    if constexpr (single) return (Vec<T>)_mm_sqrt_ps((__m128)v);
+    else return (Vec<T>)_mm_sqrt_pd((__m128d)v);
+#else
+    (void)single;
+    for (int l = 0; l < kWidth<T>; ++l) v[l] = std::sqrt(v[l]);
+    return v;
+#endif
+}
+
+// e to the power of v, within 2 ulp; in fp32 from -87 to 88, and for less what it is there.
+template <class T>
+INLINE Vec<T> exponentials(Vec<T> v) {
+    if constexpr (sizeof(T) == 8) {
+        for (int l = 0; l < kWidth<T>; ++l) v[l] = std::exp(v[l]);
+        return v;
+    } else {
+        typedef typename Simd<T>::I I;
+        constexpr T magic = 12582912;  // 1.5 * 2^23: what is added to it rounds to an integer, in its lowest bits
+        v = v < T(-87) ? Vec<T>{} - T(87) : v;
+        const Vec<T> shifted = v * T(1.44269504089) + magic, n = shifted - magic;
+        const Vec<T> r = v - n * T(0.693145751953125) - n * T(1.42860682030941723212e-6);
+        Vec<T> p = Vec<T>{} + T(1.9875691500e-4);
+        for (const T c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+            p = p * r + c;
+        return (Vec<T>)((I)(p * r * r + r + T(1)) + ((I)shifted << 23));  // times 2^n
+    }
 }
 
 // One 128-bit lane from each of row(0) + at, row(1) + at, ...: the loads do what would else take shuffles.

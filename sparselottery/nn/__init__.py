@@ -1,6 +1,6 @@
 """Layers that store and multiply only the surviving weights."""
 
-from .base import EXECUTIONS, MaskedLayer, Measured
+from .base import EXECUTIONS, NATIVE, MaskedLayer, Measured
 from .conv import MaskedConv2d
 from .linear import MaskedLinear
 from .runs import count_packs, native_runs
@@ -8,6 +8,7 @@ from .sequential import MaskedSequential
 
 __all__ = [
     "EXECUTIONS",
+    "NATIVE",
     "MaskedConv2d",
     "MaskedLayer",
     "MaskedLinear",
