@@ -126,6 +126,14 @@ void pack_images(const T* images, int64_t features, const int64_t* order, int64_
     }
 }
 
+// Asks for what `pack_images` will read: images are anywhere in memory.
+template <class T>
+void prefetch(const T* images, int64_t features, const int64_t* order, int64_t batch, Range range) {
+    for (int64_t n = 0; n < batch; ++n)
+        for (int64_t f = range.begin; f < range.end; f += 64 / sizeof(T))
+            __builtin_prefetch(images + order[n] * features + f, 0, 2);
+}
+
 // Logits (classes, ld) of columns `range` -> the gradient of their mean cross-entropy, in place.
 template <class T>
 void cross_entropy_gradient(T* logits, int64_t classes, const int64_t* labels, const int64_t* order, int64_t batch,
@@ -244,10 +252,13 @@ void train(const Training& a, const TrainedLayer* params) {
         offsets[l].gvalues = reserve(plan.nnz), offsets[l].gbias = reserve(plan.out_features);
     }
     T* base = workspace.get<T>(size);
+    Meeting meeting;
     std::fill_n(base + at_zeros, features, T(0));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         const int64_t part = thread_index(), parts = team_size();
+#pragma omp single
+        meeting.size(parts);
         std::vector<Layer<T>> layers(a.layers);
         for (int64_t l = 0; l < a.layers; ++l) {
             const Plan plan = read_plan(params[l].plan);
@@ -263,21 +274,22 @@ void train(const Training& a, const TrainedLayer* params) {
             const int64_t* order = a.order + step * a.batch;
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
             pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x, width, ld);
-            barrier();
+            meeting.wait();
+            if (step + 1 < a.steps) prefetch(static_cast<const T*>(a.images), features, order + a.batch, a.batch, my_features);
             const T* input = x;
             for (const Layer<T>& l : layers) {
                 forward(l.rows, l.strips, l.values(), l.bias(), input, l.output, width, ld, &l != &last);
-                barrier();
+                meeting.wait();
                 input = l.output;
             }
             cross_entropy_gradient(last.output, last.rows.rows, a.labels, order, a.batch, my_columns, ld);
-            barrier();
+            meeting.wait();
             const Update<T> rule(a, step);
             for (int64_t i = a.layers - 1; i > 0; --i) {
                 const Layer<T>&l = layers[i], &before = layers[i - 1];
                 input_gradient(l.columns, l.strips_back, l.values(), l.goutput, before.output, before.goutput, l.gvalues,
                                width, ld);
-                barrier();
+                meeting.wait();
                 l.update(rule, width, ld);
             }
             values_gradient(layers[0].rows, layers[0].strips, layers[0].goutput, x, layers[0].gvalues, width, ld);

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -199,8 +199,14 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "draws": max(grid.draws, before.get("draws", 0)),
         "rounds": None if None in rounds else sorted(set().union(*rounds)),
         "threads": grid.threads,
+        "rounds": _either(before.get("rounds", ()), grid.rounds),
         "machine": _machine(),
     }
+
+
+def _either(before: Iterable[int] | None, now: Iterable[int] | None) -> list[int] | None:
+    """The rounds of both; None, which is all of them, if it is one of them."""
+    return None if before is None or now is None else sorted({*before, *now})
 
 
 def _machine() -> str:
