@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from sparselottery import cli
+from sparselottery.cli import tables
 from sparselottery.lab import experiment
 from sparselottery.lab.controls import CONTROLS
 from sparselottery.lab.executors import EXECUTORS, Event
@@ -66,6 +68,7 @@ def test_lab_prints_a_row_per_training_and_what_is_next(tmp_path, capsys):
 def test_lab_draws_bars_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(tables, "perf_counter", itertools.count().__next__)  # time enough to draw every change
     assert cli.main([*LAB, "--controls", "reinit", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "trainings" in out

@@ -189,7 +189,6 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(grid.settings)))
     if before and (before["settings"], before["threads"]) != (settings, grid.threads):
         raise ValueError(f"{path} is of a grid with other settings or threads: use another folder")
-    rounds = grid.rounds, before.get("rounds") if before else ()
     return {
         "settings": settings,
         "scale": grid.settings.scale,
@@ -197,7 +196,6 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "trials": max(grid.trials, before.get("trials", 0)),
         "controls": list(dict.fromkeys([*before.get("controls", ()), *grid.controls])),
         "draws": max(grid.draws, before.get("draws", 0)),
-        "rounds": None if None in rounds else sorted(set().union(*rounds)),
         "threads": grid.threads,
         "rounds": _either(before.get("rounds", ()), grid.rounds),
         "machine": _machine(),
