@@ -1,7 +1,7 @@
 """Layers that store and multiply only the surviving weights."""
 
 from .base import EXECUTIONS, NATIVE, MaskedLayer, Measured
-from .conv import MaskedConv2d
+from .conv import MaskedConv2d, geometry_of
 from .linear import MaskedLinear
 from .runs import count_packs, native_runs
 from .sequential import MaskedSequential
@@ -15,5 +15,6 @@ __all__ = [
     "MaskedSequential",
     "Measured",
     "count_packs",
+    "geometry_of",
     "native_runs",
 ]
