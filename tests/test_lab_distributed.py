@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import distributed as dist
 
 from sparselottery import prune, ranks
+from sparselottery.cli import main
 from sparselottery.convert import convert, dense_state, to_dense
 from sparselottery.lab import distributed
 from sparselottery.lab.controls import reinit
 from sparselottery.lab.data import Dataset
 from sparselottery.lab.models import lenet_300_100, resnet_18
 from sparselottery.lab.training import train
+from sparselottery.lottery import find_ticket
 from sparselottery.ticket import Ticket
 
 PROCESSES = 2
@@ -70,6 +72,14 @@ CASES = {
 }
 
 
+def on_clouds(model) -> dict:
+    return train(model, clouds(), **HOW)
+
+
+def never(model) -> None:
+    raise AssertionError("expected every round to be found done")
+
+
 def work(rank: int, folder: Path) -> None:
     """What each of the processes does: every case, its record and weights kept."""
     torch.set_num_threads(1)
@@ -82,6 +92,10 @@ def work(rank: int, folder: Path) -> None:
         record = train(model, clouds(shape), **how)
         torch.save(dense_state(model), folder / f"{name}-{rank}.pt")
         (folder / f"{name}-{rank}.json").write_text(json.dumps(record))
+    found = find_ticket(lenet(), on_clouds, rounds=2, out=folder / "run", settings={})
+    again = find_ticket(lenet(), never, rounds=2, out=folder / "run", settings={})
+    found.save(folder / f"found-{rank}.safetensors")
+    assert again.same(found)
     with pytest.raises(ValueError, match="batch: expected a multiple of the 2 processes, got 21"):
         train(lenet(), clouds(), **{**HOW, "batch": 21})
     dist.destroy_process_group()
@@ -157,32 +171,32 @@ def test_one_process_is_left_alone(monkeypatch):
         assert distributed.mean((0.5, 2.0), 3) == (0.5, 2.0)
 
 
-def find(out: Path, *launcher: str) -> str:
-    options = {"data": "digits", "rounds": 2, "iterations": 60, "eval-every": 20, "batch": 32, "lr": 0.005, "out": out}
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, *launcher, "-m", "sparselottery", "find", *arguments]
+def test_the_folder_of_a_run_has_one_writer_and_serves_all(trained):
+    tickets = [Ticket.load(trained / f"found-{rank}.safetensors") for rank in range(PROCESSES)]
+    assert tickets[0].same(tickets[1])
+    assert tickets[0].same(Ticket.load(trained / "run" / "ticket.safetensors"))
+    assert find_ticket(lenet(), never, rounds=2, out=trained / "run", settings={}).same(tickets[0])
+
+
+def test_torchrun_finds_the_ticket_that_one_process_finds(tmp_path, capsys):
+    options = {"data": "digits", "rounds": 1, "iterations": 60, "eval-every": 20, "batch": 32, "lr": 0.005}
+    arguments = ["find", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "sparselottery", *arguments, "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_torchrun_finds_the_ticket_that_one_process_finds(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    printed = find(tmp_path / "two", *torchrun)
-    assert printed.count("ticket:") == 1
-    (two,), _ = (tmp_path / "two").iterdir(), find(tmp_path / "one")
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    assert done.stdout.count("ticket:") == capsys.readouterr().out.count("ticket:") == 1
+    (two,) = (tmp_path / "two").iterdir()
     one = tmp_path / "one" / two.name  # the same settings
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
-    for number in range(3):
+    dense = 4 * (300 * 64 + 300 * 100 + 1000 + 410)
+    for number in range(2):
         ours, alone = (json.loads((each / f"round-{number:02d}.json").read_text()) for each in (two, one))
         assert ours["curves"]["val_loss"] == pytest.approx(alone["curves"]["val_loss"], rel=0.02)
         assert ours["final_test_accuracy"] == pytest.approx(alone["final_test_accuracy"], abs=0.01)
-        dense = (300 * 64 + 300 * 100 + 1000 + 410) * 4
-        assert (ours["nnz"] + 410) * 4 == ours["allreduce_bytes"] <= ours["dense_allreduce_bytes"] == dense
+        assert 4 * (ours["nnz"] + 410) == ours["allreduce_bytes"] <= ours["dense_allreduce_bytes"] == dense
     tickets = [Ticket.load(each / "ticket.safetensors") for each in (two, one)]
     for name, mask in tickets[0].masks.items():
         assert (mask == tickets[1].masks[name]).float().mean() > 0.99
-    before = {path.name: path.stat().st_mtime_ns for path in two.iterdir() if path.name != "ticket.safetensors"}
-    find(tmp_path / "two", *torchrun)  # finds every round done
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in two.iterdir()}.items()
