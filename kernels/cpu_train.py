@@ -5,7 +5,6 @@ Raw tensors in, on the CPU. Axes: N samples of a batch, I in, O out, nnz survivi
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 

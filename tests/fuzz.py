@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from safetensors.torch import save
@@ -111,7 +112,7 @@ def _alter_json(random: random.Random, head: dict, _: dict) -> None:
     elif kind == 2 and isinstance(container, list):
         container.append(container[key])
     else:
-        container[key] = random.choice(VALUES)
+        container[key] = deepcopy(random.choice(VALUES))
 
 
 def _places(value: object) -> Iterator[tuple[object, object]]:

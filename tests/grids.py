@@ -17,7 +17,7 @@ from pathlib import Path
 
 TIMES = {"seconds", "train_seconds", "eval_seconds", "train_step_ms", "eval_ms", "sparse_ms", "dense_ms"}
 OPTIONS = [
-    *("--data", "digits", "--rounds", "2", "--iterations", "60", "--eval-every", "20"),
+    *("--data", "digits", "--rounds", "2", "--iterations", "40", "--eval-every", "20"),
     *("--trials", "2", "--controls", "reinit,order", "--draws", "1", "--workers", "2"),
 ]
 
@@ -45,11 +45,13 @@ def killed(out: Path, moment: Callable[[], bool]) -> bool:
     Raises AssertionError if one of its processes lives on. Linux only.
     """
     process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, start_new_session=True)
-    while not moment() and process.poll() is None:
-        time.sleep(0.01)
-    ended = process.poll() is not None
-    process.kill()
-    process.wait()
+    try:
+        while not moment() and process.poll() is None:
+            time.sleep(0.01)
+        ended = process.poll() is not None
+    finally:
+        process.kill()
+        process.wait()
     deadline = time.monotonic() + 30
     while members := running(process.pid):
         assert time.monotonic() < deadline, f"living on: {members}"

@@ -34,6 +34,7 @@ OPTIONAL = {
     "matplotlib",
     "pooch",
     "pytest",
+    "ray",
     "rich",
     "sklearn",
     "transformers",

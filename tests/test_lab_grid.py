@@ -101,6 +101,7 @@ def test_a_grid_and_what_it_writes(tmp_path, here):
     assert len(shown) == sum(map(asked.trainings, asked.jobs)) == 2 * (3 + 3)
     described = json.loads((tmp_path / "grid.json").read_text())
     assert described == described | {"trials": 2, "controls": ["reset", "order", "pruned"], "draws": 1, "threads": 1}
+    assert described["rounds"] == [2]
     assert described["settings"] == described["settings"] | {"seed": 0, "rounds": 2}
     assert (described["scale"], described["note"]) == (QUICK.scale, "a note")
     assert "torch" in described["machine"]
@@ -128,7 +129,7 @@ def test_what_is_done_is_not_done_again(tmp_path, here, monkeypatch):
     assert set(names(run(more, tmp_path, "here"))) == {job.name for job in more.jobs} - {"trial-0/ticket"}
     assert before.items() <= results(tmp_path / "trial-0").items()
     described = json.loads((tmp_path / "grid.json").read_text())
-    assert (described["trials"], described["controls"]) == (2, ["reinit", "one-shot"])
+    assert (described["trials"], described["controls"], described["rounds"]) == (2, ["reinit", "one-shot"], None)
     list(run(small, tmp_path, "here"))
     assert json.loads((tmp_path / "grid.json").read_text()) == described
     monkeypatch.setattr(grid, "compare", None)

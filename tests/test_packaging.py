@@ -87,7 +87,7 @@ def test_wheel_installs_only_sparselottery(wheel):
     tops = {name.partition("/")[0] for name in names}
     version = wheel.name.split("-")[1]
     assert tops == {"sparselottery", f"sparselottery-{version}.dist-info"}
-    patterns = ("sparselottery/*.py", "sparselottery/[!k]*/*.py", "kernels/*.py")
+    patterns = ("sparselottery/*.py", "sparselottery/[!k]*/*.py", "sparselottery/[!k]*/*/*.py", "kernels/*.py")
     for module in (path for pattern in patterns for path in ROOT.glob(pattern)):
         path = module.relative_to(ROOT)
         assert str(path if path.parts[0] == "sparselottery" else Path("sparselottery") / path) in names

@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand, one after the other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-def test_example_runs(tmp_path, monkeypatch):
+def test_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(example, names)
     assert names["ticket"].density == pytest.approx(0.8**7, abs=0.01)
     assert names["sparse"](names["x"]).shape == (600, 10)
     assert (tmp_path / "ticket.safetensors").exists()
+    assert names["y"].shape == (1, 10)

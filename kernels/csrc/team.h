@@ -1,7 +1,9 @@
 // Threads, memory that outlives a call, and the choice of a tile's registers: what all drivers share.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <thread>
 #include <type_traits>
 
 #ifdef _OPENMP
@@ -24,6 +26,34 @@ inline int64_t team_size() { return 1; }
 inline int64_t thread_index() { return 0; }
 inline void barrier() {}
 #endif
+
+// A barrier for threads that wait for each other a hundred times a millisecond: they spin, and where others need the
+// processor soon let them have it, which OpenMP's does after milliseconds.
+class Meeting {
+  public:
+    void size(int64_t threads) { threads_ = threads; }  // before anybody waits
+    void wait() {
+        const int64_t phase = phase_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+            if (spins < 2000) {
+#ifdef __x86_64__
+                _mm_pause();
+#endif
+            } else {
+                std::this_thread::yield();
+            }
+    }
+
+  private:
+    int64_t threads_ = 1;
+    alignas(64) std::atomic<int64_t> arrived_{0};
+    alignas(64) std::atomic<int64_t> phase_{0};
+};
 
 // Asks for huge pages in fresh memory that is about to be written: faulting in 4 KiB at a time costs a large
 // convolution as much as its arithmetic.

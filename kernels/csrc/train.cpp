@@ -84,7 +84,7 @@ void forward(const Schedule& s, Range strips, const T* values, const T* bias, co
     });
 }
 
-// gx = Wᵀ gy where x > 0, else 0, and the gradient of the values.
+// gx = Wᵀ gy, but 0 where x <= 0, and the gradient of the values.
 template <class T>
 void input_gradient(const Schedule& s, Range strips, const T* values, const T* gy, const T* x, T* gx, T* gvalues,
                     int64_t width, int64_t ld) {
@@ -97,7 +97,7 @@ void input_gradient(const Schedule& s, Range strips, const T* values, const T* g
             fused_tile<T, R>(s, s.tiles + strip * s.blocks + b, values, gy + b * s.block * ld + column, Strided{ld}, in, ld,
                              out, ld, gvalues, !first);
         for (int64_t r = 0; r < height; ++r)
-            for (int64_t n = 0; n < columns; ++n) out[r * ld + n] = in[r * ld + n] > 0 ? out[r * ld + n] : T(0);
+            for (int64_t n = 0; n < columns; ++n) out[r * ld + n] = in[r * ld + n] <= 0 ? T(0) : out[r * ld + n];
     });
 }
 
@@ -124,6 +124,14 @@ void pack_images(const T* images, int64_t features, const int64_t* order, int64_
         for (; f < range.end; ++f)
             for (int i = 0; i < W; ++i) x[f * ld + n + i] = row[i][f];
     }
+}
+
+// Asks for what `pack_images` will read: images are anywhere in memory.
+template <class T>
+void prefetch(const T* images, int64_t features, const int64_t* order, int64_t batch, Range range) {
+    for (int64_t n = 0; n < batch; ++n)
+        for (int64_t f = range.begin; f < range.end; f += 64 / sizeof(T))
+            __builtin_prefetch(images + order[n] * features + f, 0, 2);
 }
 
 // Logits (classes, ld) of columns `range` -> the gradient of their mean cross-entropy, in place.
@@ -244,10 +252,13 @@ void train(const Training& a, const TrainedLayer* params) {
         offsets[l].gvalues = reserve(plan.nnz), offsets[l].gbias = reserve(plan.out_features);
     }
     T* base = workspace.get<T>(size);
+    Meeting meeting;
     std::fill_n(base + at_zeros, features, T(0));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         const int64_t part = thread_index(), parts = team_size();
+#pragma omp single
+        meeting.size(parts);
         std::vector<Layer<T>> layers(a.layers);
         for (int64_t l = 0; l < a.layers; ++l) {
             const Plan plan = read_plan(params[l].plan);
@@ -263,21 +274,22 @@ void train(const Training& a, const TrainedLayer* params) {
             const int64_t* order = a.order + step * a.batch;
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
             pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x, width, ld);
-            barrier();
+            meeting.wait();
+            if (step + 1 < a.steps) prefetch(static_cast<const T*>(a.images), features, order + a.batch, a.batch, my_features);
             const T* input = x;
             for (const Layer<T>& l : layers) {
                 forward(l.rows, l.strips, l.values(), l.bias(), input, l.output, width, ld, &l != &last);
-                barrier();
+                meeting.wait();
                 input = l.output;
             }
             cross_entropy_gradient(last.output, last.rows.rows, a.labels, order, a.batch, my_columns, ld);
-            barrier();
+            meeting.wait();
             const Update<T> rule(a, step);
             for (int64_t i = a.layers - 1; i > 0; --i) {
                 const Layer<T>&l = layers[i], &before = layers[i - 1];
                 input_gradient(l.columns, l.strips_back, l.values(), l.goutput, before.output, before.goutput, l.gvalues,
                                width, ld);
-                barrier();
+                meeting.wait();
                 l.update(rule, width, ld);
             }
             values_gradient(layers[0].rows, layers[0].strips, layers[0].goutput, x, layers[0].gvalues, width, ld);

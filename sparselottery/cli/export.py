@@ -12,14 +12,14 @@ from ..export import FORMATS
 from ..export import export as write_export
 from ..info import info as versions
 from ..ticket import Ticket
-from .runs import net, round_file
+from .runs import RUN_TEXT, net, round_file
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     command("info", info, "Show versions and which backends run here, or why not.")
 
     sub = command("export", export, "Export the trained weights of a round for other tools to read.")
-    sub.add_argument("run", type=Path, metavar="RUN", help="a run folder of `find`")
+    sub.add_argument("run", type=Path, metavar="RUN", help=RUN_TEXT)
     sub.add_argument("--format", choices=sorted(FORMATS), default="npz", help="default: %(default)s")
     sub.add_argument("--out", type=Path, required=True, help="where to write")
     sub.add_argument("--round", type=int, help="default: the last one")

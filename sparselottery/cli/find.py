@@ -18,7 +18,7 @@ from ..lab.experiment import run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from ..ticket import Ticket
 from .options import add_out, add_settings, given, positive
-from .runs import net, round_file
+from .runs import RUN_TEXT, net, round_file
 from .tables import Columns, header, print_rows, progress, row
 
 EXPLAIN_NOTE = (
@@ -42,14 +42,18 @@ ROUND_COLUMNS: Columns = (
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("find", find, "Find a ticket of one of the paper's nets by iterative magnitude pruning.")
     sub.add_argument("--model", choices=PRESETS, help="default: lenet-300-100")
-    add_settings(sub, Settings, leave_out=["model"])
-    sub.add_argument("--scale", type=float, default=1.0, help="of all that is counted in iterations, default: 1")
+    presets = [vars(settings) for settings in (preset(), *PRESETS.values())]
+    common = {name: value for name, value in presets[0].items() if all(each[name] == value for each in presets)}
+    add_settings(sub, Settings, common, leave_out=["model"])
+    sub.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="of the iterations, warm-up and rewind step; default: 1"
+    )
     sub.add_argument("--threads", type=positive, help="default: torch's")
     add_out(sub)
 
     text = "Measure how each layer of a run's last round runs best; show that, and its bytes."
     sub = command("explain", explain, text)
-    sub.add_argument("run", type=Path, metavar="RUN", help="a run folder of `find`")
+    sub.add_argument("run", type=Path, metavar="RUN", help=RUN_TEXT)
 
 
 def find(args: argparse.Namespace) -> None:

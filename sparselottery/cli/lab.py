@@ -15,6 +15,7 @@ from ..lab.grid import Grid, Job, done, run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from .options import add_out, add_settings, given, names, positive, sizes
 from .tables import Columns, bars, header, row
+from .xor import add_xor
 
 TEXT = "Run one of the paper's experiments: trials of its ladder, and trainings to compare them with."
 CONTROLS_TEXT = "controls:\n" + "\n".join(f"  {name:12}{control.text}" for name, control in CONTROLS.items())
@@ -30,14 +31,19 @@ COLUMNS: Columns = (
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     experiments = command("lab", lab, TEXT).add_subparsers(required=True, metavar="EXPERIMENT")
+    add_xor(experiments)
     for name in PRESETS:
-        alias = ["lenet"] if name == "lenet-300-100" else []
-        text = f"{name}: {TEXT[0].lower()}{TEXT[1:]}"
-        form = argparse.RawDescriptionHelpFormatter
-        sub = experiments.add_parser(name, aliases=alias, description=text, epilog=CONTROLS_TEXT, formatter_class=form)
+        sub = experiments.add_parser(
+            name,
+            aliases=["lenet"] if name == "lenet-300-100" else [],
+            help=f"on {PRESETS[name].data}, {PRESETS[name].iterations:,} iterations, {PRESETS[name].rounds} rounds",
+            description=TEXT,
+            epilog=CONTROLS_TEXT,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(command=lab, experiment=name)
         _add_grid(sub)
-        add_settings(sub, Settings, PRESETS[name], leave_out=["model"])
+        add_settings(sub, Settings, vars(PRESETS[name]), leave_out=["model"])
 
     text = "Write the figures and numbers of a run as one HTML page, with CSV files, PNGs and SVGs beside it."
     sub = command("report", report, text)
@@ -58,11 +64,20 @@ def _add_grid(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--control-rounds", type=sizes, metavar="N,N", help="at which the controls are trained; default: all that prune"
     )
-    sub.add_argument("--scale", type=float, default=1.0, help="of all that is counted in iterations; default: 1")
-    sub.add_argument("--executor", choices=EXECUTORS, default="processes", help="default: %(default)s")
-    sub.add_argument("--workers", type=positive, help="jobs at once; default: as many as there are cores for")
     sub.add_argument(
-        "--threads", dest="job_threads", type=positive, default=1, help="of each job; results depend on it; default: 1"
+        "--scale", type=float, default=1.0, metavar="X", help="of the iterations, warm-up and rewind step; default: 1"
+    )
+    sub.add_argument("--executor", choices=EXECUTORS, default="processes", help="default: %(default)s")
+    sub.add_argument(
+        "--workers", type=positive, metavar="N", help="jobs at once; default: as many as there are cores for"
+    )
+    sub.add_argument(
+        "--threads",
+        dest="job_threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="of each job; results depend on it; default: 1",
     )
     sub.add_argument("--print", action="store_true", help="show all settings and stop")
     add_out(sub)
@@ -74,8 +89,9 @@ def lab(args: argparse.Namespace) -> None:
     grid = Grid(settings, args.trials, args.controls, args.draws, args.control_rounds, args.job_threads)
     out = args.out / grid.name
     if args.print:
-        shown = {key: value for key, value in vars(grid).items() if key != "settings"}
-        print(json.dumps({**asdict(settings), **shown, "scale": settings.scale, "folder": str(out)}, indent=2))
+        shown = {key: getattr(grid, key) for key in ("trials", "controls", "draws", "threads")}
+        shown |= {"control_rounds": grid.rounds, "scale": settings.scale, "folder": str(out)}
+        print(json.dumps({**asdict(settings), **shown}, indent=2))
         return
     total = sum(map(grid.trainings, grid.jobs))
     before = sum(grid.trainings(job) for job in grid.jobs if done(out, job))

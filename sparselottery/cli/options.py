@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -41,9 +41,9 @@ def names(choices: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, settings: type, defaults: Any = None, leave_out: Collection[str] = ()
+    parser: argparse.ArgumentParser, settings: type, defaults: Mapping[str, Any], leave_out: Collection[str] = ()
 ) -> None:
-    """An option for each field of a dataclass, None if not given; `defaults`, an instance, is shown in the help.
+    """An option for each field of a dataclass, None if not given; its help shows the default, "the net's" if unknown.
 
     The field's metadata hold its ``text`` and ``choices``.
     """
@@ -51,17 +51,15 @@ def add_settings(
     for field in fields(settings):
         if field.name in leave_out:
             continue
-        text = field.metadata.get("text", "")
-        default = getattr(defaults, field.name, field.default)
-        text += f"; default: {_shown(default)}" if default is not MISSING else "; default: the net's"
-        option = f"--{field.name.replace('_', '-')}"
-        if hints[field.name] is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
-            continue
         kind, metavar = TYPES.get(hints[field.name], (hints[field.name], None))
-        choices = field.metadata.get("choices")
-        text = text.replace("%", "%%")
-        parser.add_argument(option, type=kind, metavar=None if choices else metavar, choices=choices, help=text)
+        shown = _shown(defaults[field.name], metavar) if field.name in defaults else "the net's"
+        choices = field.metadata["choices"]
+        text = f"{field.metadata['text']}; default: {shown}".replace("%", "%%")
+        option = f"--{field.name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(option, type=kind, metavar=None if choices else metavar, choices=choices, help=text)
 
 
 def given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
@@ -74,9 +72,10 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="parent of the run folder; default: %(default)s")
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, metavar: str | None) -> str:
+    """As the option takes it."""
     if isinstance(value, tuple):
-        return ("x" if all(isinstance(each, int) for each in value) else ",").join(f"{each:g}" for each in value) or "-"
+        return metavar[1:-1].join(f"{each:g}" for each in value) or "none"
     return str(value)
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from ..lab.models import build
 from ..ticket import Ticket
 
+RUN_TEXT = "a run folder of `find`, or a trial-N/ticket of `lab`"
+
 
 def round_file(run: Path, number: int | None) -> Path:
     """The file of a round's trained weights; the last round's for None."""

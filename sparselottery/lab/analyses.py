@@ -104,13 +104,6 @@ def degrees(mask: Tensor) -> Degrees:
     return Degrees(flat.sum((1, 2)), flat.sum((0, 2)))
 
 
-def input_image(mask: Tensor) -> Tensor | None:
-    """Connections that come out of each pixel, (H, W) int64, for a layer on a square image; None for other layers."""
-    if mask.dim() != 2 or (side := round(mask.shape[1] ** 0.5)) ** 2 != mask.shape[1]:
-        return None
-    return degrees(mask).out_of.view(side, side)
-
-
 def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overlap]:
     """How alike two tickets' masks are, layer by layer.
 
@@ -162,12 +155,3 @@ def instability(errors: Sequence[float]) -> float:
     if len(errors) < 2:
         raise ValueError(f"expected the errors of at least the two ends, got {len(errors)}")
     return max(errors) - (errors[0] + errors[-1]) / 2
-
-
-def seconds_saved(sparse_ms: Sequence[float], dense_ms: Sequence[float], iterations: Sequence[int]) -> list[float]:
-    """After each round, the seconds that all rounds so far would have taken longer with dense steps."""
-    total, saved = 0.0, []
-    for sparse, dense, count in zip(sparse_ms, dense_ms, iterations, strict=True):
-        total += (dense - sparse) / 1e3 * count
-        saved.append(total)
-    return saved

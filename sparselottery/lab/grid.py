@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -183,7 +183,7 @@ def _seed(trial: int, job: Job) -> int:
 
 
 def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
-    """What grid.json says: more trials, controls and draws than now, if more were asked for before."""
+    """What grid.json says: all trials, controls, draws and rounds that were ever asked for."""
     path = folder / "grid.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     settings = json.loads(json.dumps(asdict(grid.settings)))
@@ -197,8 +197,14 @@ def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
         "controls": list(dict.fromkeys([*before.get("controls", ()), *grid.controls])),
         "draws": max(grid.draws, before.get("draws", 0)),
         "threads": grid.threads,
+        "rounds": _either(before.get("rounds", ()), grid.rounds),
         "machine": _machine(),
     }
+
+
+def _either(before: Iterable[int] | None, now: Iterable[int] | None) -> list[int] | None:
+    """The rounds of both; None, which is all of them, if it is one of them."""
+    return None if before is None or now is None else sorted({*before, *now})
 
 
 def _machine() -> str:

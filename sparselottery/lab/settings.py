@@ -7,6 +7,7 @@ import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..pattern import BLOCKS
 from . import data as data_sets
 from .models import MODELS
 
@@ -14,8 +15,9 @@ RETRAIN = ("rewind", "continue", "fine-tune")
 PRUNE_LAYERS = ("all", "conv", "fc")
 
 
-def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field; its metadata are the line that explains it and, if not everything is allowed, what is."""
+def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a settings dataclass: its metadata are the line that explains it and, if not everything is, what is
+    allowed."""
     return field(default=default, metadata={"text": text, "choices": choices})
 
 
@@ -26,37 +28,41 @@ class Settings:
     Raises ValueError for a value that is not among those allowed.
     """
 
-    data: str = _setting(MISSING, "what to train on", data_sets.NAMES)
-    rounds: int = _setting(MISSING, "prunings")
-    iterations: int = _setting(MISSING, "of each training")
-    eval_every: int = _setting(MISSING, "iterations between evaluations")
-    fraction: float = _setting(0.2, "of the survivors, pruned per round in layers whose share is 1")
-    batch: int = _setting(60, "images per iteration")
-    lr: float = _setting(1.2e-3, "learning rate")
-    seed: int = _setting(0, "of the first weights and the data order")
-    rewind_step: int = _setting(0, "the survivors, or the schedule, go back to this iteration")
-    one_shot: bool = _setting(False, "prune once, to where all rounds would lead")
-    retrain: str = _setting(
+    data: str = setting(MISSING, "what to train on", data_sets.NAMES)
+    rounds: int = setting(MISSING, "prunings")
+    iterations: int = setting(MISSING, "of each training")
+    eval_every: int = setting(MISSING, "iterations between evaluations")
+    fraction: float = setting(0.2, "of the survivors, pruned per round in layers whose share is 1")
+    batch: int = setting(60, "images per iteration")
+    lr: float = setting(1.2e-3, "learning rate")
+    seed: int = setting(0, "of the first weights and the data order")
+    rewind_step: int = setting(0, "the survivors, or the schedule, go back to this iteration")
+    one_shot: bool = setting(False, "prune once, to where all rounds would lead")
+    retrain: str = setting(
         "rewind",
         "how a round goes on: rewind, survivors go back to their weights of the rewind step; continue, they keep "
         "theirs and the schedule goes back; fine-tune, they keep theirs and the last learning rate",
         RETRAIN,
     )
-    model: str = _setting("lenet-300-100", "the net", tuple(MODELS))
-    optimizer: str = _setting("adam", "of the training", ("adam", "sgd"))
-    momentum: float = _setting(0.9, "of sgd")
-    weight_decay: float = _setting(0.0, "of all parameters")
-    dropout: float = _setting(0.0, "share of the units dropped in training (Conv nets)")
-    drops: tuple[float, ...] = _setting((), "after these shares of the iterations the learning rate falls to a tenth")
-    warmup: int = _setting(0, "iterations until the learning rate is reached")
-    augment: bool = _setting(False, "flip and crop the training images")
-    scope: str = _setting("layer", "who competes: the weights of a layer, or of all layers", ("layer", "global"))
-    prune_layers: str = _setting("all", "prune convolutions only, or linear layers only", PRUNE_LAYERS)
-    conv_share: float = _setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole")
-    fc_share: float = _setting(1.0, "of the fraction, in linear layers")
-    output_share: float = _setting(0.5, "of the fraction, in the output layer (paper App. G.4)")
-    granularity: tuple[int, int] = _setting((1, 1), "blocks that are pruned whole; single weights in the output layer")
-    device: str = _setting("cpu", "where to train", ("cpu", "cuda"))
+    model: str = setting("lenet-300-100", "the net", tuple(MODELS))
+    optimizer: str = setting("adam", "of the training", ("adam", "sgd"))
+    momentum: float = setting(0.9, "of sgd")
+    weight_decay: float = setting(0.0, "of all parameters")
+    dropout: float = setting(0.0, "share of the units dropped in training (Conv nets)")
+    drops: tuple[float, ...] = setting((), "after these shares of the iterations the learning rate falls to a tenth")
+    warmup: int = setting(0, "iterations until the learning rate is reached")
+    augment: bool = setting(False, "flip and crop the training images")
+    scope: str = setting("layer", "who competes: the weights of a layer, or of all layers", ("layer", "global"))
+    prune_layers: str = setting("all", "prune convolutions only, or linear layers only", PRUNE_LAYERS)
+    conv_share: float = setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole")
+    fc_share: float = setting(1.0, "of the fraction, in linear layers")
+    output_share: float = setting(0.5, "of the fraction, in the output layer (paper App. G.4)")
+    granularity: tuple[int, int] = setting(
+        (1, 1),
+        "blocks of rows (filters) x columns (channels at one tap) that are pruned whole, but for the output layer; "
+        f"GPUs have kernels for {', '.join(f'{rows}x{columns}' for rows, columns in BLOCKS)}",
+    )
+    device: str = setting("cpu", "where to train", ("cpu", "cuda"))
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .settings import setting
+
 INPUTS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])  # (4, 2), the whole training set
 TARGETS = torch.tensor([[0.0], [1.0], [1.0], [0.0]])  # (4, 1)
 BLOCK = 512  # trials at a time: their tensors fit a cache
@@ -27,14 +29,14 @@ Z = 1.96  # of intervals that hold 95 %
 class Settings:
     """All that decides the table. Raises ValueError for what makes no sense."""
 
-    hidden: tuple[int, ...] = (10, 8, 6, 4, 2)  # hidden units, the largest first
-    trials: int = 1000  # nets of each size
-    iterations: int = 10_000  # at most, of gradient descent on all four points
-    lr: float = 1.0
-    momentum: float = 0.0
-    deviation: float = 0.1  # of the first weights, Gaussian, redrawn beyond two deviations; biases begin at 0
-    zero_loss: float = 0.01  # a mean cross-entropy below it counts as zero
-    seed: int = 0
+    hidden: tuple[int, ...] = setting((10, 8, 6, 4, 2), "hidden units, the largest first")
+    trials: int = setting(1000, "nets of each size")
+    iterations: int = setting(10_000, "at most, of gradient descent on all four points")
+    lr: float = setting(1.0, "learning rate")
+    momentum: float = setting(0.0, "of the gradient descent")
+    deviation: float = setting(0.1, "of the first weights, Gaussian, redrawn beyond two deviations; biases begin at 0")
+    zero_loss: float = setting(0.01, "a mean cross-entropy below it counts as zero")
+    seed: int = setting(0, "of the first weights")
 
     def __post_init__(self) -> None:
         if not self.hidden or min(self.hidden) < 1 or list(self.hidden) != sorted(set(self.hidden), reverse=True):

@@ -1,18 +1,20 @@
 """Layers that store and multiply only the surviving weights."""
 
-from .base import EXECUTIONS, MaskedLayer, Measured
-from .conv import MaskedConv2d
+from .base import EXECUTIONS, NATIVE, MaskedLayer, Measured
+from .conv import MaskedConv2d, geometry_of
 from .linear import MaskedLinear
 from .runs import count_packs, native_runs
 from .sequential import MaskedSequential
 
 __all__ = [
     "EXECUTIONS",
+    "NATIVE",
     "MaskedConv2d",
     "MaskedLayer",
     "MaskedLinear",
     "MaskedSequential",
     "Measured",
     "count_packs",
+    "geometry_of",
     "native_runs",
 ]

@@ -60,10 +60,10 @@ class MaskedConv2d(MaskedLayer):
             if not isinstance(pair, str) and (len(pair) != 2 or min(pair) < least):
                 raise ValueError(f"{name}: expected two numbers of at least {least}, got {pair}")
         sides = _sides(self.padding, self.kernel_size, self.dilation)
-        zeros = padding_mode == "zeros"
-        self._pad_first = None if zeros else sides[2:] + sides[:2]  # F.pad starts at the last dimension
-        sides = sides if zeros else (0, 0, 0, 0)
-        self.geometry = Geometry(in_channels, *self.kernel_size, *self.stride, *sides, *self.dilation, groups)
+        self._pad_first = (
+            None if padding_mode == "zeros" else sides[2:] + sides[:2]
+        )  # F.pad starts at the last dimension
+        self.geometry = geometry_of(self)
         self._build(mask, bias, device, dtype)
 
     @property
@@ -91,6 +91,12 @@ class MaskedConv2d(MaskedLayer):
         padding = self.padding if self._pad_first is None else 0
         weight = self._dense_weight()
         return F.conv2d(_padded(x, self), weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def geometry_of(conv: MaskedConv2d | nn.Conv2d) -> Geometry:
+    """Of the convolution itself: where it does not pad by zeros, of the padded image."""
+    sides = _sides(conv.padding, conv.kernel_size, conv.dilation) if conv.padding_mode == "zeros" else (0, 0, 0, 0)
+    return Geometry(conv.in_channels, *conv.kernel_size, *conv.stride, *sides, *conv.dilation, conv.groups)
 
 
 def _sides(padding: str | tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import cpu, cpu_net, native
 from ..kernels.reference import Geometry, Norm
 from ..maskable import MASKED
-from ..nn import MaskedConv2d, MaskedLayer
+from ..nn import MaskedConv2d, MaskedLayer, geometry_of
 from ..pattern import Pattern
 from ..random_state import random_state_kept
 
@@ -49,10 +49,7 @@ class FrozenLayer(nn.Module):
         self._kind = MASKED[type(dense)]
         self._arguments = {name: getattr(dense, name) for name in self._kind.arguments}
         self.density = pattern.density
-        self.geometry: Geometry | None = None
-        if self._kind is MaskedConv2d:
-            with random_state_kept():
-                self.geometry = MaskedConv2d(**self._arguments, bias=False, mask=_no_mask(dense)).geometry
+        self.geometry: Geometry | None = geometry_of(dense) if self._kind is MaskedConv2d else None
         for name, tensor in (("values", values), ("bias", bias)):
             self.register_buffer(name, tensor)
         self.register_buffer("crow_indices", pattern.crow_indices)

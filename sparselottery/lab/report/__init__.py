@@ -1,6 +1,6 @@
 """A run as one self-contained HTML page, with its numbers as CSV files and its figures as PNG and SVG beside it.
 
-    read -> rows (tables, tickets) -> CSV files -> figures -> page
+    folder -> rows (tables, tickets) -> CSV files -> figures -> page
 
 The figures and the page are made from the CSV files; only pictures of whole masks come from the tickets themselves.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from ... import __version__
 from ...files import atomic
 from . import contents, draw, page, summary, tables, tickets
-from .read import read
+from .folder import read
 
 __all__ = ["write"]
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ...ticket import Ticket
 from . import draw, figures, page, tickets
 from .figures import Drawing, Picture, file_name
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .tables import Row, grouped, spread
 
 Rows = dict[str, list[Row]]
@@ -139,8 +139,8 @@ def sections(run: Run, rows: Rows, drawn: list[Drawing], pictured: list[Picture]
         ),
         page.section(
             "Round by round",
-            "Means over trials, ranges where they differ. Seconds to early stop are its iterations times the measured "
-            "time per step of that training; seconds of the whole training are measured.",
+            "Means over trials (of milliseconds, medians), and ranges where they differ. Seconds to early stop are its "
+            "iterations times the measured time per step of that training; seconds to the end are measured.",
             page.round_table(rounds),
             page.details("Test accuracy at early stop of all controls, %", by_control) if controls else "",
             page.details("Iteration of early stop of all controls", by_stop) if controls else "",

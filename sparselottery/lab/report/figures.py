@@ -15,7 +15,7 @@ from PIL import Image
 
 from . import draw
 from .draw import INK, MUTED, OURS, THEIRS
-from .read import TICKET
+from .folder import TICKET
 from .tables import Row, grouped, mean, spread
 
 LAYERS_SHOWN = 6
@@ -47,7 +47,9 @@ def lines(rows: Sequence[Row], key: str, scale: float = 1.0) -> dict[str, list[t
     """Of each control, (density, mean, min, max) by falling density; those without numbers are left out."""
     found = {}
     for control, group in grouped(rows, "control").items():
-        measured = [row for row in group if row[key] is not None and row["iterations"] != 0]
+        measured = [row for row in group if row[key] is not None]
+        if key == "early_stop_iteration":  # a control that is only evaluated does not stop
+            measured = [row for row in measured if row["iterations"] != 0]
         points = [(row["density"], *(scale * row[key + end] for end in ("", "_min", "_max"))) for row in measured]
         if points:
             found[control] = sorted(points, reverse=True)

@@ -11,11 +11,12 @@ from typing import Any
 from ..controls import CONTROLS
 from . import draw
 from .figures import Drawing, Picture
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .style import CSS
 from .summary import Tile
 from .tables import Row, grouped
 
+BORDERS = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}  # of matplotlib's lines
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -95,11 +96,10 @@ def key(controls: Sequence[str]) -> str:
     """The colour of each control, and what it is."""
     items = []
     for name in (TICKET, *controls):
-        label, color, _, _ = draw.style(name)
+        label, color, _, dashes = draw.style(name)
+        line = f"{BORDERS[dashes]} var(--{color[1:]})"
         about = CONTROLS[name].text if name in CONTROLS else ""
-        items.append(
-            f'<li><i style="border-color:var(--{color[1:]})"></i><b>{text(label)}</b>{text(about and " " + about)}</li>'
-        )
+        items.append(f'<li><i style="border-top:3px {line}"></i><b>{text(label)}</b>{text(about and " " + about)}</li>')
     return f'<ul class="key">{"".join(items)}</ul>' if controls else ""
 
 
@@ -212,6 +212,12 @@ def _times(form: str, *keys: str, scale: float = 1.0) -> Callable[[Row], str]:
     return lambda row: _plain(_product(scale, *(row[key] for key in keys)), form)
 
 
+def _seconds_to_stop(row: Row) -> str:
+    if None in (row["early_stop_iteration"], row["first_iteration"], row["train_step_ms"]):
+        return draw.DASH
+    return f"{(row['early_stop_iteration'] - row['first_iteration']) * row['train_step_ms'] / 1e3:,.2f}"
+
+
 def _speed_up(row: Row) -> str:
     return (
         f"{row['dense_ms'] / row['sparse_ms']:.2f}{draw.TIMES}" if row["dense_ms"] and row["sparse_ms"] else draw.DASH
@@ -224,7 +230,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (  # of `round_tabl
     ("test accuracy, %", "early stop", _percent("early_stop_test_accuracy")),
     ("test accuracy, %", "end", _percent("final_test_accuracy")),
     ("to early stop", "iterations", lambda row: _ranged(row, "early_stop_iteration", 1, ",.0f")),
-    ("to early stop", "seconds", _times(",.2f", "early_stop_iteration", "train_step_ms", scale=1e-3)),
+    ("to early stop", "seconds", _seconds_to_stop),
     ("to the end", "iterations", _times(",.0f", "iterations")),
     ("to the end", "seconds", lambda row: _ranged(row, "train_seconds", 1, ",.2f")),
     ("ms per step", "sparse", _times(".3f", "sparse_ms")),

@@ -72,6 +72,7 @@ footer p {{margin:0 0 .3rem;max-width:none}}
   .tiles {{grid-template-columns:repeat(2,minmax(0,1fr));gap:.7rem}}
   .tile {{padding:.85rem .9rem}}
   .tile dd.number {{font-size:1.35rem}}
+  .tile:last-child:nth-child(odd) {{grid-column:1/-1}}
   .pictures {{grid-template-columns:repeat(3,minmax(0,1fr));gap:.8rem}}
 }}
 @media print {{h2 {{break-after:avoid}} figure,.tile {{break-inside:avoid}}}}

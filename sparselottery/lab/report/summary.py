@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
+from ..settings import Settings
 from . import draw
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .tables import Row
 from .tickets import resets
 
@@ -59,7 +61,7 @@ def sentence(run: Run) -> str:
 def notes(run: Run) -> list[str]:
     """What has to be said beside every figure: shortening, altered data, what is missing."""
     settings = run.settings
-    found = [run.grid.get("scale"), run.grid.get("note"), settings.get("note")]
+    found = [run.grid.get("scale") or _scale(settings), run.grid.get("note"), settings.get("note")]
     found = [str(each) for each in found if isinstance(each, str) and each]
     if not run.finished:
         done = sum(each.control == TICKET for each in run.trainings)
@@ -69,30 +71,39 @@ def notes(run: Run) -> list[str]:
     return [each[0].upper() + each[1:] + "." * (not each.endswith(".")) for each in dict.fromkeys(found)]
 
 
+def _scale(settings: dict[str, Any]) -> str:
+    """What is shortened, of a run of this library's experiment."""
+    known = {each.name for each in fields(Settings)}
+    try:
+        return Settings(**{key: value for key, value in settings.items() if key in known}).scale
+    except (TypeError, ValueError):
+        return ""
+
+
 def machines(run: Run) -> list[str]:
     """Where it ran, as far as its folder says."""
     threads, machine = (run.grid.get(key) for key in ("threads", "machine"))
-    found = (
-        [f"Measured on {machine}."] if machine else ["The run's folder does not say on which machine it was measured."]
-    )
+    unknown = "The run's folder does not say on which machine it was measured."
+    found = [f"Measured on {machine}." if machine else unknown]
     return found + ([f"Threads per training: {_number(threads)}."] if threads else [])
 
 
 def tiles(rounds: Sequence[Row], seconds: Sequence[Row]) -> list[Tile]:
-    """The headline: smallest ticket as good as dense, best accuracy, early stop, seconds per step, seconds in all.
+    """The headline: smallest ticket as good as dense, best accuracy, early stop, time of a step, seconds in all.
 
-    Means over trials. Iterations, seconds per step and seconds in all stand apart.
+    The step is that of the smallest ticket as good as dense; without one, of the last round. Means over trials.
+    Iterations, seconds per step and seconds in all stand apart.
     """
     ticket = {row["round"]: row for row in rounds if row["control"] == TICKET}
     dense, pruned = ticket.get(0), [row for number, row in ticket.items() if number]
     if dense is None or not pruned:
         return []
     found = []
-    accuracy = "early_stop_test_accuracy"
+    accuracy, looked = "early_stop_test_accuracy", pruned[-1]
     if dense[accuracy] is not None:
         level, trained = dense[accuracy], [row for row in pruned if row[accuracy] is not None]
         if good := [row for row in trained if row[accuracy] >= level]:
-            least = min(good, key=lambda row: row["density"])
+            least = looked = min(good, key=lambda row: row["density"])
             detail = f"of the weights are enough: {_accuracy(least)} test accuracy; dense {_accuracy(dense)}"
             found.append(Tile("Matching ticket", f"{draw.percent(least['density'])} %", detail))
         if trained:
@@ -102,17 +113,12 @@ def tiles(rounds: Sequence[Row], seconds: Sequence[Row]) -> list[Tile]:
             found.append(Tile("Most accurate ticket", f"{_signed(points)} pp", detail))
     if dense["early_stop_iteration"]:
         found.append(_early_stop(rounds, dense, pruned))
-    timed = [row for row in pruned if row["sparse_ms"] and row["dense_ms"]]
-    if timed:
-        fastest = max(timed, key=lambda row: row["dense_ms"] / row["sparse_ms"])
-        detail = (
-            f"{fastest['sparse_ms']:.3g} ms against {fastest['dense_ms']:.3g} ms as w * mask, with {_left(fastest)}"
-        )
-        found.append(
-            Tile(
-                "Time per training step", f"{fastest['dense_ms'] / fastest['sparse_ms']:.1f}{draw.TIMES} faster", detail
-            )
-        )
+    sparse, dense_step = looked["sparse_ms"], looked["dense_ms"]
+    if sparse and dense_step:
+        ratio = dense_step / sparse
+        word = f"{ratio:.1f}{draw.TIMES} faster" if ratio >= 1 else f"{1 / ratio:.1f}{draw.TIMES} slower"
+        detail = f"{sparse:.3g} ms against {dense_step:.3g} ms as w * mask, with {_left(looked)}"
+        found.append(Tile("Time per training step", word, detail))
     if seconds:
         last = seconds[-1]
         share = last["saved_seconds"] / last["dense_seconds"]
@@ -132,7 +138,9 @@ def _early_stop(rounds: Sequence[Row], dense: Row, pruned: Sequence[Row]) -> Til
     reinit = next((row for row in rounds if (row["control"], row["round"]) == ("reinit", first["round"])), None)
     if reinit and reinit[key] is not None:
         detail += f"; its reinit {reinit[key]:,.0f}"
-    return Tile("Iterations to early stop", f"{100 * abs(change):.0f} % {'fewer' if change >= 0 else 'more'}", detail)
+    share = f"{100 * abs(change):.0f} %"
+    word = "as many" if share == "0 %" else f"{share} {'fewer' if change > 0 else 'more'}"
+    return Tile("Iterations to early stop", word, detail)
 
 
 def _left(row: Row) -> str:

@@ -6,11 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from ...files import atomic
-from .read import NUMBERS, TICKET, Run
+from .folder import NUMBERS, TICKET, Run
 
 Row = dict[str, Any]
 AVERAGED = tuple(key for key in NUMBERS if key not in ("nnz", "total"))
@@ -45,10 +45,16 @@ def trainings(run: Run) -> list[Row]:
     """One row for each training."""
     return [
         {"trial": each.trial, "control": each.control, "draw": each.draw, "round": each.round}
-        | {"iterations": max(each.curves["iteration"], default=None)}
+        | _steps(each.curves["iteration"])
         | each.numbers
         for each in run.trainings
     ]
+
+
+def _steps(iterations: Sequence[float]) -> Row:
+    """The iteration that a training began with, and how many it had."""
+    first = min(iterations, default=None)
+    return {"first_iteration": first, "iterations": None if first is None else max(iterations) - first}
 
 
 def curves(run: Run) -> list[Row]:
@@ -62,14 +68,18 @@ def curves(run: Run) -> list[Row]:
 
 
 def rounds(rows: Iterable[Row]) -> list[Row]:
-    """Over trials and draws of each control's round: how many, and of each number mean, ``_min`` and ``_max``."""
+    """Over trials and draws of each control's round: how many, and of each number mean, ``_min`` and ``_max``.
+
+    Of milliseconds it is the median, which a stalled machine does not move.
+    """
     found = []
     for (control, number), group in grouped(rows, "control", "round").items():
         row: Row = {"control": control, "round": number, "trainings": len(group)}
-        for key in ("iterations", *AVERAGED):
+        for key in ("first_iteration", "iterations", *AVERAGED):
             values = [each[key] for each in group if each[key] is not None]
+            average = median if key.endswith("_ms") else fmean
             row |= (
-                {key: fmean(values), f"{key}_min": min(values), f"{key}_max": max(values)}
+                {key: average(values), f"{key}_min": min(values), f"{key}_max": max(values)}
                 if values
                 else dict.fromkeys((key, f"{key}_min", f"{key}_max"))
             )

@@ -13,7 +13,7 @@ from ...ticket import Ticket
 from .. import analyses, data
 from ..models import build
 from ..training import evaluate
-from .read import TICKET, Run
+from .folder import TICKET, Run
 from .tables import Row, spread
 
 TEST_IMAGES = 2000  # of connectivity: enough for a percentage, few enough for a deep net

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..controls import CONTROLS
+
 TICKET = "ticket"  # what the ladder's own trainings are called beside the controls
 NUMBERS = (
     "density",
@@ -58,18 +60,21 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Are all ladders at their end, and all controls as far as the longest of them?"""
+        """Are all ladders at their end, and all trainings of the controls done?"""
         trials = range(_count(self.grid.get("trials")) or 1)
         if any(
             trial not in self.ladders or not (self.ladders[trial] / "ticket.safetensors").exists() for trial in trials
         ):
             return False
-        rounds: dict[tuple[int, str, int], int] = {}
-        for each in self.trainings:
-            if each.control != TICKET:
-                rounds[each[:3]] = rounds.get(each[:3], 0) + 1
-        planned = {(trial, control) for trial in trials for control in self.controls}
-        return planned <= {key[:2] for key in rounds} and len(set(rounds.values())) <= 1
+        done = {each[:4] for each in self.trainings}
+        rounds = self.grid.get("rounds") or range(1, 1 + max(each.round for each in self.trainings))
+        return all(
+            (trial, control, draw, number) in done
+            for trial in trials
+            for control in self.controls
+            for draw in range(_draws(control, _count(self.grid.get("draws")) or 1))
+            for number in rounds
+        )
 
     @property
     def controls(self) -> list[str]:
@@ -102,19 +107,8 @@ def read(folder: Path) -> Run:
 
 def _ladder(trial: int, folder: Path) -> list[Training]:
     """A round of a ladder is done when its weights are there."""
-    done = []
-    for path in _records(folder):
-        training = _training(path, trial, TICKET, 0)
-        if training.weights is None:
-            continue
-        done.append(training)
-        record = _object(path)
-        keys = {key: f"reinit_{key}" for key in ("early_stop_iteration", "early_stop_test_accuracy")}
-        if all(name in record for name in keys.values()):  # of `find --reinit`
-            numbers = dict.fromkeys(NUMBERS) | {key: training.numbers[key] for key in ("density", "nnz", "total")}
-            numbers |= {key: _finite(path, name, record[name]) for key, name in keys.items()}
-            done.append(Training(trial, "reinit", 0, training.round, numbers, {key: [] for key in CURVES}, None))
-    return done
+    found = [_training(path, trial, TICKET, 0) for path in _records(folder)]
+    return [each for each in found if each.weights is not None]
 
 
 def _records(folder: Path) -> list[Path]:
@@ -171,6 +165,10 @@ def _list(path: Path, key: str, value: Any) -> list[Any]:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _draws(control: str, draws: int) -> int:
+    return draws if control in CONTROLS and CONTROLS[control].random else 1
 
 
 def _count(value: Any) -> int:
