@@ -98,6 +98,7 @@ def work(rank: int, folder: Path) -> None:
     assert again.same(found)
     with pytest.raises(ValueError, match="batch: expected a multiple of the 2 processes, got 21"):
         train(lenet(), clouds(), **{**HOW, "batch": 21})
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -36,6 +36,7 @@ def from_environment() -> Iterator[int]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield rank()
+        dist.barrier()  # none leaves while another still waits for what it sent
     finally:
         dist.destroy_process_group()
 

@@ -85,8 +85,8 @@ def train(
             on_eval(iteration)
 
     model.train()
-    replica = distributed.replica(model)
     drawn = batch, seed, start, augment, distributed.share(batch)
+    replica = distributed.replica(model)
     run = _runner(replica, data, drawn, (lr, optimizer, weight_decay, momentum))
     rates = [learning_rate(each, iterations, lr, drops, warmup) for each in range(iterations)]
     iteration = start
