@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import ranks
 from .architecture import describe
 from .convert import dense_state, masks_of, prunable
 from .files import atomic, json_copy
@@ -180,6 +181,7 @@ def find_ticket(
 
     ticket = Ticket(theta.weights, trained.masks, {**recipe, "rounds": rounds}, theta.architecture)
     files.save("ticket", ticket)
+    files.wait()
     return ticket
 
 
@@ -228,17 +230,31 @@ def _seed(seed: int) -> None:
 
 
 class _Files:
-    """The folder of a run, each file written atomically; without a folder nothing is found and nothing kept."""
+    """The folder of a run, each file written atomically; without a folder nothing is found and nothing kept.
+
+    Of several processes that train together only the first writes; a round's file is there only when all have done it.
+    """
 
     def __init__(self, out: str | os.PathLike[str] | None) -> None:
         self.folder = None if out is None else Path(out)
+        self.writes = self.folder is not None and ranks.rank() == 0
 
     def settings(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe this folder was begun with: `recipe` itself if that is now; ValueError if another."""
         if self.folder is None:
             return recipe
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
+        if not self.writes:
+            self.wait()
+            if not path.exists():
+                raise ValueError(f"{path}: expected a folder that all processes see, not found by rank {ranks.rank()}")
+            return self._read_json(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipe = self._begun(path, recipe)
+        self.wait()
+        return recipe
+
+    def _begun(self, path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         if not path.exists():
             self._write_json(path, recipe)
             return recipe
@@ -250,20 +266,25 @@ class _Files:
             raise ValueError(f"{path} is of a run with other settings (use another folder): {changes}")
         return found
 
+    def wait(self) -> None:
+        """Until all processes are here: what the first wrote before, the others can then read."""
+        if self.folder is not None:
+            ranks.barrier()
+
     def load(self, name: str) -> Ticket | None:
         if self.folder is None or not (self.folder / f"{name}.safetensors").exists():
             return None
         return Ticket.load(self.folder / f"{name}.safetensors")
 
     def save(self, name: str, ticket: Ticket) -> None:
-        if self.folder is not None:
+        if self.writes:
             ticket.save(self.folder / f"{name}.safetensors")
 
     def load_record(self, name: str) -> dict[str, Any]:
         return self._read_json(self.folder / f"{name}.json")
 
     def save_record(self, name: str, record: dict[str, Any]) -> None:
-        if self.folder is not None:
+        if self.writes:
             self._write_json(self.folder / f"{name}.json", record)
 
     @staticmethod

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 
 from ..execution import choose_execution
 from ..explain import explain as explain_layers
-from ..lab import data
+from ..lab import data, distributed
 from ..lab.experiment import run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from ..ticket import Ticket
@@ -54,6 +57,16 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def find(args: argparse.Namespace) -> None:
+    """Of several processes, started by torchrun, the first one prints."""
+    with (
+        distributed.from_environment() as rank,
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere if rank else sys.stdout),
+    ):
+        _find(args)
+
+
+def _find(args: argparse.Namespace) -> None:
     settings = scaled(preset(**given(args, Settings)), args.scale)
     out = args.out / settings.name
     rounds = settings.prunings

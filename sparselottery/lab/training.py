@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .augment import flip_and_crop, random_moves
 from .data import Dataset
 from .graph import GraphedStep
@@ -56,7 +57,8 @@ def train(
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
     one step and one evaluation (medians over the evaluations, which a stalled machine does not move), and ``curves``:
     lists ``iteration``, ``val_loss``, ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no
-    sense, and when the validation loss is not finite. The data are on the device of the model.
+    sense, and when the validation loss is not finite. The data are on the device of the model. Of several processes
+    (`distributed`) each takes its share of every batch; what is returned is then of all, with their `traffic`.
     """
     stop = iterations if stop is None else stop
     if not 0 <= start < stop <= iterations:
@@ -66,10 +68,14 @@ def train(
     curves: dict[str, list] = {"iteration": [], "val_loss": [], "val_accuracy": [], "test_accuracy": []}
     eval_seconds, train_seconds, step_seconds = [], [], []
 
+    val = distributed.part(data.val_x), distributed.part(data.val_y)
+    test = distributed.part(data.test_x), distributed.part(data.test_y)
+
     def record() -> None:
         began = perf_counter()
-        val_loss, val_accuracy = evaluate(model, data.val_x, data.val_y)
-        _, test_accuracy = evaluate(model, data.test_x, data.test_y)
+        distributed.average_statistics(model)
+        val_loss, val_accuracy = distributed.mean(evaluate(model, *val), len(val[1]))
+        _, test_accuracy = distributed.mean(evaluate(model, *test), len(test[1]))
         if not math.isfinite(val_loss):
             raise ValueError(f"training diverged: validation loss {val_loss} at iteration {iteration} (lr={lr})")
         for curve, value in zip(curves.values(), (iteration, val_loss, val_accuracy, test_accuracy), strict=True):
@@ -79,7 +85,9 @@ def train(
             on_eval(iteration)
 
     model.train()
-    run = _runner(model, data, (batch, seed, start, augment), (lr, optimizer, weight_decay, momentum))
+    drawn = batch, seed, start, augment, distributed.share(batch)
+    replica = distributed.replica(model)
+    run = _runner(replica, data, drawn, (lr, optimizer, weight_decay, momentum))
     rates = [learning_rate(each, iterations, lr, drops, warmup) for each in range(iterations)]
     iteration = start
     record()
@@ -103,6 +111,7 @@ def train(
         "eval_seconds": sum(eval_seconds),
         "train_step_ms": 1e3 * median(step_seconds),
         "eval_ms": 1e3 * median(eval_seconds),
+        **distributed.traffic(replica, stop - start),
         "curves": curves,
     }
 
@@ -117,13 +126,13 @@ def learning_rate(iteration: int, iterations: int, lr: float, drops: Sequence[fl
 
 
 def _runner(
-    model: nn.Module, data: Dataset, drawn: tuple[int, int, int, bool], how: tuple[float, str, float, float]
+    model: nn.Module, data: Dataset, drawn: tuple[int, int, int, bool, slice], how: tuple[float, str, float, float]
 ) -> Callable[[Sequence[float]], None]:
     """``run(rates)``: a step at each of these learning rates, on the batches that come next.
 
     drawn: what follows x and y in `batches`; how: what follows the model in `stepper`.
     """
-    batch, seed, start, augment = drawn
+    batch, seed, start, augment, _ = drawn
     trainer = None if augment else native_trainer(model, data.train_x, *how[1:])
     if trainer is not None:
         orders = (order for order, _ in islice(_draws(len(data.train_x), batch, seed), start, None))
@@ -142,11 +151,11 @@ def stepper(
 ) -> Callable[[Tensor, Tensor, float], None]:
     """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
 
-    ``optimizer`` is "adam" or "sgd", whose ``momentum`` may be 0; ``weight_decay`` is of all parameters. On a GPU the
-    step is a CUDA graph from its fourth call on. Raises ValueError for another name.
+    ``optimizer`` is "adam" or "sgd", with ``momentum``, which may be 0; ``weight_decay`` is of all parameters. On a GPU
+    alone the step is a CUDA graph from its fourth call on. Raises ValueError for another name.
     """
     parameters = list(model.parameters())
-    graphed = _on_gpu(parameters)
+    graphed = _on_gpu(parameters) and not isinstance(model, distributed.Replica)
     if optimizer == "adam":
         chosen = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=graphed)
     elif optimizer == "sgd":
@@ -170,20 +179,32 @@ def _on_gpu(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def batches(
-    x: Tensor, y: Tensor, batch: int, seed: int, start: int = 0, augment: bool = False
+    x: Tensor,
+    y: Tensor,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    augment: bool = False,
+    share: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless shuffled batches, a new permutation per epoch, from the ``start``-th on.
 
     Every batch is full: what an epoch leaves over is dropped, and drawn again in the next one. With ``augment`` each
-    image is flipped and cropped at random, anew in each epoch. What is drawn does not depend on the device of the data.
+    image is flipped and cropped at random, anew in each epoch. What is drawn does not depend on the device of the data
+    nor on ``share``, which says what to take of each batch.
     """
-    for index, moves in islice(_draws(len(x), batch, seed, augment, x.device), start, None):
+    for index, moves in islice(_draws(len(x), batch, seed, augment, x.device, share), start, None):
         images = x.index_select(0, index)
         yield (images if moves is None else flip_and_crop(images, moves)), y.index_select(0, index)
 
 
 def _draws(
-    count: int, batch: int, seed: int, augment: bool = False, device: torch.device | None = None
+    count: int,
+    batch: int,
+    seed: int,
+    augment: bool = False,
+    device: torch.device | None = None,
+    share: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The images of each batch, and what `flip_and_crop` does to them: drawn on the CPU, an epoch at a time."""
     if not 1 <= batch <= count:
@@ -191,8 +212,8 @@ def _draws(
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)[: count // batch * batch].view(-1, batch)
-        moves = random_moves(order.numel(), generator).view_as(order).to(device) if augment else repeat(None)
-        yield from zip(order.to(device), moves, strict=False)
+        moves = random_moves(order.numel(), generator).view_as(order)[:, share].to(device) if augment else repeat(None)
+        yield from zip(order[:, share].to(device), moves, strict=False)
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
