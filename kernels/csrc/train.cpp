@@ -268,7 +268,8 @@ void train(const Training& a, const TrainedLayer* params) {
             layers[l].divide(part, parts);
         }
         const Layer<T>& last = layers.back();
-        const Range my_features{features * part / parts / 16 * 16, part + 1 < parts ? features * (part + 1) / parts / 16 * 16 : features};
+        const auto feature = [&](int64_t p) { return p == parts ? features : features * p / parts / 16 * 16; };
+        const Range my_features{feature(part), feature(part + 1)};
         const Range my_columns{width / kLanes * part / parts * kLanes, width / kLanes * (part + 1) / parts * kLanes};
         for (int64_t step = 0; step < a.steps; ++step) {
             const int64_t* order = a.order + step * a.batch;
