@@ -24,6 +24,7 @@ CASES = [(net, batch) for net in NETS for batch in ((1, 64) if net != "bert-base
 
 
 @pytest.mark.filterwarnings("ignore")  # of exporters and compilers
+@pytest.mark.timeout(1800)  # compilers that try all their kernels take minutes
 @pytest.mark.parametrize(("net", "batch"), CASES)
 def test_inference(net, batch, benchmark, rows, request):
     sparse, dense = frozen(NETS[net])

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from sparselottery import Ticket, convert, prune, to_dense
+from sparselottery.kernels import cpu_net
 from sparselottery.lab.models import CIFAR10, build
 from sparselottery.maskable import MASKED
 from sparselottery.nn import MaskedLayer
+from sparselottery.runtime import layer as layer_module
 from sparselottery.runtime import load_sparse
 from sparselottery.runtime import sequential as run_module
 from sparselottery.runtime.layer import FrozenLayer
@@ -125,6 +127,20 @@ def test_image_by_image(name, tmp_path, monkeypatch):
         frozen = load_sparse(path)
         for batch in (1, 2, 7):
             check(frozen, dense, torch.randn(batch, *shape), factor=2)
+
+
+def test_weights_shared_out_or_samples(tmp_path, monkeypatch):
+    """Few weights: each thread has samples of its own; many: threads share out the weights."""
+    path = tmp_path / "net.safetensors"
+    dense = saved(NETS["mlp"][0](), path)
+    for few, kind in ((0, cpu_net.Chain), (2**20, cpu_net.Rows)):
+        monkeypatch.setattr(layer_module, "FEW_WEIGHTS", few)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            frozen = load_sparse(path)
+            for batch in (2, 65, 128):
+                check(frozen, dense, torch.randn(batch, *NETS["mlp"][1]), factor=2)
+            assert {made for made, _ in frozen._run._made._made} == {kind}
 
 
 def test_one_call_for_a_whole_net(tmp_path):

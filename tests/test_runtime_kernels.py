@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparselottery.kernels import cpu, cpu_net
+from sparselottery.kernels import cpu, cpu_net, cpu_stages
 from sparselottery.kernels.reference import Geometry
 from sparselottery.pattern import Pattern
 
@@ -47,7 +47,7 @@ def test_convolution(name, threads, pool, poison):
         pytest.skip("the windows do not fit")
     pattern, weight, values = sparse(filters, geometry.columns, 0.4)
     scale, shift = torch.randn(filters), torch.randn(filters)
-    stage = cpu_net.Conv(geometry, pattern.crow_indices, pattern.col_indices, values, scale, shift, True, pool)
+    stage = cpu_stages.Conv(geometry, pattern.crow_indices, pattern.col_indices, values, scale, shift, True, pool)
     x = torch.randn(4, channels, *size)
     top, bottom, left, right = sides
     weight = weight.view(filters, channels // groups, *kernel).double()
@@ -58,40 +58,81 @@ def test_convolution(name, threads, pool, poison):
         close(net(x[:batch]), F.max_pool2d(y.relu(), pool)[:batch])
 
 
-@pytest.mark.parametrize("kind", ["net", "rows", "chain"])
+PACKED = {
+    "net": lambda stages, threads: cpu_net.Net(stages, (stages[0].in_features,), threads),
+    "rows": cpu_net.Rows,
+    "chain": cpu_net.Chain,
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize(("features", "rows"), [(1, 1), (50, 3), (70000, 70), (33, 130)])
-def test_linear(kind, features, rows, poison):
+def test_linear(kind, features, rows, threads, poison):
     """70,000 features: column numbers that 16 bits do not hold."""
     pattern, weight, values = sparse(rows, features, min(0.5, 200 / features))
     bias = torch.randn(rows)
-    stage = cpu_net.Linear(features, pattern.crow_indices, pattern.col_indices, values, bias)
-    make = {"net": lambda: cpu_net.Net([stage], (features,), 2), "rows": lambda: cpu_net.Rows([stage], 2)}
-    packed = make.get(kind, lambda: cpu_net.Chain([stage], 2))()
-    for batch in (1, 5, 40):
+    stage = cpu_stages.Linear(features, pattern.crow_indices, pattern.col_indices, values, bias)
+    packed = PACKED[kind]([stage], threads)
+    for batch in (1, 5, 40, 129):
         x = torch.randn(batch, features)
         close(packed(x), x.double() @ weight.double().t() + bias)
 
 
+@pytest.mark.parametrize("features", [30, 65535, 65536])
+def test_columns_of_every_place(features):
+    """One entry a row, at columns whose numbers differ in every bit: none is read at the place of another."""
+    columns = torch.tensor([c for c in (0, 1, 2**8 - 1, 2**8, 2**15, 2**16 - 2, 2**16 - 1) if c < features] * 3)
+    values, counts = torch.randn(len(columns)), torch.arange(len(columns) + 1, dtype=torch.int32)
+    stage = cpu_stages.Linear(features, counts, columns.to(torch.int32), values, None)
+    x = torch.randn(1, features)
+    assert torch.equal(PACKED["net"]([stage], 1)(x), values * x[:, columns])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", PACKED)
+def test_what_is_not_finite_stays_in_its_row(kind, threads):
+    """In its sample, and there in the rows that have a weight for it: padding and ReLU pass nothing on."""
+    pattern, weight, values = sparse(37, 50, 0.1)
+    stage = cpu_stages.Linear(50, pattern.crow_indices, pattern.col_indices, values, None, True)
+    x = torch.randn(67, 50)
+    x[2, 7], x[40, 49], x[66, 0] = float("inf"), float("nan"), -float("inf")
+    second = cpu_stages.Linear(37, *_identity(37), torch.ones(37), None)
+    got = PACKED[kind]([stage, second], threads)(x)
+    want = (x.nan_to_num(0, 0, 0).double() @ weight.double().t()).relu()
+    for sample, column in ((2, 7), (40, 49), (66, 0)):
+        touched = weight[:, column] != 0
+        assert touched.any()
+        close(got[sample, ~touched], want[sample, ~touched])
+        assert torch.equal(got[sample, touched].isfinite(), weight[touched, column] * x[sample, column] < 0)
+        want[sample] = got[sample] = 0
+    close(got, want)
+
+
+def _identity(size: int):
+    return torch.arange(size + 1, dtype=torch.int32), torch.arange(size, dtype=torch.int32)
+
+
 def test_mean_and_nan_in_a_pooling():
     pattern, _, values = sparse(3, 2, 1.0)
-    conv = cpu_net.Conv(Geometry(2, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1), pattern.crow_indices, pattern.col_indices, values,
-                        None, None, False, 2)  # fmt: skip
+    indices = pattern.crow_indices, pattern.col_indices
+    conv = cpu_stages.Conv(Geometry(2, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1), *indices, values, None, None, False, 2)
     x = torch.randn(1, 2, 4, 6)
     x[0, 0, 1, 1] = float("nan")
     y = cpu_net.Net([conv], (2, 4, 6), 1)(x)
     assert y[0, 0].isnan().sum() == 1
     assert y[0, 0, 0, 0].isnan()
-    mean = cpu_net.Net([conv, cpu_net.Mean()], (2, 4, 6), 2)(x.nan_to_num())
+    mean = cpu_net.Net([conv, cpu_stages.Mean()], (2, 4, 6), 2)(x.nan_to_num())
     close(mean, cpu_net.Net([conv], (2, 4, 6), 1)(x.nan_to_num()).double().mean((2, 3)))
 
 
 def test_stages_that_do_not_fit():
     pattern, _, values = sparse(3, 8, 0.5)
-    linear = cpu_net.Linear(8, pattern.crow_indices, pattern.col_indices, values, None)
+    linear = cpu_stages.Linear(8, pattern.crow_indices, pattern.col_indices, values, None)
     with pytest.raises(ValueError, match="expected 8 features"):
         cpu_net.Net([linear], (9,), 1)
     with pytest.raises(ValueError, match="expected an input for Mean"):
-        cpu_net.Net([linear, cpu_net.Mean()], (8,), 1)
+        cpu_net.Net([linear, cpu_stages.Mean()], (8,), 1)
 
 
 def test_a_plan_for_inference_alone_is_smaller():

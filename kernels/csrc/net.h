@@ -12,7 +12,7 @@
 
 #include "simd.h"
 
-struct Field {  // mirrored in cpu_net.py
+struct Field {  // mirrored in cpu_stages.py
     int64_t channels, height, width;                   // the image
     int64_t columns, copies, stride, dilation, left;   // columns of a copy; copies: the kernel's width; left: padding
     int64_t phases, rows, top;                         // rows of a phase, those of padding included; top: padding
@@ -107,6 +107,19 @@ inline Sums taps_of(int64_t vectors) {
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// 16 bits of `all` from bit FROM. What limits `dots` is the number of instructions, and GCC makes three of this one.
+template <int FROM>
+INLINE uint64_t bits16(uint64_t all) {
+#ifdef __BMI__
+    uint64_t bits;
+    asm("bextr %2, %1, %0" : "=r"(bits) : "r"(all), "r"(uint64_t(16 << 8 | FROM)) : "cc");
+    return bits;
+#else
+    return all >> FROM & 65535;
+#endif
+}
+
 constexpr int kRows = 8;  // of a linear layer that are summed at once, as lanes
 
 // Σ values * x[columns] for kRows rows of `length` entries: entry k of all rows, then entry k + 1. Four loads of x make a
@@ -118,7 +131,7 @@ __attribute__((noinline)) void dots(const float* values, const Index* columns, i
         if constexpr (sizeof(Index) == 2) {
             uint64_t all;
             std::memcpy(&all, c, 8);
-            return Four{x[all & 65535], x[all >> 16 & 65535], x[all >> 32 & 65535], x[all >> 48]};
+            return Four{x[all & 65535], x[bits16<16>(all)], x[bits16<32>(all)], x[all >> 48]};
         } else {
             return Four{x[c[0]], x[c[1]], x[c[2]], x[c[3]]};
         }

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cpu, cpu_net, native
+from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
 from ..maskable import MASKED
 from ..nn import MaskedConv2d, MaskedLayer, geometry_of
 from ..pattern import Pattern
 from ..random_state import random_state_kept
 
-FEW_ROWS = 64  # of a batch for linear layers: up to here threads need not share weights, nor read x from L1
+FEW_WEIGHTS = 2**20  # of a linear layer: up to here each thread streams all of them, for its own samples
 FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enough for kernels that share each weight
 
 
@@ -71,17 +71,17 @@ class FrozenLayer(nn.Module):
         zeros = self._arguments.get("padding_mode", "zeros") == "zeros"
         return native.available() and self.values.is_cpu and self.values.dtype == torch.float32 and zeros
 
-    def stage(self, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> cpu_net.Stage:
-        """The layer and what follows it, for cpu_net."""
+    def stage(self, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> cpu_stages.Stage:
+        """The layer and what follows it."""
         indices = self.crow_indices, self.col_indices, self.values
         if self.geometry is None:
-            return cpu_net.Linear(self._arguments["in_features"], *indices, self.bias, relu)
+            return cpu_stages.Linear(self._arguments["in_features"], *indices, self.bias, relu)
         scale, shift = None, self.bias
         if norm is not None:
             scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
             shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
             shift = shift if self.bias is None else shift + self.bias * scale
-        return cpu_net.Conv(self.geometry, *indices, scale, shift, relu, pool)
+        return cpu_stages.Conv(self.geometry, *indices, scale, shift, relu, pool)
 
     def convolve(self, x: Tensor, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> Tensor:
         """max_pool?(relu?(norm?(layer(x)))), each weight read once for many images."""
@@ -123,7 +123,11 @@ class FrozenLayer(nn.Module):
 def chain_of(
     layers: list[FrozenLayer], made: Cache, batch: int, features: int
 ) -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
-    """The packed chain for x (batch, features): sparse dot products for one sample, for more of them lanes."""
+    """The packed chain for x (batch, features): sparse dot products for one sample, for more of them lanes.
+
+    Threads that share out samples stay in their own caches, as do torch's own operations before and after; those that
+    share out weights move each activation between cores, which takes many weights to pay.
+    """
     threads, last = torch.get_num_threads(), len(layers) - 1
     if features != layers[0]._arguments["in_features"]:
         raise ValueError(f"x: expected {layers[0]._arguments['in_features']} features, got {features}")
@@ -134,7 +138,8 @@ def chain_of(
             return cpu_net.Net(stages, (features,), threads)
         return kind(stages, threads)
 
-    kind = cpu_net.Net if batch == 1 else cpu_net.Rows if batch <= FEW_ROWS else cpu_net.Chain
+    few = max(len(layer.values) for layer in layers) <= FEW_WEIGHTS
+    kind = cpu_net.Net if batch == 1 else cpu_net.Rows if few else cpu_net.Chain
     return made((kind, threads), pack)
 
 

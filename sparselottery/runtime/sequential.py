@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cpu_net
+from ..kernels import cpu_net, cpu_stages
 from .layer import FEW_IMAGES, Cache, FrozenLayer, chain_of, runs_native
 
 IN_EVALUATION_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
@@ -22,8 +22,8 @@ class Step(NamedTuple):
     relu: bool = False
     pool: int = 1
 
-    def stage(self) -> cpu_net.Stage:
-        return cpu_net.Mean() if self.layer is None else self.layer.stage(self.relu, self.pool, self.norm)
+    def stage(self) -> cpu_stages.Stage:
+        return cpu_stages.Mean() if self.layer is None else self.layer.stage(self.relu, self.pool, self.norm)
 
 
 class Run:
