@@ -26,6 +26,7 @@ bench: .venv/test.stamp
 	-$(MAKE) peers
 	$(BIN)/pytest benchmarks/ --benchmark-only
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.report
 

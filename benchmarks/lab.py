@@ -1,6 +1,7 @@
-"""A run of `sparselottery lab` as committed rows and figures: `python -m benchmarks.lab RUN NAME`.
+"""Runs of `sparselottery lab` as committed rows and figures: `python -m benchmarks.lab RUN NAME`, or `... xor`.
 
-Writes lab-NAME.csv, a row for each training, and the report's figures of accuracy and early stop beside it.
+Writes lab-NAME.csv, a row for each training, and the report's figures of accuracy and early stop beside it. `xor` runs
+that experiment here and writes lab-xor.csv, a row for each size of net.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import csv
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 
 from benchmarks import results
+from sparselottery.lab import xor
 from sparselottery.lab.report import write
 
 FIGURES = ("accuracy", "early-stop")
@@ -21,25 +25,37 @@ FIGURES = ("accuracy", "early-stop")
 def about(grid: dict) -> dict[str, str]:
     """What a reader of the rows must know of the run: what grid.json says."""
     length = grid["scale"] or f"the paper's {grid['settings']['iterations']:,} iterations"
-    jobs = f"{grid['threads']} threads a training, others beside it: seconds and ms are not those of a quiet machine"
+    jobs = f"threads a training: {grid['threads']}, others beside it: seconds and ms are not those of a quiet machine"
     return {"length": length, "jobs": jobs} | ({"data": grid["note"]} if grid["note"] else {})
+
+
+def xor_rows(out: Path) -> None:
+    began = perf_counter()
+    rows = xor.run(xor.Settings())
+    seconds = f"{perf_counter() - began:.1f} of all sizes and their tickets, on one thread"
+    settings = ", ".join(f"{key} {value}" for key, value in asdict(xor.Settings()).items())
+    results.write(out / "lab-xor.csv", rows, head=results.header() | {"settings": settings, "seconds": seconds})
+
+
+def grid_rows(run: Path, name: str, out: Path) -> None:
+    grid = json.loads((run / "grid.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        write(run, Path(folder))
+        with (Path(folder) / "csv" / "trainings.csv").open(newline="") as file:
+            rows = [{"data": grid["settings"]["data"], **row} for row in csv.DictReader(file)]
+        results.write(out / f"lab-{name}.csv", rows, head=results.header() | about(grid))
+        for figure in FIGURES:
+            shutil.copy(Path(folder) / "figures" / f"{figure}.svg", out / f"lab-{name}-{figure}.svg")
+    print(f"{len(rows)} trainings; {'; '.join(about(grid).values())}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a folder of `sparselottery lab`")
-    parser.add_argument("name", help="of the files: lab-NAME.csv")
+    parser.add_argument("run", help="a folder of `sparselottery lab`, or xor")
+    parser.add_argument("name", nargs="?", default="xor", help="of the files: lab-NAME.csv")
     parser.add_argument("--out", type=Path, default=results.FOLDER)
     args = parser.parse_args()
-    grid = json.loads((args.run / "grid.json").read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        write(args.run, Path(folder))
-        with (Path(folder) / "csv" / "trainings.csv").open(newline="") as file:
-            rows = [{"data": grid["settings"]["data"], **row} for row in csv.DictReader(file)]
-        results.write(args.out / f"lab-{args.name}.csv", rows, head=results.header() | about(grid))
-        for figure in FIGURES:
-            shutil.copy(Path(folder) / "figures" / f"{figure}.svg", args.out / f"lab-{args.name}-{figure}.svg")
-    print(f"{len(rows)} trainings; {'; '.join(about(grid).values())}")
+    xor_rows(args.out) if args.run == "xor" else grid_rows(Path(args.run), args.name, args.out)
 
 
 if __name__ == "__main__":

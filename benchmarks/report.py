@@ -16,7 +16,8 @@ from statistics import geometric_mean
 from benchmarks import results
 
 SPARSE_PEERS = ("torch_csr", "scipy_csr", "sparseprop")
-MEASURED = ("impl", "ms", "speedup", "rounds", "rejected")  # the other columns name the case
+# The other columns name the case.
+MEASURED = ("impl", "ms", "speedup", "rounds", "rejected", "p99_ms", "items_per_s", "speedup_p99", "calls")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ DENSE, ONEDNN, MASKED = ("nn_linear",), ("onednn",), ("masked_dense",)
 CONV, SPARSEPROP = ("nn_conv2d", "nn_conv2d_channels_last"), ("sparseprop",)
 CONV_MASKED, NET = ("masked_dense", "masked_dense_channels_last"), ("dense", "dense_channels_last", "dense_compiled")
 BOTH, FORWARD = {"op": "forward+backward"}, {"op": "forward"}
+RUNTIMES = (*NET, "onnxruntime", "openvino")
 MLP, LENET, CONV6 = {"net": "mlp-2048"}, {"net": "lenet-300-100"}, {"net": "conv-6"}
 CONV3 = {**BOTH, "layout": "nchw", "batch": 128, "kernel": 3, "stride": 1}
 BARS = [
@@ -72,6 +74,13 @@ BARS = [
     Bar("conv-6 step vs better w*mask, 98 %", 6, None, "conv_step", CONV_MASKED, {**CONV6, "density": 0.02}),
     Bar("VGG-19 forward, batch 1 vs best dense, 95 %", 4, None, "conv_net", NET, {"batch": 1}),
     Bar("VGG-19 forward, batch 128 vs best dense, 95 %", 5, None, "conv_net", NET, {"batch": 128}),
+    Bar("frozen Lenet, batch 1 vs best runtime", 5, None, "inference", RUNTIMES, {**LENET, "batch": 1}),
+    Bar("frozen Lenet, batch 64", 6, None, "inference", RUNTIMES, {**LENET, "batch": 64}),
+    Bar("frozen MLP, batch 1", 5, None, "inference", RUNTIMES, {**MLP, "batch": 1}),
+    Bar("frozen MLP, batch 64", 6, None, "inference", RUNTIMES, {**MLP, "batch": 64}),
+    Bar("frozen VGG-19, batch 1", 3, None, "inference", RUNTIMES, {"net": "vgg-19", "batch": 1}),
+    Bar("frozen VGG-19, batch 64", 4, None, "inference", RUNTIMES, {"net": "vgg-19", "batch": 64}),
+    Bar("frozen BERT-base encoder, batch 1", 2.5, None, "inference", RUNTIMES, {"net": "bert-base"}),
 ]
 
 
