@@ -1,0 +1,50 @@
+"""The commands that write rows of the lab and of loading, on small runs."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+from benchmarks import lab, loading, results
+from sparselottery.lab import experiment, grid, xor
+from sparselottery.lab.settings import preset
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "interleaved_ms", partial(experiment.interleaved_ms, bursts=1, burst_ms=0.1))
+    settings = preset("digits", "lenet-300-100", rounds=1, iterations=20, eval_every=10)
+    wanted = grid.Grid(settings, controls=("reinit",))
+    for _ in grid.run(wanted, tmp_path / "run", workers=1, note="a note on the data"):
+        pass
+    return tmp_path / "run"
+
+
+def test_a_grid_has_a_row_for_each_training(run, tmp_path):
+    lab.grid_rows(run, "small", tmp_path)
+    head, rows = results.read(tmp_path / "lab-small.csv")
+    assert [(row["control"], row["round"]) for row in rows] == [("ticket", 0), ("ticket", 1), ("reinit", 1)]
+    record = json.loads((run / "trial-0/ticket/round-01.json").read_text())
+    assert rows[1]["early_stop_test_accuracy"] == record["early_stop_test_accuracy"]
+    assert "20 of" in head["length"]
+    assert head["data"] == "a note on the data"
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"lab-small-accuracy.svg", "lab-small-early-stop.svg"}
+
+
+def test_xor_has_a_row_for_each_size(tmp_path, monkeypatch):
+    small = xor.Settings(hidden=(4, 2), trials=3, iterations=5)
+    monkeypatch.setattr(xor, "Settings", lambda: small)
+    lab.xor_rows(tmp_path)
+    head, rows = results.read(tmp_path / "lab-xor.csv")
+    assert [row["hidden"] for row in rows] == [4, 2]
+    assert "trials 3" in head["settings"]
+
+
+def test_ways_to_load_are_measured_on_the_same_net(monkeypatch):
+    monkeypatch.setattr(loading, "PROCESSES", 1)
+    rows = list(loading.rows("lenet-300-100"))
+    assert [row["impl"] for row in rows] == [results.OURS, "dense", "dense_built"]
+    assert rows[0]["file_bytes"] < 0.1 * rows[1]["file_bytes"]
+    assert all(float(row["load_ms"]) <= float(row["first_ms"]) for row in rows)
