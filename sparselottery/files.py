@@ -234,6 +234,23 @@ def json_copy(what: str, value: Any) -> Any:
         raise TypeError(f"{what}: expected JSON-able contents, got {value!r}: {error}") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run; ValueError naming it if there is none."""
+    try:
+        contents = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file of a run: {error}") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: expected a JSON object of a run, got {type(contents).__name__}")
+    return contents
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write it for people to read, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n")
+
+
 def _csr_names(name: str) -> list[str]:
     """Of a masked weight in a converted model's state_dict: "fc1.weight" -> ["fc1.values", ...]."""
     return [name.removesuffix("weight") + part for part in ("values", "crow_indices", "col_indices")]

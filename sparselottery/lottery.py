@@ -6,7 +6,6 @@ The ticket is (theta_k, m).
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from . import ranks
 from .architecture import describe
 from .convert import dense_state, masks_of, prunable
-from .files import atomic, json_copy
+from .files import json_copy, read_json, write_json
 from .masks import Granularity, Masks, at_random, by_magnitude, check, check_blocks, pools, prune_pools
 from .random_state import random_state_kept
 from .ticket import Ticket
@@ -248,7 +247,7 @@ class _Files:
             self.wait()
             if not path.exists():
                 raise ValueError(f"{path}: expected a folder that all processes see, not found by rank {ranks.rank()}")
-            return self._read_json(path)
+            return read_json(path)
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe = self._begun(path, recipe)
         self.wait()
@@ -256,9 +255,9 @@ class _Files:
 
     def _begun(self, path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         if not path.exists():
-            self._write_json(path, recipe)
+            write_json(path, recipe)
             return recipe
-        found = self._read_json(path)
+        found = read_json(path)
         before, now = _flat({**found, "seed": None}), _flat({**recipe, "seed": None})
         different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if different:
@@ -281,26 +280,11 @@ class _Files:
             ticket.save(self.folder / f"{name}.safetensors")
 
     def load_record(self, name: str) -> dict[str, Any]:
-        return self._read_json(self.folder / f"{name}.json")
+        return read_json(self.folder / f"{name}.json")
 
     def save_record(self, name: str, record: dict[str, Any]) -> None:
         if self.writes:
-            self._write_json(self.folder / f"{name}.json", record)
-
-    @staticmethod
-    def _read_json(path: Path) -> dict[str, Any]:
-        try:
-            contents = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: expected a JSON file of a run: {error}") from None
-        if not isinstance(contents, dict):
-            raise ValueError(f"{path}: expected a JSON object of a run, got {type(contents).__name__}")
-        return contents
-
-    @staticmethod
-    def _write_json(path: Path, contents: dict[str, Any]) -> None:
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(contents, indent=2) + "\n")
+            write_json(self.folder / f"{name}.json", record)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,6 @@ the order, wherever it runs, and however often it was interrupted before.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files import atomic
+from ..files import json_copy, read_json, write_json
 from . import data as data_sets
 from .controls import CONTROLS
 from .executors import EXECUTORS, Event, Place, Report
@@ -122,7 +121,7 @@ def run(
         raise ValueError(f"executor: expected one of {', '.join(EXECUTORS)}, got {executor!r}")
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "grid.json", _described(grid, folder, note))
+    write_json(folder / "grid.json", _described(grid, folder, note))
     left = [job for job in grid.jobs if not done(folder, job)]
 
     def take() -> Job | None:
@@ -167,7 +166,7 @@ def work(grid: Grid, folder: Path, job: Job, report: Report) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if CONTROLS[job.control].keeps:
         trained.save(path.with_suffix(".safetensors"))
-    _write_json(path, record)  # last: the job is done when this file is there
+    write_json(path, record)  # last: the job is done when this file is there
     on_round(record)
 
 
@@ -185,8 +184,8 @@ def _seed(trial: int, job: Job) -> int:
 def _described(grid: Grid, folder: Path, note: str) -> dict[str, Any]:
     """What grid.json says: all trials, controls, draws and rounds that were ever asked for."""
     path = folder / "grid.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    settings = json.loads(json.dumps(asdict(grid.settings)))
+    before = read_json(path) if path.exists() else {}
+    settings = json_copy("settings", asdict(grid.settings))
     if before and (before["settings"], before["threads"]) != (settings, grid.threads):
         raise ValueError(f"{path} is of a grid with other settings or threads: use another folder")
     return {
@@ -213,11 +212,6 @@ def _machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} CPUs, torch {torch.__version__}"
-
-
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 @lru_cache(maxsize=1)

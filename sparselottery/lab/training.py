@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
+from .analyses import early_stop
 from .augment import flip_and_crop, random_moves
 from .data import Dataset
 from .graph import GraphedStep
@@ -102,10 +103,10 @@ def train(
         iteration = until
         record()
 
-    best = min(range(len(curves["iteration"])), key=curves["val_loss"].__getitem__)
+    iteration, accuracy = early_stop(curves)
     return {
-        "early_stop_iteration": curves["iteration"][best],
-        "early_stop_test_accuracy": curves["test_accuracy"][best],
+        "early_stop_iteration": iteration,
+        "early_stop_test_accuracy": accuracy,
         "final_test_accuracy": curves["test_accuracy"][-1],
         "train_seconds": sum(train_seconds),
         "eval_seconds": sum(eval_seconds),

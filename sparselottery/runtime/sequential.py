@@ -129,7 +129,7 @@ def _steps(children: list[nn.Module], at: int) -> tuple[list[Step], int]:
             ):
                 break  # rows are no images
             steps.append(Step(child, norm, relu, pool))
-        elif steps and type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1)):
+        elif steps and _averages(child):
             if end == len(children) or not _flattens(children[end]):
                 break
             steps.append(Step(None))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...files import read_json
 from ..controls import CONTROLS
 
 TICKET = "ticket"  # what the ladder's own trainings are called beside the controls
@@ -87,7 +87,7 @@ class Run(NamedTuple):
 def read(folder: Path) -> Run:
     """Raises FileNotFoundError if the folder is no run's, or one without a finished round; ValueError for damage."""
     if (folder / "grid.json").is_file():
-        grid = _object(folder / "grid.json")
+        grid = read_json(folder / "grid.json")
         homes = {int(path.name[6:]): path for path in folder.glob("trial-*") if re.fullmatch(r"trial-\d+", path.name)}
         homes = dict(sorted(homes.items()))
         ladders = {trial: home / TICKET for trial, home in homes.items()}
@@ -102,7 +102,7 @@ def read(folder: Path) -> Run:
     if not any(each.control == TICKET for each in trainings):
         raise FileNotFoundError(f"{folder}: expected a run with a finished round, found none yet")
     started = {trial: ladder for trial, ladder in ladders.items() if (ladder / "settings.json").is_file()}
-    return Run(folder, grid, _object(next(iter(started.values())) / "settings.json"), started, trainings)
+    return Run(folder, grid, read_json(next(iter(started.values())) / "settings.json"), started, trainings)
 
 
 def _ladder(trial: int, folder: Path) -> list[Training]:
@@ -116,7 +116,7 @@ def _records(folder: Path) -> list[Path]:
 
 
 def _training(path: Path, trial: int, control: str, draw: int) -> Training:
-    record = _object(path)
+    record = read_json(path)
     numbers = {key: _finite(path, key, record.get(key)) for key in NUMBERS}
     for key in ("density", "nnz", "total"):
         if numbers[key] is None:
@@ -137,16 +137,6 @@ def _number(path: Path) -> int:
     if not digits.isdecimal():
         raise ValueError(f"{path}: expected a name that ends with a number")
     return int(digits)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON file of a run: {error}") from None
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(contents).__name__}")
-    return contents
 
 
 def _finite(path: Path, key: str, value: Any) -> float | None:
