@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparselottery import Pattern
+from sparselottery import Pattern, convert, prune
+from sparselottery.kernels import cpu_train
 from sparselottery.lab import experiment
 from sparselottery.lab.controls import reinit
 from sparselottery.lab.data import Dataset, load
@@ -281,3 +282,24 @@ def test_runs_on_a_gpu(tmp_path):
     settings = preset(device="cuda", rounds=1, iterations=20, eval_every=10)
     ticket, _ = run(settings, tmp_path)
     assert 0.7 < ticket.density < 0.9
+
+
+def test_steps_are_timed_as_they_are_trained(monkeypatch):
+    images, trained = load("digits"), []
+    net = digits_net()
+    model = convert(net, prune(net, 0.5))
+    before = [parameter.clone() for parameter in model.parameters()]
+    call = cpu_train.Trainer.__call__
+
+    def spy(self, x, y, order, rates):
+        trained.append(len(order))
+        call(self, x, y, order, rates)
+
+    monkeypatch.setattr(cpu_train.Trainer, "__call__", spy)
+    ms = experiment.step_ms(model, images, preset("digits"), at_once=3)
+    assert ms.keys() == {"sparse_ms", "dense_ms"}
+    assert min(ms.values()) > 0
+    if cpu_train.supports(torch.float32):
+        assert trained
+        assert set(trained) == {3}
+    assert all(map(torch.equal, before, model.parameters()))

@@ -24,7 +24,7 @@ from .graph import WARM_UP
 from .masked_dense import masked_dense
 from .models import build
 from .settings import Settings
-from .training import batches, evaluate, learning_rate, stepper, train
+from .training import evaluate, learning_rate, runner, train
 
 # Of the settings, what `train` takes.
 TRAIN_SETTINGS = (
@@ -40,6 +40,7 @@ TRAIN_SETTINGS = (
     "warmup",
     "augment",
 )
+CALL_MS = 2.0  # of training in one call, where steps are timed
 SCORED_IMAGES = 256  # those that SNIP and GraSP see
 
 
@@ -64,9 +65,10 @@ def run(
         if stop is not None:  # on the way to the weights of the rewind step
             return record
         layers = explain(model)
+        at_once = max(1, min(settings.eval_every, round(CALL_MS / record["train_step_ms"])))
         return {
             **record,
-            **step_ms(model, data, settings),
+            **step_ms(model, data, settings, at_once),
             "sparse_bytes": sum(layer["bytes"] for layer in layers),
             "dense_bytes": sum(layer["dense_bytes"] for layer in layers),
         }
@@ -211,19 +213,19 @@ def _share(settings: Settings, weight: torch.Tensor, output: bool) -> float:
     return settings.output_share if output else getattr(settings, f"{kind}_share")
 
 
-def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings) -> dict[str, float]:
-    """Milliseconds of a training step of ``model`` and of the same net as w * mask, alternating.
+def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings, at_once: int = 1) -> dict[str, float]:
+    """Milliseconds of a step as `train` does it, of ``model`` and of the same net as w * mask, alternating.
 
-    Both have the optimiser of ``settings``. A step takes its batch from the data, as in training. ``model`` itself is
-    left alone.
+    Both have the optimiser of ``settings``. A step takes its batch from the data. ``at_once``: steps of one call, which
+    native ones need to show their speed. ``model`` itself is left alone.
     """
-    stream = batches(data.train_x, data.train_y, settings.batch, seed=0, augment=settings.augment)
-    how = {key: getattr(settings, key) for key in ("lr", "optimizer", "weight_decay", "momentum")}
-    sparse, dense = stepper(deepcopy(model), **how), stepper(masked_dense(model, masks_of(model)), **how)
-    steps, options = (lambda: sparse(*next(stream)), lambda: dense(*next(stream))), {}
+    drawn = settings.batch, 0, 0, settings.augment, slice(None)
+    how = settings.lr, settings.optimizer, settings.weight_decay, settings.momentum
+    runs = [runner(net, data, drawn, how) for net in (deepcopy(model), masked_dense(model, masks_of(model)))]
+    calls, options = [partial(run, [settings.lr] * at_once) for run in runs], {}
     if settings.device == "cuda":
         options["synchronize"] = torch.cuda.synchronize
-        for step in steps * (WARM_UP + 1):  # until both are captured
-            step()
-    sparse_ms, dense_ms = interleaved_ms(*steps, **options)
+        for call in calls * (WARM_UP + 1):  # until both are captured
+            call()
+    sparse_ms, dense_ms = (ms / at_once for ms in interleaved_ms(*calls, **options))
     return {"sparse_ms": sparse_ms, "dense_ms": dense_ms}

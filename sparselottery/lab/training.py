@@ -88,7 +88,7 @@ def train(
     model.train()
     drawn = batch, seed, start, augment, distributed.share(batch)
     replica = distributed.replica(model)
-    run = _runner(replica, data, drawn, (lr, optimizer, weight_decay, momentum))
+    run = runner(replica, data, drawn, (lr, optimizer, weight_decay, momentum))
     rates = [learning_rate(each, iterations, lr, drops, warmup) for each in range(iterations)]
     iteration = start
     record()
@@ -126,7 +126,7 @@ def learning_rate(iteration: int, iterations: int, lr: float, drops: Sequence[fl
     return lr * (iteration + 1) / warmup if iteration < warmup else lr
 
 
-def _runner(
+def runner(
     model: nn.Module, data: Dataset, drawn: tuple[int, int, int, bool, slice], how: tuple[float, str, float, float]
 ) -> Callable[[Sequence[float]], None]:
     """``run(rates)``: a step at each of these learning rates, on the batches that come next.
