@@ -91,32 +91,25 @@ class MaskedLayer(nn.Module):
 
         mask: bool, of the weight's shape. Raises TypeError or ValueError if it is not.
         """
-        weight, has_bias = dense.weight, dense.bias is not None
+        weight = dense.weight
         arguments = {name: getattr(dense, name) for name in cls.arguments}
-        layer = cls(**arguments, mask=mask, bias=has_bias, device=weight.device, dtype=weight.dtype)
+        arguments |= {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
+        layer = cls(**arguments, mask=mask)
         with torch.no_grad():
             layer.values.copy_(layer.pattern.gather(weight.flatten(1)))
-            if has_bias:
-                layer.bias.copy_(dense.bias)
         layer.values.requires_grad_(weight.requires_grad)
-        if has_bias:
-            layer.bias.requires_grad_(dense.bias.requires_grad)
-        return layer.train(dense.training)
+        return _with_bias_and_mode(layer, dense)
 
     def to_dense(self) -> nn.Module:
         """The nn.Linear or nn.Conv2d with zeros where nothing survived; parameters are copies."""
-        values, has_bias = self.values, self.bias is not None
+        values = self.values
         arguments = {name: getattr(self, name) for name in self.arguments}
-        arguments |= {"bias": has_bias, "device": values.device, "dtype": values.dtype}
+        arguments |= {"bias": self.bias is not None, "device": values.device, "dtype": values.dtype}
         dense = nn.utils.skip_init(self.dense_type, **arguments)
         with torch.no_grad():
             dense.weight.copy_(self.weight)
-            if has_bias:
-                dense.bias.copy_(self.bias)
         dense.weight.requires_grad_(values.requires_grad)
-        if has_bias:
-            dense.bias.requires_grad_(self.bias.requires_grad)
-        return dense.train(self.training)
+        return _with_bias_and_mode(dense, self)
 
     @property
     def pattern(self) -> Pattern:
@@ -297,3 +290,12 @@ class MaskedLayer(nn.Module):
             f"{arguments}bias={self.bias is not None}, density={self.density:.4g}, nnz={self.nnz}, "
             f"execution={self.execution}"
         )
+
+
+def _with_bias_and_mode(layer: nn.Module, source: nn.Module) -> nn.Module:
+    """``layer`` with a copy of the bias of ``source``, trained or frozen as there, in its mode."""
+    if source.bias is not None:
+        with torch.no_grad():
+            layer.bias.copy_(source.bias)
+        layer.bias.requires_grad_(source.bias.requires_grad)
+    return layer.train(source.training)

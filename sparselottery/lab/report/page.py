@@ -71,25 +71,28 @@ def section(heading: str, about: str, *parts: str) -> str:
 
 def drawings(found: Sequence[Drawing], kind: str = "figures") -> str:
     """``kind``: "figures", two in a row, or "panels", small ones."""
-    if not found:
-        return ""
-    shown = "".join(
-        f"<figure><figcaption>{text(each.title)}</figcaption>{draw.inline(each.svg, text(each.alt))}</figure>"
-        for each in found
+    return _row(
+        (f"<figcaption>{text(each.title)}</figcaption>{draw.inline(each.svg, text(each.alt))}" for each in found),
+        kind,
     )
-    return f'<div class="{kind}">{shown}</div>'
 
 
 def pictures(found: Sequence[Picture], kind: str = "pictures") -> str:
-    if not found:
-        return ""
-    shown = "".join(
-        f'<figure><img alt="{text(each.title)}" width="{each.width}" '
-        f'src="data:image/png;base64,{base64.b64encode(each.png).decode()}">'
-        f"<figcaption>{text(each.title)}</figcaption></figure>"
-        for each in found
+    return _row(
+        (
+            f'<img alt="{text(each.title)}" width="{each.width}" '
+            f'src="data:image/png;base64,{base64.b64encode(each.png).decode()}">'
+            f"<figcaption>{text(each.title)}</figcaption>"
+            for each in found
+        ),
+        kind,
     )
-    return f'<div class="{kind}">{shown}</div>'
+
+
+def _row(figures: Iterable[str], kind: str) -> str:
+    """Nothing if there is nothing to show."""
+    shown = "".join(f"<figure>{figure}</figure>" for figure in figures)
+    return f'<div class="{kind}">{shown}</div>' if shown else ""
 
 
 def key(controls: Sequence[str]) -> str:
