@@ -245,7 +245,7 @@ def test_evaluate_in_parts_in_evaluation_mode(data, monkeypatch):
     model = nn.Sequential(reinit(factory, 0), nn.Dropout(0.9))
     logits = model[0](data.val_x)
     expected = F.cross_entropy(logits, data.val_y).item(), (logits.argmax(1) == data.val_y).float().mean().item()
-    monkeypatch.setattr(training, "EVALUATION_NUMBERS", 4 * 6)
+    monkeypatch.setattr(training, "EVALUATED_VECTORS", 6)
     assert training.evaluate(model, data.val_x, data.val_y) == pytest.approx(expected)
     assert model.training
     assert model[1].training

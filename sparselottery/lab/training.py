@@ -24,7 +24,8 @@ from .data import Dataset
 from .graph import GraphedStep
 from .native import native_trainer
 
-EVALUATION_NUMBERS = 2000 * 784  # of the images in one batch of an evaluation
+# In a batch of an evaluation. More images make convolutions' outputs too large for caches: 510 take 1.8 times as long.
+EVALUATED_VECTORS, EVALUATED_IMAGES = 2000, 128
 
 
 def train(
@@ -219,10 +220,10 @@ def _draws(
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of ``model`` on (x, y), in evaluation mode, without gradients."""
-    was_training = model.training
+    was_training, at_once = model.training, EVALUATED_VECTORS if x.dim() == 2 else EVALUATED_IMAGES
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(part) for part in x.split(max(1, EVALUATION_NUMBERS // x[0].numel()))])
+        logits = torch.cat([model(part) for part in x.split(at_once)])
         loss, correct = F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
     model.train(was_training)
     return loss.item(), correct.item() / len(y)
