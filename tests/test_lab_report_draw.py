@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+
 from sparselottery.lab import grid
 from sparselottery.lab.report import draw, figures
 
@@ -37,3 +39,11 @@ def test_every_control_has_its_look():
         "one-shot": "one-shot"
     }
     assert {draw.style(name).color for name in grid.CONTROLS} <= set(draw.DARK)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1314.3, "1,314 s"), (999.9, "1,000 s"), (462.2, "462 s"), (5.5, "5.5 s"), (0.01234, "0.0123 s")],
+)
+def test_seconds(value, expected):
+    assert draw.seconds(value) == expected

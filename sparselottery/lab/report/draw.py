@@ -135,6 +135,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") if share >= 0.01 else f"{100 * share:.2g}"
 
 
+def seconds(value: float) -> str:
+    """1,310 s, 46.2 s: three digits at least."""
+    return f"{value:,.0f} s" if abs(value) >= 100 else f"{value:.3g} s"
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], size: float = 9.5) -> None:
     """Names lines (y of the last point, label, colour) at the right edge, moved apart where they would overlap."""
     figure = axes.figure

@@ -147,7 +147,7 @@ def seconds_saved(rows: Sequence[Row]) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         saved = rows[-1]["saved_seconds"]
-        word = f"{saved:,.3g} s saved" if saved >= 0 else f"{-saved:,.3g} s lost"
+        word = f"{draw.seconds(saved)} saved" if saved >= 0 else f"{draw.seconds(-saved)} lost"
         middle = ((sparse[-1] + dense[-1]) / 2, word, INK)
         draw.label_ends(axes, [(dense[-1], "w * mask", THEIRS), middle, (sparse[-1], "sparse", OURS)])
         return axes.figure

@@ -122,7 +122,8 @@ def tiles(rounds: Sequence[Row], seconds: Sequence[Row]) -> list[Tile]:
     if seconds:
         last = seconds[-1]
         share = last["saved_seconds"] / last["dense_seconds"]
-        detail = f"{last['sparse_seconds']:,.3g} s of training steps against {last['dense_seconds']:,.3g} s as w * mask"
+        ours, theirs = (draw.seconds(last[key]) for key in ("sparse_seconds", "dense_seconds"))
+        detail = f"{ours} of training steps against {theirs} as w * mask"
         found.append(
             Tile("Seconds of all rounds", f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'}", detail)
         )
