@@ -26,7 +26,7 @@ p {{margin:0 0 1rem;max-width:48rem}}
 .tile {{background:var(--card);border-radius:12px;padding:1.05rem 1.15rem 1.1rem}}
 .tile dt {{color:var(--muted);font-size:.83rem;font-weight:600;line-height:1.3}}
 .tile dd {{margin:0;color:var(--muted);font-size:.83rem;line-height:1.4}}
-.tile dd.number {{margin:.3rem 0 .35rem;color:var(--ink);font-size:1.7rem;font-weight:700;letter-spacing:-.025em;
+.tile dd.number {{margin:.3rem 0 .35rem;color:var(--ink);font-size:1.5rem;font-weight:700;letter-spacing:-.025em;
   line-height:1.15}}
 .figures {{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:2.2rem 2.4rem}}
 .panels {{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr));gap:1.6rem}}
