@@ -24,8 +24,9 @@ from .data import Dataset
 from .graph import GraphedStep
 from .native import native_trainer
 
-# In a batch of an evaluation. More images make convolutions' outputs too large for caches: 510 take 1.8 times as long.
-EVALUATED_VECTORS, EVALUATED_IMAGES = 2000, 128
+# In a batch of an evaluation. Where outputs of convolutions exceed 32 MB, as Conv-2's of 128 images, their pages are
+# new at every batch, and it takes up to 1.8 times as long.
+EVALUATED_VECTORS, EVALUATED_IMAGES = 2000, 64
 
 
 def train(
