@@ -16,17 +16,23 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks import results
+from sparselottery.files import json_copy
 from sparselottery.lab import xor
 from sparselottery.lab.report import write
+from sparselottery.lab.settings import preset
 
 FIGURES = ("accuracy", "early-stop")
 
 
 def about(grid: dict) -> dict[str, str]:
     """What a reader of the rows must know of the run: what grid.json says."""
-    length = grid["scale"] or f"the paper's {grid['settings']['iterations']:,} iterations"
+    settings = grid["settings"]
+    length = grid["scale"] or f"the paper's {settings['iterations']:,} iterations"
+    presets = json_copy("settings", asdict(preset(settings["data"], settings["model"])))
+    changed = [f"{key} {settings[key]} in place of {value}" for key, value in presets.items() if settings[key] != value]
     jobs = f"threads a training: {grid['threads']}, others beside it: seconds and ms are not those of a quiet machine"
-    return {"length": length, "jobs": jobs} | ({"data": grid["note"]} if grid["note"] else {})
+    found = {"length": length, "settings": ", ".join(changed), "data": grid["note"], "jobs": jobs}
+    return {key: text for key, text in found.items() if text}
 
 
 def xor_rows(out: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
 from benchmarks import conv_peers, memory, peers, plot, report, results, steps, timing
 from benchmarks.conv_peers import ConvProblem

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from blocks import is_blocky
 from gpus import DEVICE
 from torch import nn
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
 from benchmarks.gpu import bars, cases, measure, nets, problems, roofline, timing
 from benchmarks.gpu.cases import Conv, Linear, Step

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as command

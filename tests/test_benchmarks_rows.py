@@ -29,6 +29,7 @@ def test_a_grid_has_a_row_for_each_training(run, tmp_path):
     record = json.loads((run / "trial-0/ticket/round-01.json").read_text())
     assert rows[1]["early_stop_test_accuracy"] == record["early_stop_test_accuracy"]
     assert "20 of" in head["length"]
+    assert head["settings"] == "rounds 1 in place of 12, iterations 20 in place of 3000, eval_every 10 in place of 20"
     assert head["data"] == "a note on the data"
     assert {path.name for path in tmp_path.glob("*.svg")} == {"lab-small-accuracy.svg", "lab-small-early-stop.svg"}
 
