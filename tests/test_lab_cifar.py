@@ -270,7 +270,7 @@ def test_single_images_in_an_archive_are_labelled_if_jpeg(pictures):
         for part in ("train", "test"):
             tar.add(pictures / part, part)
     _, note = read(pictures)
-    assert note == "cifar10-mine.tar.gz holds JPEG-recompressed images: not bit-equal to CIFAR-10"
+    assert note == "JPEG-recompressed images in cifar10-mine.tar.gz: not bit-equal to CIFAR-10"
     assert list((pictures / "cache").iterdir())
 
 

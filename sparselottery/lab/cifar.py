@@ -55,7 +55,7 @@ def _read_images(path: Path, cache: Path) -> tuple[dict[str, Tensor], str]:
     for part, expected in (("train", 5 * BATCH_IMAGES), ("test", BATCH_IMAGES)):
         if (found := len(tensors[f"{part}_y"])) != expected:
             raise ValueError(f"{path}: {found} {part} images, expected {expected}")
-    return tensors, f"{path.name} holds JPEG-recompressed images: not bit-equal to CIFAR-10" if jpeg else ""
+    return tensors, f"JPEG-recompressed images in {path.name}: not bit-equal to CIFAR-10" if jpeg else ""
 
 
 def _read_batches(path: Path) -> dict[str, Tensor]:
