@@ -60,9 +60,8 @@ class MaskedConv2d(MaskedLayer):
             if not isinstance(pair, str) and (len(pair) != 2 or min(pair) < least):
                 raise ValueError(f"{name}: expected two numbers of at least {least}, got {pair}")
         sides = _sides(self.padding, self.kernel_size, self.dilation)
-        self._pad_first = (
-            None if padding_mode == "zeros" else sides[2:] + sides[:2]
-        )  # F.pad starts at the last dimension
+        # F.pad starts at the last dimension.
+        self._pad_first = None if padding_mode == "zeros" else sides[2:] + sides[:2]
         self.geometry = geometry_of(self)
         self._build(mask, bias, device, dtype)
 
