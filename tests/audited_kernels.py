@@ -44,7 +44,20 @@ def dot(dtype=torch.float16, ld=1024, offset=0, bm=128, bk=64, stages=3, k=1024,
     x = torch.zeros(4096 * ld + 16, dtype=dtype)[offset:]
     w, y = torch.zeros(k, 64, dtype=dtype), torch.zeros(4096, 64, dtype=dtype)
     sizes = {"BM": bm, "BK": bk, "OUT": 64}
-    launch(_dot_kernel, (4096 // bm,), x, w, y, index, k, ld, **sizes, num_warps=4, num_stages=stages, **options)
+    launch(
+        _dot_kernel,
+        (4096 // bm,),
+        x=x,
+        w=w,
+        y=y,
+        index=index,
+        k=k,
+        ld=ld,
+        **sizes,
+        num_warps=4,
+        num_stages=stages,
+        **options,
+    )
 
 
 PROBLEMS = {
@@ -57,14 +70,14 @@ PROBLEMS = {
     "no tensor cores": lambda: dot(torch.float32, bm=64, bk=16),
     "stages lost": lambda: dot(index=torch.zeros(1024, dtype=torch.int32)),  # to the load that another one needs
     "too much shared": lambda: dot(stages=12),
-    "broken": lambda: launch(_broken_kernel, (1,), torch.zeros(1), num_warps=1),
-    "unknown": lambda: launch(_unknown_kernel, (1,), torch.zeros(1), torch.zeros(1), num_warps=1),
+    "broken": lambda: launch(_broken_kernel, (1,), x=torch.zeros(1), num_warps=1),
+    "unknown": lambda: launch(_unknown_kernel, (1,), x=torch.zeros(1), y=torch.zeros(1), num_warps=1),
 }
 
 
 def _expected(of):
-    sizes = of.options
-    return Expected(0.75, sizes["BM"], (sizes["BM"] + sizes["OUT"]) * sizes["BK"] * of.args[0].element_size())
+    sizes = of.arguments
+    return Expected(0.75, sizes["BM"], (sizes["BM"] + sizes["OUT"]) * sizes["BK"] * sizes["x"].element_size())
 
 
 if __name__ == "__main__":

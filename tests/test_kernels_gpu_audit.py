@@ -126,14 +126,15 @@ FINE = Compiled(Code(100, 0, 0, {"HGMMA": 4}, {128: 8, 32: 1}, 100), 3 * 1000)
     ],
 )
 def test_judge(target, compiled, expected, verdict):
-    assert judge(compiled, Launch(launches_nothing, (1,), (), {"num_stages": 3}), target, expected) == verdict
+    assert judge(compiled, Launch(launches_nothing, (1,), {}, {"num_stages": 3}), target, expected) == verdict
 
 
 def test_specialisation():
     data = torch.zeros(64)
 
-    def of(*args, **options):
-        return specialisation(Launch("kernel", (1,), args, options))
+    def of(*args, num_warps=4, **constants):
+        arguments = dict(zip("abc", args, strict=False)) | constants
+        return specialisation(Launch("kernel", (1,), arguments, {"num_warps": num_warps}))
 
     assert of(data, 32, None) == of(torch.zeros(8), 48, None)
     assert of(3) == of(5)
@@ -150,6 +151,7 @@ def test_specialisation():
     ]:
         assert of(*one) != of(*other)
     assert of(num_warps=4) != of(num_warps=8)
+    assert of(BLOCK=3) == of(BLOCK=3) != of(BLOCK=5)
     assert of(3.0) == of(4.0)
 
 

@@ -49,6 +49,7 @@ def _layout_kernel(
 
 
 BF, BN = 64, 64
+_STRIDES = "stride_n", "stride_c", "stride_h", "stride_w"
 
 
 class Placing(NamedTuple):
@@ -108,6 +109,8 @@ def _move(images: Tensor, rows: Tensor, placing: Placing, pack: bool) -> None:
     grid = triton.cdiv(channels * height * width, BF), triton.cdiv(columns(batch), BN)
     last = channels > 1 and images.stride(1) == 1
     launch(
-        _layout_kernel, grid, images, rows, batch, columns(batch), channels, height, width, *images.stride(),
-        rows.stride(0), *placing, PACK=pack, CHANNELS_LAST=last, BF=BF, BN=BN, num_warps=4,
+        _layout_kernel, grid, images=images, rows=rows, batch=batch, columns=columns(batch), channels=channels,
+        height=height, width=width, **dict(zip(_STRIDES, images.stride(), strict=True)), ld=rows.stride(0),
+        rows_height=placing.height, rows_width=placing.width, top=placing.top, left=placing.left,
+        up_h=placing.up_h, up_w=placing.up_w, PACK=pack, CHANNELS_LAST=last, BF=BF, BN=BN, num_warps=4,
     )  # fmt: skip

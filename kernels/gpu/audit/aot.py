@@ -108,7 +108,7 @@ def compiling_for(target: Target) -> Iterator[None]:
 
 def compile_launch(launch: Launch) -> Compiled:
     """The machine code of a launch, for the target of `compiling_for`. Raises what Triton raises."""
-    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
     assembly = compiled.asm.get("amdgcn")
     code = read_gcn(assembly) if assembly is not None else read_sass(_disassembled(compiled.asm["cubin"]))
     return Compiled(code, compiled.metadata.shared)
@@ -116,7 +116,8 @@ def compile_launch(launch: Launch) -> Compiled:
 
 def specialisation(launch: Launch) -> Hashable:
     """Launches of equal specialisation compile to the same code, whatever the target."""
-    return launch.kernel, tuple(map(_kind, launch.args)), tuple(sorted(launch.options.items()))
+    kinds = tuple((name, each if name.isupper() else _kind(each)) for name, each in sorted(launch.arguments.items()))
+    return launch.kernel, kinds, tuple(sorted(launch.options.items()))
 
 
 def _kind(arg: Any) -> Hashable:

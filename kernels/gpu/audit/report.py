@@ -57,25 +57,25 @@ class Row(NamedTuple):
 
 def itemsize(launch: Launch) -> int:
     """Of the first tensor: what a kernel multiplies."""
-    return next(arg.element_size() for arg in launch.args if isinstance(arg, Tensor))
+    return next(each.element_size() for each in launch.arguments.values() if isinstance(each, Tensor))
 
 
 def _block_spmm(launch: Launch) -> Expected:
-    of = launch.options
-    return _block(launch, of["BM"], (of["BM"] + of["OUT"]) * of["BK"], launch.args[0].stride(0) == 1)
+    of = launch.arguments
+    return _block(launch, of["BM"], (of["BM"] + of["OUT"]) * of["BK"], of["x"].stride(0) == 1)
 
 
 def _block_sddmm(launch: Launch) -> Expected:
-    of = launch.options
+    of = launch.arguments
     return _block(launch, of["K"], (of["K"] + of["R"]) * of["BM"], True)
 
 
 def _block(launch: Launch, rows: int, stage: int, transposed: bool) -> Expected:
     size = itemsize(launch)
-    if size == 4 and launch.options["PRECISION"] == "ieee":
+    if size == 4 and launch.arguments["PRECISION"] == "ieee":
         return Expected(WIDE_SHARE)  # on CUDA cores
     # TF32 operands that are transposed are copied 4 bytes at a time; ragged rows start anywhere.
-    narrow = (size == 4 and transposed) or launch.options["RAGGED"]
+    narrow = (size == 4 and transposed) or launch.arguments["RAGGED"]
     return Expected(0.0 if narrow else WIDE_SHARE, rows, stage * size)
 
 

@@ -152,6 +152,12 @@ class View(NamedTuple):
         """Pixels of gx read gy."""
         return cls((1, 1), (of.top, of.left), (-of.dilation_h, -of.dilation_w), (of.stride_h, of.stride_w))
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """What the kernels take of it at run time."""
+        ways = {"step": self.step, "start": self.start, "tap": self.tap}
+        return {f"{name}_{axis}": way[axis == "w"] for name, way in ways.items() for axis in "hw"}
+
     def leaves(self, of: Geometry, size: tuple[int, int], out_size: tuple[int, int]) -> bool:
         """Is anything read outside x?"""
         reach = [(kernel - 1) * tap for kernel, tap in zip((of.kernel_h, of.kernel_w), self.tap, strict=True)]
@@ -168,8 +174,9 @@ def conv(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int,
     (channels, *size), (filters, *out_size), out = x.shape[1:], y.shape[1:], packed.shape[1]
     pixels = len(y) * out_size[0] * out_size[1]
     launch(
-        _block_conv_kernel, (tiles.order.numel(), triton.cdiv(pixels, shape.bm)), x, packed, bias, y, tiles.order,
-        tiles.tile_crow, tiles.word, pixels, channels, filters, *size, *out_size, *view.step, *view.start, *view.tap,
+        _block_conv_kernel, (tiles.order.numel(), triton.cdiv(pixels, shape.bm)), x=x, packed=packed, bias=bias, y=y,
+        order=tiles.order, tile_crow=tiles.tile_crow, word=tiles.word, pixels=pixels, channels=channels,
+        filters=filters, **_sizes(x, y), **view.arguments,
         OUT=out, RED=red, K=TILE, BM=shape.bm, BK=shape.bk, MASKED=view.leaves(geometry, size, out_size),
         RAGGED=channels % red != 0, DIV_H=view.div[0], DIV_W=view.div[1], LONG=_long(x),
         RELU=relu, PRECISION=precision(conv=True), num_warps=shape.warps, num_stages=shape.stages,
@@ -183,12 +190,19 @@ def conv_sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], geom
     of = split(pixels, count, x.element_size(), exact(x, fp32))
     partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
     launch(
-        _block_conv_sddmm_kernel, (count, of.splits), x, gy, partial, tiles.tile_row, tiles.word, pixels, channels,
-        filters, of.steps, *size, *out_size, *view.step, *view.start, *view.tap, R=R, C=C, K=TILE, BM=of.bm,
+        _block_conv_sddmm_kernel, (count, of.splits), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
+        word=tiles.word, pixels=pixels, channels=channels, filters=filters, steps=of.steps, **_sizes(x, gy),
+        **view.arguments, R=R, C=C, K=TILE, BM=of.bm,
         MASKED=view.leaves(geometry, size, out_size), RAGGED=channels % C + filters % R != 0, LONG=_long(x),
         PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,
     )  # fmt: skip
     return partial
+
+
+def _sizes(x: Tensor, y: Tensor) -> dict[str, int]:
+    """Of the images that are read, and of those whose pixels the kernels number."""
+    (height, width), (out_height, out_width) = x.shape[2:], y.shape[2:]
+    return {"height": height, "width": width, "out_height": out_height, "out_width": out_width}
 
 
 def _long(x: Tensor) -> bool:

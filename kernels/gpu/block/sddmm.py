@@ -81,9 +81,11 @@ def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int]) -> Tensor
     of = split(len(x), count, x.element_size(), exact(x, fp32))
     partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
     launch(
-        _block_sddmm_kernel, (count, of.splits), x, gy, partial, tiles.tile_row, tiles.word, len(x), readable(x),
-        readable(gy), x.shape[1] // x_align, gy.shape[1] // gy_align, of.steps,
-        x.stride(0) // x_align, x.stride(1), gy.stride(0) // gy_align, gy.stride(1),
+        _block_sddmm_kernel, (count, of.splits), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
+        word=tiles.word, batch=len(x), x_batch=readable(x), gy_batch=readable(gy),
+        in_features=x.shape[1] // x_align, out_features=gy.shape[1] // gy_align, steps=of.steps,
+        stride_xm=x.stride(0) // x_align, stride_xk=x.stride(1), stride_gm=gy.stride(0) // gy_align,
+        stride_gn=gy.stride(1),
         R=R, C=C, K=TILE, BM=of.bm, RAGGED=x.shape[1] % C + gy.shape[1] % R != 0, X_ALIGN=x_align, GY_ALIGN=gy_align,
         PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,
     )  # fmt: skip

@@ -89,10 +89,11 @@ def spmm(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int,
     out, align = packed.shape[1], alignment(x)
     grid = tiles.order.numel(), triton.cdiv(readable(y), shape.bm)
     launch(
-        _block_spmm_kernel, grid, x, packed, bias, gate, y, tiles.order, tiles.tile_crow, tiles.word,
-        len(x), readable(x), readable(y), x.shape[1] // align, y.shape[1], x.stride(0) // align,
-        x.stride(1), *y.stride(),
-        *((0, 0) if gate is None else gate.stride()),
+        _block_spmm_kernel, grid, x=x, packed=packed, bias=bias, gate=gate, y=y, order=tiles.order,
+        tile_crow=tiles.tile_crow, word=tiles.word, batch=len(x), x_batch=readable(x), y_batch=readable(y),
+        in_features=x.shape[1] // align, out_features=y.shape[1], stride_xm=x.stride(0) // align,
+        stride_xk=x.stride(1), stride_ym=y.stride(0), stride_yn=y.stride(1),
+        stride_gm=0 if gate is None else gate.stride(0), stride_gn=0 if gate is None else gate.stride(1),
         OUT=out, RED=red, K=TILE, BM=shape.bm, BK=shape.bk, RAGGED=x.shape[1] % red != 0, ALIGN=align, RELU=relu,
         PRECISION=precision(), num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

@@ -88,8 +88,9 @@ def pack(values: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, i
     (R, C), count = block, tiles.tile_row.numel()
     packed = values.new_empty(count * TILE // bk, C if transposed else R, bk)
     launch(
-        _pack_kernel, (count,), values, crow_indices, tiles.tile_row, tiles.within, tiles.step, tiles.word, packed,
-        crow_indices.numel() - 1, width, R=R, C=C, TRANSPOSED=transposed, CONV=conv, K=TILE, BK=bk, num_warps=warps(R),
+        _pack_kernel, (count,), values=values, crow_indices=crow_indices, tile_row=tiles.tile_row, within=tiles.within,
+        step=tiles.step, word=tiles.word, packed=packed, out_features=crow_indices.numel() - 1, width=width,
+        R=R, C=C, TRANSPOSED=transposed, CONV=conv, K=TILE, BK=bk, num_warps=warps(R),
     )  # fmt: skip
     return packed
 
@@ -99,7 +100,8 @@ def unpack(partial: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int
     """Sums partial over its splits into gvalues (nnz,)."""
     R, C = block
     launch(
-        _unpack_kernel, (tiles.tile_row.numel(),), partial, gvalues, crow_indices, tiles.tile_row, tiles.within,
-        tiles.step, tiles.word, crow_indices.numel() - 1, width, len(partial), R=R, C=C, CONV=conv, K=TILE,
-        num_warps=warps(R),
+        _unpack_kernel, (tiles.tile_row.numel(),), partial=partial, gvalues=gvalues, crow_indices=crow_indices,
+        tile_row=tiles.tile_row, within=tiles.within, step=tiles.step, word=tiles.word,
+        out_features=crow_indices.numel() - 1, width=width, splits=len(partial),
+        R=R, C=C, CONV=conv, K=TILE, num_warps=warps(R),
     )  # fmt: skip

@@ -58,8 +58,9 @@ def sddmm(
     bn = min(triton.next_power_of_2(columns(batch)), 512 // x.element_size())
     splits = min(triton.cdiv(BUSY, rows), triton.cdiv(nnz, rows * NNZ))
     launch(
-        _sddmm_kernel, (rows, splits), gy, x, gvalues, order, crow_indices, col_indices, columns(batch), taps.pixels,
-        gy.stride(0), x.stride(0), *taps.arguments,
+        _sddmm_kernel, (rows, splits), gy=gy, x=x, gvalues=gvalues, order=order, crow_indices=crow_indices,
+        col_indices=col_indices, columns=columns(batch), pixels=taps.pixels, ld_gy=gy.stride(0), ld_x=x.stride(0),
+        **taps.arguments,
         KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, NNZ=NNZ, BN=bn, num_warps=WARPS,
     )  # fmt: skip
     return gvalues

@@ -68,7 +68,7 @@ def _spmm_kernel(
 
 @triton.jit
 def _spmm_narrow_kernel(
-    x, values, bias, y, crow_indices, col_indices, out_features, batch, stride_split, stride_n,
+    x, values, bias, y, crow_indices, col_indices, batch, stride_split, stride_n,
     NB: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -114,8 +114,9 @@ def spmm(
     height, bn = tile(batch, x.element_size())
     grid = triton.cdiv(rows, height), taps.pixels, triton.cdiv(columns(batch), bn)
     launch(
-        _spmm_kernel, grid, x, values, bias, gate, y, order, crow_indices, col_indices, perm, rows, batch,
-        columns(batch), x.stride(0), y.stride(0), 0 if gate is None else gate.stride(0), *taps.arguments,
+        _spmm_kernel, grid, x=x, values=values, bias=bias, gate=gate, y=y, order=order, crow_indices=crow_indices,
+        col_indices=col_indices, perm=perm, rows=rows, batch=batch, columns=columns(batch), ld_x=x.stride(0),
+        ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.arguments,
         KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, RELU=relu, ROWS=height, BN=bn, UNROLL=UNROLL, num_warps=WARPS,
     )  # fmt: skip
 
@@ -134,8 +135,9 @@ def spmm_narrow(
     whole = splits <= 1
     y = torch.empty((max(splits, 1), batch, rows), dtype=x.dtype if whole else torch.float32, device=x.device)
     launch(
-        _spmm_narrow_kernel, (rows, max(splits, 1)), beside, values, bias if whole else None, y, crow_indices,
-        col_indices, rows, batch, y.stride(0), y.stride(1), NB=samples, BK=bk, num_warps=1,
+        _spmm_narrow_kernel, (rows, max(splits, 1)), x=beside, values=values, bias=bias if whole else None, y=y,
+        crow_indices=crow_indices, col_indices=col_indices, batch=batch, stride_split=y.stride(0),
+        stride_n=y.stride(1), NB=samples, BK=bk, num_warps=1,
     )  # fmt: skip
     if whole:
         return y[0]

@@ -19,6 +19,9 @@ def feature(
     return (channel * x_height + tap // KERNEL_W * dilation_h) * x_width + tap % KERNEL_W * dilation_w
 
 
+_NOT_ARGUMENTS = "out_height", "kernel_h", "kernel_w"  # `pixels`, and constexprs
+
+
 class Taps(NamedTuple):
     """x (x_height, x_width) a channel, its padding included; y (out_height, out_width); rows and columns per group."""
 
@@ -40,9 +43,9 @@ class Taps(NamedTuple):
         return self.out_height * self.out_width
 
     @property
-    def arguments(self) -> tuple[int, ...]:
-        """From filters_per_group to dilation_w, as the kernels take them."""
-        return *self[:4], *self[5:10]
+    def arguments(self) -> dict[str, int]:
+        """What the kernels take of it at run time."""
+        return {name: value for name, value in self._asdict().items() if name not in _NOT_ARGUMENTS}
 
 
 def linear(rows: int, columns: int) -> Taps:
