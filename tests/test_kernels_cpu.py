@@ -188,15 +188,17 @@ def test_levels_agree(level, batch, dtype):
     assert_accurate(run(cpu, noise), noise)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_no_bit(threads):
-    for batch in (1, 60, 300):
-        chain = make(batch, [700, 300, 10], density=0.05, entries=gaussian)
-        torch.set_num_threads(1)
-        alone = run(cpu, chain)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 16, 17, 48, 60, 80, 129, 144, 256, 300, 384])
+def test_threads_change_no_bit(level, batch, dtype):
+    """How a batch is shared out decides the width of its tiles, and no sum may depend on it."""
+    chain = make(batch, [300, 100, 10], density=0.05, entries=gaussian).to(dtype)
+    torch.set_num_threads(1)
+    alone = run(cpu, chain)
+    for threads in (2, 3, 4, 5):
         torch.set_num_threads(threads)
         for name, result in run(cpu, chain).items():
-            assert torch.equal(result, alone[name]), name
+            assert torch.equal(result, alone[name]), (threads, name)
 
 
 @BACKENDS

@@ -20,9 +20,10 @@ struct Mapped {
     INLINE int64_t operator()(uint16_t column) const { return offset[column]; }
 };
 
-// Independent sums per output vector, so that few registers per row still hide the latency of a multiply-add.
+// Independent sums per output vector, so that few registers per row still hide the latency of a multiply-add. A batch
+// that threads share out has tiles of 4 to 8 vectors, of how many depends on the threads: these add up alike.
 template <int R>
-constexpr int kSums = R >= 8 ? 1 : R >= 3 ? 2 : 4;
+constexpr int kSums = R >= 4 ? 1 : R == 3 ? 2 : 4;
 
 // y[row] += Σ values * x[col]. For W the values of a segment are consecutive; for Wᵀ each has its own index.
 template <class T, int R, bool TRANSPOSED, class Rows>
