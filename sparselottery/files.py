@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -52,7 +53,10 @@ class Contents(NamedTuple):
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write the file, atomically: at `path` there is either what was there before or all of it."""
+    """Write the file, atomically: at `path` there is either what was there before or all of it.
+
+    Raises OSError if it cannot be written.
+    """
     tensors, blocks = dict(contents.dense), {}
     for name, (pattern, values) in contents.layers.items():
         narrow = torch.int16 if pattern.shape[1] <= MAX_INT16_COLUMNS else torch.int32
@@ -65,7 +69,15 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     head = json_copy("head", head)
     head["sha256"] = digest(head, tensors)
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {"ticket": json.dumps(head)})
+        write_safetensors(temporary, tensors, {"ticket": json.dumps(head)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; OSError if that is not possible."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # also of a full disk or a missing folder
+        raise OSError(f"{path}: cannot be written: {error}") from None
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -189,8 +201,13 @@ def _is_size(value: Any) -> bool:
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, for a file or a folder: renamed to it on success, removed on failure."""
-    path = Path(path)
+    """A temporary path beside `path`, for a file or a folder: renamed to it on success, removed on failure.
+
+    A symbolic link stays one: what it points to is replaced. Raises OSError if a device, a pipe or a socket is there.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(f"{path}: expected a file, a folder or nothing there, got a device, a pipe or a socket")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -227,11 +244,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_copy(what: str, value: Any) -> Any:
-    """`value` as JSON would give it back (tuples become lists); TypeError naming `what` if it cannot."""
+    """`value` as JSON would give it back (tuples become lists, numbers of NumPy and torch become Python's).
+
+    Raises TypeError naming `what` if it cannot be JSON.
+    """
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(value, default=_number))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{what}: expected JSON-able contents, got {value!r}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """Of a NumPy scalar or a tensor without dimensions; TypeError for anything else."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON-able")
 
 
 def read_json(path: Path) -> dict[str, Any]:

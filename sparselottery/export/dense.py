@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from ..files import digest, read_safetensors
+from ..files import digest, read_safetensors, write_safetensors
 from .job import Job
 
 
 def write(job: Job, path: Path) -> None:
-    save_file(job.ticket.weights, path, {"format": "pt"})
+    write_safetensors(path, job.ticket.weights, {"format": "pt"})
 
 
 def holds(job: Job, path: Path) -> bool:

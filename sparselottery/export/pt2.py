@@ -6,6 +6,7 @@ torch's own loader: load only files that you trust, as torch says.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ def write(job: Job, path: Path) -> None:
     dynamic = batches(job.example, torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.export.export(job.model, job.example, dynamic_shapes=dynamic)
-    with path.open("wb") as file:
-        torch.export.save(program, file)
+    whole = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    torch.export.save(program, whole)
+    path.write_bytes(whole.getbuffer())
 
 
 def holds(job: Job, path: Path) -> bool:

@@ -18,10 +18,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import DTYPES, checked_shapes, digest, loads, read_safetensors, refusals_name
+from ..files import DTYPES, checked_shapes, digest, loads, read_safetensors, refusals_name, write_safetensors
 from ..pattern import Pattern, block_of
 from .job import Job
 
@@ -81,7 +80,7 @@ def _write(job: Job, path: Path, layout: str) -> None:
         parts = pattern.crow_indices, pattern.col_indices, values
         tensors.update((f"{name}.{part}", tensor) for part, tensor in zip(PARTS, parts, strict=True))
     head = {"layout": layout, "shapes": shapes}
-    save_file(tensors, path, {"format": "pt", "sparse": json.dumps(head)})
+    write_safetensors(path, tensors, {"format": "pt", "sparse": json.dumps(head)})
 
 
 def _block(pattern: Pattern, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,0 +1,86 @@
+"""Files that cannot be written, and places where none may be."""
+
+import os
+import resource
+import stat
+from contextlib import contextmanager
+
+import pytest
+from torch import nn
+
+from sparselottery import convert, export, prune
+from sparselottery.export import FORMATS
+from sparselottery.files import atomic
+from sparselottery.ticket import Ticket
+
+
+def converted():
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    return convert(net, prune(net, 0.8))
+
+
+@contextmanager
+def full_disk(limit=100):
+    """No file may grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(format, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    model = converted()
+    with full_disk(), pytest.raises(OSError):
+        export(model, tmp_path / "out", format=format)
+    assert not os.listdir(tmp_path)
+    export(model, tmp_path / "out", format=format)  # the disk has room again
+
+
+def test_a_full_disk_keeps_the_ticket_that_was_there(tmp_path):
+    path, model = tmp_path / "a.safetensors", converted()
+    Ticket.from_model(model, {"n": 1}).save(path)
+    with full_disk(), pytest.raises(OSError):
+        Ticket.from_model(model, {"n": 2}).save(path)
+    assert Ticket.load(path).recipe == {"n": 1}
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "dense", "torch-csr", "npz", "pt2"])
+def test_a_missing_folder_is_an_oserror(format, tmp_path):
+    with pytest.raises(OSError):
+        export(converted(), tmp_path / "none" / "out", format=format)
+
+
+def test_special_files_are_refused_and_stay(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for link in (pipe, tmp_path / "link"):
+        if link is not pipe:
+            link.symlink_to(pipe)
+        with pytest.raises(OSError, match="got a device, a pipe or a socket"):
+            Ticket.from_model(converted()).save(link)
+    with pytest.raises(OSError, match="/dev/full"):
+        export(converted(), "/dev/full", format="safetensors")
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_are_followed(exists, tmp_path):
+    (tmp_path / "store").mkdir()
+    target, link = tmp_path / "store" / "real", tmp_path / "link"
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    with atomic(link) as temporary:
+        assert temporary.parent == target.parent  # a rename does not cross file systems
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path / "store") == ["real"]
