@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from .execution import choose_execution
 from .maskable import MASKED, TORCH_PRUNED, unmaskable
+from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential
 from .random_state import random_state_kept
 
@@ -26,10 +26,10 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     """A copy of `model` that stores and multiplies only the surviving weights.
 
     `model` and the random state are left as they are.
-    masks: bool tensors keyed by parameter name, each of its weight's shape. Each named nn.Linear or nn.Conv2d (or, in a
-    converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its weights at the mask,
-    with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential with masked layers in it
-    becomes a MaskedSequential.
+    masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each named nn.Linear or
+    nn.Conv2d (or, in a converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its
+    weights at the mask, with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential
+    with masked layers in it becomes a MaskedSequential.
     example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
     layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
     Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or
@@ -38,13 +38,12 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     """
     refused = unmaskable(model)
     layers = {_weight_name(name): module for name, module in _layers(model)}
+    masks = {name: as_mask(name, mask) for name, mask in masks.items()}
     for name, mask in masks.items():
         if why := refused.get(name.rpartition(".")[0]):
             raise ValueError(f"masks[{name!r}]: expected a layer that can be masked, got one that cannot: {why}")
         if name not in layers:
             raise ValueError(f"masks: expected names among {list(layers)}, got {name!r}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {mask.dtype}")
         shape = _weight_shape(layers[name])
         if tuple(mask.shape) != shape:
             raise ValueError(f"masks[{name!r}]: expected shape {shape}, got {tuple(mask.shape)}")

@@ -12,29 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .maskable import unmaskable
 from .masks import Masks
 from .pattern import matrix_shape
 
 
-def masks_from_torch_prune(model: nn.Module) -> Masks:
+def masks_from_torch_prune(source: nn.Module | Mapping[str, Tensor]) -> Masks:
     """The masks of all weights that torch.nn.utils.prune has pruned.
 
+    source: a model or its state_dict, with "fc1.weight_orig" and "fc1.weight_mask" in it.
     `convert` refuses such layers, as they would lose their masks; so, for each, then
     `torch.nn.utils.prune.remove(layer, "weight")`, and `convert(model, masks)`.
     Raises ValueError if something other than a weight is pruned too, or nothing is.
     """
-    masks = {}
-    for name, module in model.named_modules():
-        for part in (each.removesuffix("_mask") for each in module._buffers if each.endswith("_mask")):
-            if f"{part}_orig" not in module._parameters:
-                continue
-            full = f"{name}.{part}" if name else part
-            if part != "weight":
-                raise ValueError(f"{full}: expected only weights to be pruned; only those have masks here")
-            masks[full] = module._buffers["weight_mask"].bool()
-    if not masks:
-        raise ValueError("model: expected one that torch.nn.utils.prune has pruned, found no weight_mask in it")
-    return masks
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    pruned = [name.removesuffix("_mask") for name in state if name.endswith("_mask")]
+    pruned = [name for name in pruned if f"{name}_orig" in state]
+    if not pruned:
+        raise ValueError("source: expected a model that torch.nn.utils.prune has pruned, found no weight_mask in it")
+    for name in pruned:
+        if name.rpartition(".")[2] != "weight":
+            raise ValueError(f"{name}: expected only weights to be pruned; only those have masks here")
+    return {name: state[f"{name}_mask"].bool() for name in pruned}
 
 
 def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[str] | None = None) -> Masks:
@@ -42,7 +41,8 @@ def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[s
 
     A survivor that happens to be zero is lost: prefer masks where there are any.
     source: a dense model, whose nn.Linear and nn.Conv2d are looked at, or a state_dict with `names` to look at.
-    names: only these weights; None: of a model, all those that contain a zero.
+    names: only these weights; None: of a model, all those that contain a zero and that `convert` can mask, so not
+        the head of a language model that is its embedding too.
     Raises ValueError for a state_dict without names or a name that is not there.
     """
     if isinstance(source, nn.Module):
@@ -50,7 +50,8 @@ def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[s
         layers = [(name, layer) for name, layer in source.named_modules() if type(layer) in kinds]
         weights = {f"{name}.weight" if name else "weight": layer.weight.detach() for name, layer in layers}
         if names is None:
-            names = [name for name, weight in weights.items() if not bool(weight.all())]
+            refused = {f"{name}.weight" if name else "weight" for name in unmaskable(source)}
+            names = [name for name, weight in weights.items() if name not in refused and not bool(weight.all())]
     elif names is None:
         raise ValueError("names: expected the weights to look at in a state_dict, got None")
     else:

@@ -21,7 +21,7 @@ from . import ranks
 from .architecture import describe
 from .convert import dense_state, masks_of, prunable
 from .files import json_copy, read_json, write_json
-from .masks import Granularity, Masks, at_random, by_magnitude, check, check_blocks, pools, prune_pools
+from .masks import Granularity, Masks, as_mask, at_random, by_magnitude, check, check_blocks, pools, prune_pools
 from .random_state import random_state_kept
 from .ticket import Ticket
 
@@ -116,7 +116,8 @@ def find_ticket(
     Args:
         model: any module with nn.Linear or nn.Conv2d layers. If it is converted, its pruned weights stay pruned.
         train: trains the model that it is given, in place, with an optimiser that it makes itself. It may return a
-            JSON-able mapping (accuracies, curves), which goes into the round's record.
+            JSON-able mapping (accuracies, curves), which goes into the round's record; NumPy's numbers and tensors
+            without dimensions are taken as numbers.
             With `rewind_step=k > 0` it is called as `train(model, start=0, stop=k)` once, to reach theta_k, and as
             `train(model, start=k, stop=None)` in each round: to skip the first k steps of data and schedule.
         rounds: how often to prune, at least 1.
@@ -135,8 +136,9 @@ def find_ticket(
             (of the training) and what `train` returned.
     Returns the ticket: theta_k at the last mask. The trained weights are in `out`.
     Raises ValueError or TypeError, before any training, for arguments that `prune` would refuse, `rounds < 1`,
-    `rewind_step < 0`, or an `out` of another run or with a damaged file in it; and after a training that returned
-    something else than the above or altered the masks.
+    `rewind_step < 0`, or an `out` of another run or with a damaged file in it; and after a training that altered the
+    masks or returned something else than the above. In the latter case `out` keeps the training, without what was
+    returned.
     """
     _check_count("rounds", rounds, 1)
     _check_count("rewind_step", rewind_step, 0)
@@ -157,8 +159,10 @@ def find_ticket(
     if theta is None:
         theta = Ticket(dense_state(model), masks, recipe, describe(model))
         if rewind_step:
-            theta, _ = _train(model, theta, train, {"start": 0, "stop": rewind_step})
+            theta, _, fault = _train(model, theta, train, {"start": 0, "stop": rewind_step})
         files.save("theta", theta)
+        if rewind_step and fault:
+            raise fault
 
     steps = {"start": rewind_step, "stop": None} if rewind_step else {}
     start = theta
@@ -166,10 +170,12 @@ def find_ticket(
         name = f"round-{number:02d}"
         trained = files.load(name)
         if trained is None:
-            trained, record = _train(model, start, retrain if retrain and number else train, steps)
+            trained, record, fault = _train(model, start, retrain if retrain and number else train, steps)
             record = {"round": number, **record}
             files.save_record(name, record)
             files.save(name, trained)  # last: the round is done when this file is there
+            if fault:
+                raise fault
         else:
             record = files.load_record(name)
         if on_round is not None:
@@ -184,8 +190,13 @@ def find_ticket(
     return ticket
 
 
-def _train(model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any]) -> tuple[Ticket, dict[str, Any]]:
-    """The ticket after one training from `start`, and what to record of it."""
+def _train(
+    model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any]
+) -> tuple[Ticket, dict[str, Any], Exception | None]:
+    """The ticket after one training from `start`, what to record of it, and what is wrong with what `train` returned.
+
+    The training is then kept all the same, its record without that.
+    """
     with random_state_kept():
         current = start.apply(model)
         _seed(start.recipe["seed"])
@@ -199,10 +210,13 @@ def _train(model: nn.Module, start: Ticket, train: Callable, steps: dict[str, An
         raise ValueError("train: expected it to leave the masks as they are, but it altered them")
     total = sum(mask.numel() for mask in start.masks.values())
     record = {"density": start.density, "nnz": start.nnz, "total": total, "seconds": seconds}
-    result = json_copy("train", {} if result is None else result)
-    if not isinstance(result, dict) or {"round", *record} & result.keys():
-        raise ValueError(f"train: expected None or a mapping without {['round', *record]}, got {result!r}")
-    return trained, {**record, **result}
+    try:
+        result = json_copy("train", {} if result is None else result)
+        if not isinstance(result, dict) or {"round", *record} & result.keys():
+            raise ValueError(f"train: expected None or a mapping without {['round', *record]}, got {result!r}")
+    except (TypeError, ValueError) as fault:
+        return trained, record, fault
+    return trained, {**record, **result}, None
 
 
 def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
@@ -210,10 +224,8 @@ def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Mas
     if not weights:
         raise ValueError("model: expected at least one nn.Linear or nn.Conv2d layer, got none")
     check(masks, weights)
-    return {
-        name: masks[name].to(weight.device) if name in masks else torch.ones_like(weight, dtype=torch.bool)
-        for name, weight in weights.items()
-    }
+    whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return whole | {name: as_mask(name, mask).to(weights[name].device) for name, mask in masks.items()}
 
 
 def _check_count(what: str, value: int, least: int) -> None:

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,13 +41,22 @@ def survivors(masks: Mapping[str, Tensor]) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
 
 
+def as_mask(name: str, mask: Tensor | np.ndarray) -> Tensor:
+    """The mask of a weight as a bool tensor; of a bool NumPy array, the same memory. Raises TypeError for others."""
+    if isinstance(mask, np.ndarray) and mask.dtype == bool:
+        return torch.from_numpy(mask)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"{type(mask).__name__} of {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
+        raise TypeError(f"masks[{name!r}]: expected a bool tensor or bool NumPy array, got {got}")
+    return mask
+
+
 def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError or TypeError unless each mask is boolean and of the shape of the weight it is named after."""
     for name, mask in masks.items():
         if name not in weights:
             raise ValueError(f"masks: expected names among {list(weights)}, got {name!r}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {mask.dtype}")
+        mask = as_mask(name, mask)
         if mask.shape != weights[name].shape:
             expected, got = tuple(weights[name].shape), tuple(mask.shape)
             raise ValueError(f"masks[{name!r}]: expected shape {expected}, got {got}")

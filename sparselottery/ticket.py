@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .architecture import build, describe
 from .convert import convert, dense_state, load_dense_state, masks_of
 from .files import Contents, digest, json_copy, read, refusals_name, write
-from .masks import check, survivors
+from .masks import as_mask, check, survivors
 from .pattern import Pattern
 
 # A ticket holds dense weights: how many a file may ask for. Real ones survive at more than 1 in 10,000.
@@ -44,7 +44,7 @@ class Ticket:
     def __post_init__(self) -> None:
         check(self.masks, self.weights)
         copies = {"copy": True, "memory_format": torch.contiguous_format}
-        masks = {name: mask.to("cpu", **copies) for name, mask in self.masks.items()}
+        masks = {name: as_mask(name, mask).to("cpu", **copies) for name, mask in self.masks.items()}
         weights = {name: tensor.detach().to("cpu", **copies) for name, tensor in self.weights.items()}
         for name, mask in masks.items():
             if mask.dim() < 2 or name.rpartition(".")[2] != "weight":

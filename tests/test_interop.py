@@ -26,7 +26,9 @@ def test_masks_of_torch_prune():
     torch_prune.random_unstructured(model[2], "weight", 0.8)
     torch_prune.l1_unstructured(model[2], "weight", 0.5)
     expected = model(x).detach()
-    masks = masks_from_torch_prune(model)
+    masks, of_state = masks_from_torch_prune(model), masks_from_torch_prune(model.state_dict())
+    assert of_state.keys() == masks.keys()
+    assert all(of_state[name].equal(mask) for name, mask in masks.items())
     assert {name: mask.dtype for name, mask in masks.items()} == dict.fromkeys(("0.weight", "2.weight"), torch.bool)
     assert [int(mask.sum()) for mask in masks.values()] == [36, 18]
     with pytest.raises(ValueError, match=r"pruned by torch\.nn\.utils\.prune"):
@@ -63,6 +65,16 @@ def test_zeros_when_asked_for(tmp_path):
         masks_from_zeros(state, ["x"])
 
 
+def test_a_head_that_is_the_embedding_too_keeps_its_zeros():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False))
+    model[2].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight[0] = model[1].weight[0] = 0
+    masks = masks_from_zeros(model)
+    assert list(masks) == ["1.weight"]
+    convert(model, masks)
+
+
 def test_masks_of_scipy_matrices():
     model = net()
     masks = {"0.weight": torch.rand(4, 2, 3, 3) < 0.5, "2.weight": torch.rand(5, 36) < 0.1}
@@ -87,6 +99,19 @@ def test_boolean_dicts_are_masks():
     assert masks_of(convert(net(), masks))["2.weight"].equal(masks["2.weight"])
     with pytest.raises(TypeError, match="expected a bool tensor"):
         convert(net(), {"2.weight": masks["2.weight"].float()})
+
+
+def test_numpy_arrays_are_masks():
+    masks = {"2.weight": np.random.default_rng(0).random((5, 36)) < 0.2}
+    model = convert(net(), masks)
+    assert masks_of(model)["2.weight"].numpy().tolist() == masks["2.weight"].tolist()
+    assert int(prune(model, 0.5, masks)["2.weight"].sum()) == round(masks["2.weight"].sum() / 2)
+    weights = {"2.weight": torch.ones(5, 36)}
+    assert Ticket(weights, masks, {}).nnz == masks["2.weight"].sum()
+    for wrong, got in [(masks["2.weight"].astype(int), "ndarray of int64"), (masks["2.weight"].tolist(), "list")]:
+        for use in (lambda m: convert(net(), m), lambda m: prune(net(), 0.5, m), lambda m: Ticket(weights, m, {})):
+            with pytest.raises(TypeError, match=f"expected a bool tensor or bool NumPy array, got {got}"):
+                use({"2.weight": wrong})
 
 
 def bert(transformers):

@@ -305,9 +305,30 @@ def test_arguments_are_refused_before_any_training(tmp_path, changes, error, mes
         ({"loss": torch.ones(1)}, TypeError, "train: expected JSON-able"),
     ],
 )
-def test_what_train_may_return(result, error, message):
+@pytest.mark.parametrize("rewind_step", [0, 2])
+def test_what_train_may_not_return_loses_no_training(tmp_path, result, error, message, rewind_step):
+    calls = []
+
+    def training(model, **steps):
+        calls.append(steps)
+        train(model, **steps)
+        return result if len(calls) == 1 else None
+
     with pytest.raises(error, match=message):
-        run(train=lambda model: result)
+        run(tmp_path, train=training, rewind_step=rewind_step)
+    trainings = ROUNDS + 1 + bool(rewind_step)
+    ticket = run(tmp_path, train=training, rewind_step=rewind_step)
+    assert len(calls) == trainings
+    assert ticket.same(run(rewind_step=rewind_step))
+
+
+def test_numbers_of_other_libraries_are_recorded(tmp_path):
+    numbers = {"a": np.float32(0.5), "b": torch.tensor(2), "c": [np.int64(3), np.bool_(True)], "d": np.array(0.25)}
+    records = []
+    run(tmp_path, train=lambda model: numbers, rounds=1, on_round=records.append)
+    for record in records:
+        assert [record[key] for key in "abcd"] == [0.5, 2, [3, True], 0.25]
+    assert json.loads((tmp_path / "round-00.json").read_text())["c"] == [3, True]
 
 
 def test_training_may_not_alter_the_masks():

@@ -197,5 +197,5 @@ def test_check():
         check(whole({"b.weight": (2, 3)}), weights)
     with pytest.raises(ValueError, match=r"expected shape \(2, 3\), got \(3, 2\)"):
         check(whole({"a.weight": (3, 2)}), weights)
-    with pytest.raises(TypeError, match="expected a bool tensor, got torch"):
+    with pytest.raises(TypeError, match="expected a bool tensor or bool NumPy array, got Tensor of torch"):
         check({"a.weight": torch.zeros(2, 3)}, weights)
