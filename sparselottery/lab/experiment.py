@@ -24,7 +24,7 @@ from .graph import WARM_UP
 from .masked_dense import masked_dense
 from .models import build
 from .settings import Settings
-from .training import evaluate, learning_rate, runner, train
+from .training import Runner, evaluate, learning_rate, train
 
 # Of the settings, what `train` takes.
 TRAIN_SETTINGS = (
@@ -221,7 +221,7 @@ def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings, at_on
     """
     drawn = settings.batch, 0, 0, settings.augment, slice(None)
     how = settings.lr, settings.optimizer, settings.weight_decay, settings.momentum
-    runs = [runner(net, data, drawn, how) for net in (deepcopy(model), masked_dense(model, masks_of(model)))]
+    runs = [Runner(net, data, drawn, how) for net in (deepcopy(model), masked_dense(model, masks_of(model)))]
     calls, options = [partial(run, [settings.lr] * at_once) for run in runs], {}
     if settings.device == "cuda":
         options["synchronize"] = torch.cuda.synchronize
