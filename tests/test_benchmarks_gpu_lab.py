@@ -54,8 +54,8 @@ def whole(tmp_path_factory) -> Path:
 
 def test_a_row_for_each_training_and_few_files(whole):
     ladder, reinits = 3, 2
-    assert len(rows(whole, "conv-2")) == 3 * (ladder + reinits)
-    assert len(rows(whole, "resnet-18")) == 2 * (ladder + reinits) + ladder
+    assert len(rows(whole, "conv-2")) == 2 * (ladder + reinits)
+    assert len(rows(whole, "resnet-18")) == ladder + 1 + ladder
     assert {row["rewind_step"] for row in rows(whole, "resnet-18")} == {0, 2}
     head, _ = results.read(whole / "results/gpu-lab-conv-2.csv")
     assert head["data"] == "random numbers"
@@ -65,6 +65,7 @@ def test_a_row_for_each_training_and_few_files(whole):
     assert "random numbers; images by no decoder" in (whole / "results/log.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for living processes in /proc")
 def test_stopped_killed_and_moved_it_ends_with_the_same_rows(whole, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
@@ -81,7 +82,7 @@ def test_stopped_killed_and_moved_it_ends_with_the_same_rows(whole, tmp_path):
     while grids.running(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert 0 < len(list(here.rglob("round-*.json"))) < 15
+    assert 0 < len(list(here.rglob("round-*.json"))) < 10
     shutil.copytree(here / "results", there / "results")  # and nothing else
     assert "files out of the archive" in call(there, "--experiments", "conv-2", "--seconds", "500")
     assert rows(there, "conv-2") == rows(whole, "conv-2")
@@ -90,18 +91,21 @@ def test_stopped_killed_and_moved_it_ends_with_the_same_rows(whole, tmp_path):
 
 
 def test_an_archive_gives_back_what_going_on_needs(whole, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
     monkeypatch.setattr(lab_archive, "PART_BYTES", 200_000)
-    state = whole / "runs" / "x.paused.safetensors"
+    (runs,) = (whole / "runs").glob("*-resnet-18-*/trial-0/reinit")
+    runs = runs.parent.parent
+    state = runs / "x.paused.safetensors"
     state.write_bytes(bytes(range(251)))
-    assert Archive(whole / "runs", tmp_path, 2**30).pack() == []
+    assert Archive(runs, tmp_path, 2**30).pack() == []
     parts = list(tmp_path.iterdir())
     assert len(parts) > 2
     assert max(path.stat().st_size for path in parts) < 201_000
     archive = Archive(tmp_path / "runs", tmp_path, 0)
     files = archive.unpack()
     assert archive.unpack() == []  # what is there stays
-    for path in (whole / "runs").rglob("*.*"):
-        name = path.relative_to(whole / "runs")
+    for path in runs.rglob("*.*"):
+        name = path.relative_to(runs)
         if path.name == "ticket.safetensors":
             assert str(name) not in files
         elif path.name in ("round-00.safetensors", "round-01.safetensors"):

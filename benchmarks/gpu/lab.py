@@ -105,8 +105,10 @@ class Lab:
 
     def _grids(self) -> Iterator[tuple[str, Grid]]:
         for experiment in self._args.experiments:
-            for grid in plan(experiment, "cpu" if self._args.smoke else "cuda"):
-                yield experiment, tiny(grid) if self._args.smoke else grid
+            if self._args.smoke:
+                yield from ((experiment, tiny(grid)) for grid in plan(experiment, "cpu")[:2])
+            else:
+                yield from ((experiment, grid) for grid in plan(experiment, "cuda"))
 
     def _folder(self, grid: Grid) -> Path:
         return self._args.runs / grid.name
