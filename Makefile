@@ -3,6 +3,7 @@
 # lint   ruff                      fuzz   altered files under sanitizers
 # clean  everything that was built, but not .venv
 # gpu    on a machine with a GPU, offline, nothing installed: tests of its kernels, measurements and bars (9 minutes)
+# gpu-lab  there, the paper's Conv-2 and Resnet-18 (ten minutes a call; the next call goes on); SPARSELOTTERY_DATA=FOLDER
 #
 # The first target creates .venv. A smaller torch, without CUDA, on Linux:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -10,11 +11,14 @@
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 GPU_SECONDS ?= 500
+GPU_RESULTS ?=
+GPU_LAB_SECONDS ?= 570
+GPU_LAB ?= conv-2 resnet-18
 PIP_ARGS ?=
 BIN := .venv/bin
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu fuzz lint clean
+.PHONY: demo test bench peers gpu gpu-lab fuzz lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -37,6 +41,10 @@ peers: .venv/test.stamp
 # The interpreter must have torch with CUDA, Triton and pytest.
 gpu:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS)
+
+gpu-lab:
+	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.lab --seconds $(GPU_LAB_SECONDS) \
+	  --experiments $(GPU_LAB) --results $(or $(GPU_RESULTS),runs/gpu-lab-results)
 
 # Thousands of altered files, read and run by a native library that is built with AddressSanitizer and UBSan.
 fuzz: .venv/test.stamp

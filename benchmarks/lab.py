@@ -7,7 +7,6 @@ that experiment here and writes lab-xor.csv, a row for each size of net.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from time import perf_counter
 from benchmarks import results
 from sparselottery.files import json_copy
 from sparselottery.lab import xor
-from sparselottery.lab.report import write
+from sparselottery.lab.report import folder, tables, write
 from sparselottery.lab.settings import preset
 
 FIGURES = ("accuracy", "early-stop")
@@ -31,6 +30,8 @@ def about(grid: dict) -> dict[str, str]:
     presets = json_copy("settings", asdict(preset(settings["data"], settings["model"])))
     changed = [f"{key} {settings[key]} in place of {value}" for key, value in presets.items() if settings[key] != value]
     jobs = f"threads a training: {grid['threads']}, others beside it: seconds and ms are not those of a quiet machine"
+    if settings["device"] == "cuda":
+        jobs = "one training at a time on the GPU"
     found = {"length": length, "settings": ", ".join(changed), "data": grid["note"], "jobs": jobs}
     return {key: text for key, text in found.items() if text}
 
@@ -43,16 +44,20 @@ def xor_rows(out: Path) -> None:
     results.write(out / "lab-xor.csv", rows, head=results.header() | {"settings": settings, "seconds": seconds})
 
 
-def grid_rows(run: Path, name: str, out: Path) -> None:
+def training_rows(run: Path) -> tuple[list[dict], dict[str, str]]:
+    """A row for each finished training of a run's folder, finished or not, and what a reader must know of it."""
     grid = json.loads((run / "grid.json").read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        write(run, Path(folder))
-        with (Path(folder) / "csv" / "trainings.csv").open(newline="") as file:
-            rows = [{"data": grid["settings"]["data"], **row} for row in csv.DictReader(file)]
-        results.write(out / f"lab-{name}.csv", rows, head=results.header() | about(grid))
+    return [{"data": grid["settings"]["data"], **row} for row in tables.trainings(folder.read(run))], about(grid)
+
+
+def grid_rows(run: Path, name: str, out: Path) -> None:
+    rows, told = training_rows(run)
+    results.write(out / f"lab-{name}.csv", rows, head=results.header() | told)
+    with tempfile.TemporaryDirectory() as report:
+        write(run, report)
         for figure in FIGURES:
-            shutil.copy(Path(folder) / "figures" / f"{figure}.svg", out / f"lab-{name}-{figure}.svg")
-    print(f"{len(rows)} trainings; {'; '.join(about(grid).values())}")
+            shutil.copy(Path(report) / "figures" / f"{figure}.svg", out / f"lab-{name}-{figure}.svg")
+    print(f"{len(rows)} trainings; {'; '.join(told.values())}")
 
 
 def main() -> None:

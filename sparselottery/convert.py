@@ -16,6 +16,7 @@ from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential
 from .random_state import random_state_kept
 
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
@@ -29,7 +30,8 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each named nn.Linear or
     nn.Conv2d (or, in a converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its
     weights at the mask, with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential
-    with masked layers in it becomes a MaskedSequential.
+    with masked layers in it becomes a MaskedSequential. DistributedDataParallel sends no indices of the survivors,
+    which every process must have of the same masks.
     example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
     layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
     Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or
@@ -126,4 +128,12 @@ def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
         if type(module) in (nn.Sequential, MaskedSequential):
             masked = any(isinstance(child, MaskedLayer) for child in module)
             module.__class__ = MaskedSequential if masked else nn.Sequential
+    indices = [
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        if isinstance(module, MaskedLayer)
+        for buffer in module._buffers
+    ]
+    if indices:
+        setattr(model, IGNORED, list(dict.fromkeys([*getattr(model, IGNORED, ()), *indices])))
     return model

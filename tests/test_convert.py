@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
+from torch import distributed, nn
 
-from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, to_dense
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, prune, to_dense
 from sparselottery.convert import dense_state, load_dense_state, masks_of, prunable
 
 
@@ -322,3 +322,28 @@ def test_any_perceptron(widths, density, batch, data):
     torch.testing.assert_close(converted(x), masked_dense(model, masks)(x))
     assert same(masks_of(converted), masks)
     assert same(dense_state(converted), masked_dense(model, masks).state_dict())
+
+
+def test_data_parallel_sends_gradients_and_statistics_only(tmp_path):
+    """Not the indices, in any forward: with the default arguments of DistributedDataParallel, also of a copy."""
+    dense = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
+    model = copy.deepcopy(convert(convert(dense, prune(dense, 0.5)), prune(dense, 0.7)))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        replica = nn.parallel.DistributedDataParallel(model)
+        sent = []
+        hook = torch.futures.Future
+
+        def count(_, bucket):
+            sent.append(bucket.buffer().nbytes)
+            done = hook()
+            done.set_result(bucket.buffer())
+            return done
+
+        replica.register_comm_hook(None, count)
+        replica(torch.randn(5, 2, 4, 4)).sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert sum(sent) == sum(parameter.nbytes for parameter in model.parameters())
+    assert {id(buffer) for buffer in replica.modules_buffers} == {id(buffer) for buffer in model[1].buffers()}
+    assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore")

@@ -8,7 +8,7 @@ import torch
 
 from sparselottery import prune
 from sparselottery.convert import convert, dense_state
-from sparselottery.lab.controls import CONTROLS, Control, Round, reinit
+from sparselottery.lab.controls import CONTROLS, MASK_ONLY, Control, Round, reinit
 from sparselottery.lab.models import conv_net, lenet_300_100
 from sparselottery.masks import block_sums
 from sparselottery.ticket import Ticket
@@ -226,3 +226,13 @@ def test_reinit_is_of_its_seed_and_touches_no_generator():
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.fc1.weight, same.fc1.weight)
     assert not (first.fc1.weight == other.fc1.weight).any()
+
+
+@pytest.mark.parametrize("name", ["one-shot", "pruned"])
+def test_a_round_of_which_the_mask_alone_was_kept_has_no_trained_weights(name):
+    whole = a_round()
+    bare = [
+        Ticket(each.weights, each.masks, {**each.recipe, MASK_ONLY: True}) for each in (whole.dense, whole.previous)
+    ]
+    with pytest.raises(ValueError, match="expected the trained weights of a round, got its mask alone"):
+        start(name, whole._replace(dense=bare[0], previous=bare[1]))

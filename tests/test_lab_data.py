@@ -10,7 +10,6 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-import pooch
 import pytest
 import torch
 
@@ -183,7 +182,7 @@ def server(folder, monkeypatch, tmp_path_factory):
     """The files of `folder` behind HTTP, as the place to download MNIST from into an empty cache."""
     monkeypatch.delenv(data.ENVIRONMENT)
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(pooch, "os_cache", lambda _: cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     md5 = {path.stem: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.glob("*.gz")}
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

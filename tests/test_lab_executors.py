@@ -14,6 +14,7 @@ from sparselottery.lab import executors
 from sparselottery.lab.executors import Place, on_ray, processes
 from sparselottery.lab.grid import Grid, run
 from sparselottery.lab.grid import work as grid_work
+from sparselottery.lab.pause import Paused
 from sparselottery.lab.settings import preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ def work(job: str, report) -> None:
     report(os.getpid())
     if job == "fails":
         raise ValueError("two\nlines")
+    if job == "pauses":
+        raise Paused("at iteration 7")
     if job == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -38,11 +41,12 @@ def place(folder: Path, workers: int | None = 2) -> Place:
 
 
 def test_one_job_that_fails_or_dies_leaves_the_others_alone(tmp_path):
-    events = list(processes(work, taken(["a", "fails", "dies", "b", "c", "d"]), place(tmp_path)))
+    events = list(processes(work, taken(["a", "fails", "dies", "pauses", "b", "c", "d"]), place(tmp_path)))
     ends = {job: (kind, payload) for job, kind, payload in events if kind != "progress"}
     assert ends == {
         **dict.fromkeys("abcd", ("done", None)),
         "fails": ("failed", "ValueError: two lines"),
+        "pauses": ("paused", "at iteration 7"),
         "dies": ("failed", f"its process ended with exit code {-signal.SIGKILL}"),
     }
     workers = {job: payload for job, kind, payload in events if kind == "progress"}

@@ -9,9 +9,10 @@ import pytest
 from grids import OPTIONS, finish, killed, results
 
 from sparselottery import cli
-from sparselottery.lab import experiment, grid
+from sparselottery.lab import experiment, grid, training
 from sparselottery.lab.executors import EXECUTORS, Event
 from sparselottery.lab.grid import Grid, Job, run
+from sparselottery.lab.pause import Paused
 from sparselottery.lab.settings import preset
 from sparselottery.ticket import Ticket
 
@@ -35,6 +36,8 @@ def here(monkeypatch):
                 try:
                     work(job, lambda payload, job=job, events=events: events.append(Event(job, "progress", payload)))
                     events.append(Event(job, "done"))
+                except Paused as paused:
+                    events.append(Event(job, "paused", str(paused)))
                 except ValueError as error:
                     events.append(Event(job, "failed", str(error)))
                 yield from events
@@ -172,3 +175,22 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, here, monkeyp
     assert found == expected
     ladder, reinit, order = 3 + 2 * 3, 2, 2 * 3
     assert len(found) == 1 + 2 * (ladder + reinit + order)
+
+
+def test_it_stops_in_time_and_goes_on(tmp_path, here, monkeypatch):
+    """Killed by nothing: told when to stop, at the first look that a training takes at the clock, the third, ..."""
+    asked = Grid(replace(QUICK, scope="global"), controls=("reinit",), rounds=(2,))
+    monkeypatch.setattr(training, "native_trainer", lambda *_: None)  # whose steps run to the end
+    list(run(asked, tmp_path / "whole", "here"))
+    assert list(run(asked, tmp_path / "cut", "here", until=0.0)) == []  # nothing is reported as failed
+    paused = []
+    for looks in range(3, 12):
+        clock = iter([0.0] * looks + [1.0] * 100)
+        with monkeypatch.context() as patch:
+            patch.setattr(grid.time, "time", clock.__next__)
+            events = list(run(asked, tmp_path / "cut", "here", until=1.0))
+        assert not [event for event in events if event.kind == "failed"]
+        paused += [event.payload for event in events if event.kind == "paused"]
+    list(run(asked, tmp_path / "cut", "here"))
+    assert paused
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")

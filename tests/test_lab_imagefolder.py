@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +131,28 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, files):
 def test_an_image_that_is_not_what_it_should_be(tmp_path, files, name, content, message):
     with pytest.raises(ValueError, match=message):
         read(archive(tmp_path / "a.tar.gz", files | {name: content}))
+
+
+def test_torchvision_decodes_where_pillow_is_missing(tmp_path, files, monkeypatch):
+    """A stand-in of torchvision, which is not installed here: what it is given, and what is made of its answer."""
+
+    def decode_image(data, mode):
+        assert mode == "RGB"
+        pixels = np.asarray(Image.open(io.BytesIO(data.numpy().tobytes())).convert(mode))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    path = archive(tmp_path / "a.tar.gz", files)
+    expected, _ = read(path)
+    stand_in = SimpleNamespace(decode_image=decode_image, ImageReadMode=SimpleNamespace(RGB="RGB"))
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(io=stand_in))
+    monkeypatch.setitem(sys.modules, "torchvision.io", stand_in)
+    monkeypatch.setattr(imagefolder, "find_spec", lambda name: name == "torchvision")
+    monkeypatch.setattr(imagefolder, "_by_pillow", None)
+    found, _ = read(path, tmp_path / "other")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    wrong = archive(tmp_path / "b.tar.gz", files | {"train/cat/1.png": encoded(0, size=(6, 4))})
+    with pytest.raises(ValueError, match="expected 4 x 6 pixels, got 6 x 4"):
+        read(wrong, tmp_path / "other")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

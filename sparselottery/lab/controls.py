@@ -30,6 +30,8 @@ from ..masks import (
 from ..ticket import Ticket
 from . import at_init
 
+MASK_ONLY = "mask_only"  # in the recipe of a round whose trained weights were not kept: it has those of theta
+
 
 class Round(NamedTuple):
     """What a control may use of a round of the ladder."""
@@ -108,7 +110,13 @@ def _rearranged(of: Round, generator: torch.Generator) -> Ticket:
 def _pruned(of: Round, generator: torch.Generator) -> Ticket:
     if of.previous is None:
         raise ValueError("pruned: expected a round that prunes, got round 0")
-    return _ticket(of, of.previous.weights)
+    return _ticket(of, _trained(of.previous))
+
+
+def _trained(ticket: Ticket) -> dict[str, Tensor]:
+    if ticket.recipe.get(MASK_ONLY):
+        raise ValueError("expected the trained weights of a round, got its mask alone: the weights were not kept")
+    return ticket.weights
 
 
 def _chosen(of: Round) -> list[Pool]:
@@ -123,7 +131,7 @@ def _masked_by(of: Round, score: Score) -> Ticket:
 
 
 def _one_shot(of: Round, generator: torch.Generator) -> Ticket:
-    return _masked_by(of, by_magnitude(of.dense.weights, of.theta.masks))
+    return _masked_by(of, by_magnitude(_trained(of.dense), of.theta.masks))
 
 
 def _magnitude(of: Round, generator: torch.Generator) -> Ticket:

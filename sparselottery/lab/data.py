@@ -166,9 +166,8 @@ def _locate(name: str, file: str) -> Path:
 
 
 def _cache(name: str) -> Path:
-    import pooch
-
-    return Path(pooch.os_cache("sparselottery")) / name
+    """Where downloads and decoded images are kept: beside the other caches of the user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselottery" / name
 
 
 def _download(name: str, file: str) -> Path:

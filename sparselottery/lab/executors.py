@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import atomic
+from .pause import Paused
 
 Report = Callable[[Any], None]
 Work = Callable[[Any, Report], None]  # work(job, report); picklable
@@ -26,7 +27,7 @@ POLL_SECONDS = 0.5
 
 
 class Event(NamedTuple):
-    """``kind``: "progress", with what the job reported; "done", None; "failed", the reason, a line."""
+    """``kind``: "progress", with what the job reported; "done", None; "paused" or "failed", why, a line."""
 
     job: Any
     kind: str
@@ -104,8 +105,7 @@ def _serve(work: Work, connection: Connection) -> None:
             job = connection.recv()
         except EOFError:
             return
-        error = _tried(work, job, lambda payload: connection.send(("progress", payload)))
-        connection.send(("failed", error) if error else ("done", None))
+        connection.send(_tried(work, job, lambda payload: connection.send(("progress", payload))))
 
 
 def _end_with_parent() -> None:
@@ -113,13 +113,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _tried(work: Work, job: Any, report: Report) -> str | None:
-    """Why the job failed, in a line; None if it did not."""
+def _tried(work: Work, job: Any, report: Report) -> tuple[str, str | None]:
+    """Kind and payload of the job's last event."""
     try:
         work(job, report)
+    except Paused as paused:
+        return "paused", str(paused)
     except Exception as error:  # any: the others go on
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return "done", None
 
 
 def on_ray(work: Work, take: Take, place: Place) -> Iterator[Event]:
@@ -153,16 +155,16 @@ def on_ray(work: Work, take: Take, place: Place) -> Iterator[Event]:
             for each in finished:
                 job = running.pop(each)
                 try:
-                    error = ray.get(each)
+                    kind, payload = ray.get(each)
                 except ray.exceptions.RayError as lost:
-                    error = f"{type(lost).__name__}: {' '.join(str(lost).split())}"
-                yield Event(job, "failed", error) if error else Event(job, "done")
+                    kind, payload = "failed", f"{type(lost).__name__}: {' '.join(str(lost).split())}"
+                yield Event(job, kind, payload)
     finally:
         if ours:
             ray.shutdown()
 
 
-def _try_remotely(work: Work, job: Any, progress: Any, environment: dict[str, str]) -> str | None:
+def _try_remotely(work: Work, job: Any, progress: Any, environment: dict[str, str]) -> tuple[str, str | None]:
     os.environ.update(environment)
     return _tried(work, job, lambda payload: progress.put((job, "progress", payload)))
 

@@ -20,11 +20,14 @@ from ..ticket import Ticket
 from ..timing import interleaved_ms
 from . import data as data_sets
 from .controls import CONTROLS, Round
+from .determinism import deterministic
+from .executions import settle
 from .graph import WARM_UP
 from .masked_dense import masked_dense
 from .models import build
+from .pause import Pause
 from .settings import Settings
-from .training import evaluate, learning_rate, runner, train
+from .training import Runner, evaluate, learning_rate, train
 
 # Of the settings, what `train` takes.
 TRAIN_SETTINGS = (
@@ -50,24 +53,28 @@ def run(
     out: str | Path,
     on_round: Callable[[dict], None] | None = None,
     on_eval: Callable[[int], None] | None = None,
+    pause: Pause | None = None,
 ) -> Ticket:
     """Find the ticket of ``settings`` in the folder ``out``; finished rounds found there are read, not rerun.
 
     ``data``: what `data.load` gives for ``settings.data``; its shape, classes and note are kept with the settings.
     Each round's record holds what `train` returns, ``sparse_ms`` and ``dense_ms`` of a training step on our kernels and
-    on w * mask, ``sparse_bytes`` and ``dense_bytes`` of the weights. Raises ValueError for a device that is not there.
+    on w * mask, ``sparse_bytes`` and ``dense_bytes`` of the weights, and ``executions`` of its layers where they were
+    measured. Raises ValueError for a device that is not there, `Paused` when ``pause`` is due: the same call goes on.
     """
     _check_device(settings)
     data = data.to(settings.device)
 
     def measured(model: nn.Module, recipe: dict, start: int = 0, stop: int | None = None) -> dict:
-        record = train(model, data, **recipe, start=start, stop=stop, on_eval=on_eval)
+        settled = _settle(model, settings, data, Path(out))
+        record = train(model, data, **recipe, start=start, stop=stop, on_eval=on_eval, pause=pause)
         if stop is not None:  # on the way to the weights of the rewind step
             return record
         layers = explain(model)
         at_once = max(1, min(settings.eval_every, round(CALL_MS / record["train_step_ms"])))
         return {
             **record,
+            **settled,
             **step_ms(model, data, settings, at_once),
             "sparse_bytes": sum(layer["bytes"] for layer in layers),
             "dense_bytes": sum(layer["dense_bytes"] for layer in layers),
@@ -75,7 +82,7 @@ def run(
 
     recipe = _recipe(settings)
     recorded = {**asdict(settings), "shape": data.shape, "classes": data.classes, "note": data.note}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), deterministic(settings.device):
         torch.manual_seed(settings.seed)
         model = _net(settings, data)
         return find_ticket(
@@ -100,13 +107,14 @@ def compare(
     number: int,
     seed: int,
     on_eval: Callable[[int], None] | None = None,
+    pause: Pause | None = None,
 ) -> tuple[dict, Ticket]:
     """The record and the trained weights of a control at a round of the ladder in the folder ``ladder``.
 
     ``control``: one of `CONTROLS`; ``seed``: of all that it draws. Its training is the ladder's: from the rewind step
     on, with the same random state and, if it does not reorder them, the same batches. The record of a control that is
     not trained holds one evaluation, at iteration 0, and None for the times of training. Raises FileNotFoundError if
-    the ladder has not finished the round, ValueError for a device that is not there.
+    the ladder has not finished the round, ValueError for a device that is not there, `Paused` when ``pause`` is due.
     """
     _check_device(settings)
     chosen, data, generator = CONTROLS[control], data.to(settings.device), torch.Generator().manual_seed(seed)
@@ -121,20 +129,28 @@ def compare(
         labels=data.train_y[:SCORED_IMAGES],
         pruning=pruning(settings, _net(settings, data)),
     )
-    with random_state_kept():
+    with random_state_kept(), deterministic(settings.device):
         began = perf_counter()
         start = chosen.start(here, generator)
         model = start.apply(here.factory())
         torch.manual_seed(here.theta.recipe["seed"])  # as the ladder does before each training
         if chosen.trains:
             recipe = _recipe(settings) | ({"seed": seed} if chosen.reorders else {})
-            outcome = train(model, data, **recipe, start=settings.rewind_step, on_eval=on_eval)
+            settled = _settle(model, settings, data, ladder)
+            outcome = train(model, data, **recipe, start=settings.rewind_step, on_eval=on_eval, pause=pause) | settled
         else:
             outcome = _evaluated(model, data)
         seconds = perf_counter() - began
     total = sum(mask.numel() for mask in start.masks.values())
     record = {"round": number, "density": start.density, "nnz": start.nnz, "total": total, "seconds": seconds}
     return {**record, **outcome}, Ticket.from_model(model, {**start.recipe, "control": control, "control_seed": seed})
+
+
+def _settle(model: nn.Module, settings: Settings, data: data_sets.Dataset, ladder: Path) -> dict:
+    """For the record: the executions of the layers, where they are measured."""
+    if settings.execution == "kernels":
+        return {}
+    return {"executions": settle(model, data.train_x[: settings.batch], ladder / "executions")}
 
 
 def _check_device(settings: Settings) -> None:
@@ -221,7 +237,7 @@ def step_ms(model: nn.Module, data: data_sets.Dataset, settings: Settings, at_on
     """
     drawn = settings.batch, 0, 0, settings.augment, slice(None)
     how = settings.lr, settings.optimizer, settings.weight_decay, settings.momentum
-    runs = [runner(net, data, drawn, how) for net in (deepcopy(model), masked_dense(model, masks_of(model)))]
+    runs = [Runner(net, data, drawn, how) for net in (deepcopy(model), masked_dense(model, masks_of(model)))]
     calls, options = [partial(run, [settings.lr] * at_once) for run in runs], {}
     if settings.device == "cuda":
         options["synchronize"] = torch.cuda.synchronize

@@ -19,7 +19,7 @@ class GraphedStep:
     """
 
     def __init__(self, eager: Callable[[Tensor, Tensor, Tensor], None], device: torch.device, lr: float) -> None:
-        self._eager, self._default_lr = eager, lr
+        self.eager, self._default_lr = eager, lr
         self._lr = torch.zeros((), device=device)
         self._calls = 0
         self._x = self._y = self._replay = None
@@ -28,13 +28,13 @@ class GraphedStep:
         self._lr.fill_(self._default_lr if lr is None else lr)
         if self._calls < WARM_UP:
             self._calls += 1
-            _on_another_stream(lambda: self._eager(x, y, self._lr), self._lr.device)
+            _on_another_stream(lambda: self.eager(x, y, self._lr), self._lr.device)
             return
         if self._replay is None:
             self._x, self._y = x.clone(), y.clone()
-            self._replay = _captured(lambda: self._eager(self._x, self._y, self._lr), self._lr.device)
+            self._replay = _captured(lambda: self.eager(self._x, self._y, self._lr), self._lr.device)
         if (x.shape, y.shape) != (self._x.shape, self._y.shape):
-            self._eager(x, y, self._lr)
+            self.eager(x, y, self._lr)
             return
         self._x.copy_(x)
         self._y.copy_(y)

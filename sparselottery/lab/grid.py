@@ -12,13 +12,14 @@ the order, wherever it runs, and however often it was interrupted before.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,10 @@ from .controls import CONTROLS
 from .executors import EXECUTORS, Event, Place, Report
 from .experiment import compare
 from .experiment import run as run_ladder
+from .pause import Pause
 from .settings import Settings
 
+PAUSED = "paused.safetensors"  # of a ladder, and what the state of another paused training ends with
 REPORT_SECONDS = 0.5  # between a job's reports of how far it is
 SHOWN = ("round", "density", "early_stop_iteration", "early_stop_test_accuracy")
 
@@ -109,13 +112,20 @@ class Grid:
 
 
 def run(
-    grid: Grid, folder: Path, executor: str = "processes", workers: int | None = None, note: str = ""
+    grid: Grid,
+    folder: Path,
+    executor: str = "processes",
+    workers: int | None = None,
+    note: str = "",
+    until: float = math.inf,
 ) -> Iterator[Event]:
     """Do the jobs of the grid that are not done, in ``folder``, and yield what happens to them.
 
     A job's progress is a mapping with an ``iteration`` of its present training, or, of a finished training, with
     ``round``, ``density``, ``early_stop_iteration`` and ``early_stop_test_accuracy``. ``note``: what is to be said
-    beside figures made from the data. Raises ValueError for an unknown executor and for a folder of another grid.
+    beside figures made from the data. ``until``, in seconds as time.time() counts them: no job begins after it, and
+    those that run are paused between two steps; the same call goes on with them. Raises ValueError for an unknown
+    executor and for a folder of another grid.
     """
     if executor not in EXECUTORS:
         raise ValueError(f"executor: expected one of {', '.join(EXECUTORS)}, got {executor!r}")
@@ -125,14 +135,16 @@ def run(
     left = [job for job in grid.jobs if not done(folder, job)]
 
     def take() -> Job | None:
+        if time.time() >= until:
+            return None
         job = next((job for job in left if _ready(folder, job)), None)
         if job is not None:
             left.remove(job)
         return job
 
     place = Place(workers, grid.threads, int(grid.settings.device == "cuda"), folder)
-    yield from EXECUTORS[executor](partial(work, grid, folder), take, place)
-    for job in left:
+    yield from EXECUTORS[executor](partial(work, grid, folder, until=until), take, place)
+    for job in left if time.time() < until else ():
         yield Event(job, "failed", f"{Job(job.trial).name} has not finished round {job.round}")
 
 
@@ -141,28 +153,32 @@ def done(folder: Path, job: Job) -> bool:
     return (folder / (f"{job.name}.json" if job.control else f"{job.name}/ticket.safetensors")).exists()
 
 
-def work(grid: Grid, folder: Path, job: Job, report: Report) -> None:
-    """Do one job in this process."""
+def work(grid: Grid, folder: Path, job: Job, report: Report, until: float = math.inf) -> None:
+    """Do one job in this process. Raises `Paused` if it is not done by ``until``."""
     torch.set_num_threads(grid.threads)
     settings = replace(grid.settings, seed=grid.settings.seed + job.trial)
     data, ladder, last = _data(settings.data), folder / Job(job.trial).name, 0.0
 
+    def pause(path: Path) -> Pause | None:
+        return None if until == math.inf else Pause(until, path)
+
     def on_eval(iteration: int) -> None:
         nonlocal last
-        if monotonic() - last > REPORT_SECONDS:
+        if time.monotonic() - last > REPORT_SECONDS:
             report({"iteration": iteration})
-            last = monotonic()
+            last = time.monotonic()
 
     def on_round(record: dict) -> None:
         report({key: record[key] for key in SHOWN})
 
     if job.control is None:
-        run_ladder(settings, data, ladder, on_round, on_eval)
+        run_ladder(settings, data, ladder, on_round, on_eval, pause(ladder / PAUSED))
         return
     path = folder / f"{job.name}.json"
     if path.exists():  # begun twice
         return
-    record, trained = compare(settings, data, ladder, job.control, job.round, _seed(settings.seed, job), on_eval)
+    drawn, kept = _seed(settings.seed, job), path.with_suffix(f".{PAUSED}")
+    record, trained = compare(settings, data, ladder, job.control, job.round, drawn, on_eval, pause(kept))
     path.parent.mkdir(parents=True, exist_ok=True)
     if CONTROLS[job.control].keeps:
         trained.save(path.with_suffix(".safetensors"))

@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -96,13 +97,33 @@ def _part_and_label(path: Path, name: str, classes: Sequence[str]) -> tuple[str,
 
 
 def _pixels(what: str, raw: bytes, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (*size, 3)."""
+    """uint8 (*size, 3), decoded by Pillow, or by torchvision where that is not installed."""
+    decode = _by_pillow if find_spec("PIL") or not find_spec("torchvision") else _by_torchvision
+    try:
+        return decode(raw, size)
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # SyntaxError: a broken PNG
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _by_pillow(raw: bytes, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG")) as image:
-            if (image.height, image.width) != size:
-                raise ValueError(f"expected {size[0]} x {size[1]} pixels, got {image.height} x {image.width}")
+            _check_size((image.height, image.width), size)
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise ValueError(f"{what}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+
+
+def _by_torchvision(raw: bytes, size: tuple[int, int]) -> np.ndarray:
+    from torchvision.io import ImageReadMode, decode_image
+
+    image = decode_image(torch.frombuffer(bytearray(raw), dtype=torch.uint8), ImageReadMode.RGB)
+    _check_size(tuple(image.shape[1:]), size)
+    return image.permute(1, 2, 0).numpy()
+
+
+def _check_size(found: tuple[int, int], size: tuple[int, int]) -> None:
+    if found != size:
+        raise ValueError(f"expected {size[0]} x {size[1]} pixels, got {found[0]} x {found[1]}")

@@ -63,6 +63,11 @@ class Settings:
         f"GPUs have kernels for {', '.join(f'{rows}x{columns}' for rows, columns in BLOCKS)}",
     )
     device: str = setting("cpu", "where to train", ("cpu", "cuda"))
+    execution: str = setting(
+        "kernels",
+        "how pruned layers run: kernels, ours; measured, each as is fastest here, chosen once a round",
+        ("kernels", "measured"),
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):

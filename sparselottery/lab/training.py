@@ -23,10 +23,12 @@ from .augment import flip_and_crop, random_moves
 from .data import Dataset
 from .graph import GraphedStep
 from .native import native_trainer
+from .pause import Pause, Paused, Training
 
 # In a batch of an evaluation. Where outputs of convolutions exceed 32 MB, as Conv-2's of 128 images, their pages are
-# new at every batch, and it takes up to 1.8 times as long.
-EVALUATED_VECTORS, EVALUATED_IMAGES = 2000, 64
+# new at every batch on the CPU, and it takes up to 1.8 times as long. A GPU waits for launches in small ones; Conv-2's
+# widest output of 2500 images has 655 MB.
+EVALUATED_VECTORS, EVALUATED_IMAGES, EVALUATED_ON_GPU = 2000, 64, 2500
 
 
 def train(
@@ -47,6 +49,7 @@ def train(
     start: int = 0,
     stop: int | None = None,
     on_eval: Callable[[int], None] | None = None,
+    pause: Pause | None = None,
 ) -> dict:
     """Train ``model`` in place from iteration ``start`` to ``stop`` of ``iterations`` and return what happened.
 
@@ -54,7 +57,8 @@ def train(
     ``stop`` (None: the last) are. The optimiser is new: `stepper` says which, `learning_rate` what ``drops`` and
     ``warmup`` do. ``augment`` flips and crops the training images at random. Validation and test sets are evaluated
     before the first step, at every multiple of ``eval_every`` and after the last step; ``on_eval(iteration)`` follows
-    each.
+    each. With ``pause`` a training that is due raises `Paused` after the next evaluation, its state kept; begun again,
+    it goes on there and ends in the same bits. One in native steps is paused before its first step only.
 
     Returns a JSON-able mapping: ``early_stop_iteration`` (of minimum validation loss), ``early_stop_test_accuracy``
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
@@ -69,7 +73,7 @@ def train(
     if eval_every < 1:
         raise ValueError(f"expected eval_every >= 1, got {eval_every}")
     curves: dict[str, list] = {"iteration": [], "val_loss": [], "val_accuracy": [], "test_accuracy": []}
-    eval_seconds, train_seconds, step_seconds = [], [], []
+    seconds: dict[str, list[float]] = {"eval": [], "train": [], "step": []}
 
     val = distributed.part(data.val_x), distributed.part(data.val_y)
     test = distributed.part(data.test_x), distributed.part(data.test_y)
@@ -83,37 +87,51 @@ def train(
             raise ValueError(f"training diverged: validation loss {val_loss} at iteration {iteration} (lr={lr})")
         for curve, value in zip(curves.values(), (iteration, val_loss, val_accuracy, test_accuracy), strict=True):
             curve.append(value)
-        eval_seconds.append(perf_counter() - began)
+        seconds["eval"].append(perf_counter() - began)
         if on_eval is not None:
             on_eval(iteration)
 
     model.train()
-    drawn = batch, seed, start, augment, distributed.share(batch)
-    replica = distributed.replica(model)
-    run = runner(replica, data, drawn, (lr, optimizer, weight_decay, momentum))
+    how = lr, optimizer, weight_decay, momentum
     rates = [learning_rate(each, iterations, lr, drops, warmup) for each in range(iterations)]
+    recipe = how, batch, seed, augment, rates, start, stop, eval_every
+    training = None if pause is None else Training(pause.path, model, recipe)
+    kept = training and training.kept()
     iteration = start
-    record()
+    if kept:
+        iteration, curves, seconds = (kept[key] for key in ("iteration", "curves", "seconds"))
+    replica = distributed.replica(model)
+    run = Runner(replica, data, (batch, seed, iteration, augment, distributed.share(batch)), how)
+    if kept:
+        training.restore(run.optimizer)
+    else:
+        record()
     while iteration < stop:
+        if training and pause.due() and (run.optimizer or iteration == start):
+            if run.optimizer:
+                training.keep(run.optimizer, {"iteration": iteration, "curves": curves, "seconds": seconds})
+            raise Paused(f"at iteration {iteration} of {iterations}")
         until = min(stop, iteration + eval_every - iteration % eval_every)
         began = perf_counter()
         run(rates[iteration:until])
         if data.train_x.is_cuda:  # the steps are queued
             torch.cuda.synchronize(data.train_x.device)
-        train_seconds.append(perf_counter() - began)
-        step_seconds.append(train_seconds[-1] / (until - iteration))
+        seconds["train"].append(perf_counter() - began)
+        seconds["step"].append(seconds["train"][-1] / (until - iteration))
         iteration = until
         record()
+    if training:
+        training.end()
 
     iteration, accuracy = early_stop(curves)
     return {
         "early_stop_iteration": iteration,
         "early_stop_test_accuracy": accuracy,
         "final_test_accuracy": curves["test_accuracy"][-1],
-        "train_seconds": sum(train_seconds),
-        "eval_seconds": sum(eval_seconds),
-        "train_step_ms": 1e3 * median(step_seconds),
-        "eval_ms": 1e3 * median(eval_seconds),
+        "train_seconds": sum(seconds["train"]),
+        "eval_seconds": sum(seconds["eval"]),
+        "train_step_ms": 1e3 * median(seconds["step"]),
+        "eval_ms": 1e3 * median(seconds["eval"]),
         **distributed.traffic(replica, stop - start),
         "curves": curves,
     }
@@ -128,30 +146,45 @@ def learning_rate(iteration: int, iterations: int, lr: float, drops: Sequence[fl
     return lr * (iteration + 1) / warmup if iteration < warmup else lr
 
 
-def runner(
-    model: nn.Module, data: Dataset, drawn: tuple[int, int, int, bool, slice], how: tuple[float, str, float, float]
-) -> Callable[[Sequence[float]], None]:
+class Runner:
     """``run(rates)``: a step at each of these learning rates, on the batches that come next.
 
-    drawn: what follows x and y in `batches`; how: what follows the model in `stepper`.
+    drawn: what follows x and y in `batches`; how: what follows the model in `stepper`. `optimizer` is None where the
+    steps are native.
     """
-    batch, seed, start, augment, _ = drawn
-    trainer = None if augment else native_trainer(model, data.train_x, *how[1:])
-    if trainer is not None:
-        orders = (order for order, _ in islice(_draws(len(data.train_x), batch, seed), start, None))
-        return lambda rates: trainer(data.train_x, data.train_y, torch.stack(list(islice(orders, len(rates)))), rates)
-    step, stream = stepper(model, *how), batches(data.train_x, data.train_y, *drawn)
 
-    def run(rates: Sequence[float]) -> None:
-        for rate, (x, y) in zip(rates, stream, strict=False):  # the stream has no end
-            step(x, y, rate)
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        drawn: tuple[int, int, int, bool, slice],
+        how: tuple[float, str, float, float],
+    ) -> None:
+        batch, seed, start, augment, _ = drawn
+        self._data = data.train_x, data.train_y
+        self._trainer = None if augment else native_trainer(model, data.train_x, *how[1:])
+        if self._trainer is None:
+            self._step, self._stream = stepper(model, *how), batches(*self._data, *drawn)
+        else:
+            self._orders = (order for order, _ in islice(_draws(len(data.train_x), batch, seed), start, None))
 
-    return run
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        if self._trainer is not None:
+            return None
+        return (self._step.eager if isinstance(self._step, GraphedStep) else self._step).optimizer
+
+    def __call__(self, rates: Sequence[float]) -> None:
+        if self._trainer is not None:
+            self._trainer(*self._data, torch.stack(list(islice(self._orders, len(rates)))), rates)
+            return
+        for rate, (x, y) in zip(rates, self._stream, strict=False):  # the stream has no end
+            self._step(x, y, rate)
 
 
 def stepper(
     model: nn.Module, lr: float, optimizer: str = "adam", weight_decay: float = 0.0, momentum: float = 0.9
-) -> Callable[[Tensor, Tensor, float], None]:
+) -> Step | GraphedStep:
     """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
 
     ``optimizer`` is "adam" or "sgd", with ``momentum``, which may be 0; ``weight_decay`` is of all parameters. On a GPU
@@ -165,16 +198,24 @@ def stepper(
         chosen = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     else:
         raise ValueError(f"optimizer: expected adam or sgd, got {optimizer!r}")
-    (group,) = chosen.param_groups
-
-    def step(x: Tensor, y: Tensor, lr: float | Tensor = lr) -> None:
-        for parameter in parameters:  # zero_grad without its 5 us of profiling hooks
-            parameter.grad = None
-        F.cross_entropy(model(x), y).backward()
-        group["lr"] = lr
-        chosen.step()
-
+    step = Step(model, parameters, chosen, lr)
     return GraphedStep(step, parameters[0].device, lr) if graphed else step
+
+
+class Step:
+    """``step(x, y, lr=lr)``, eagerly."""
+
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, lr: float
+    ) -> None:
+        self._model, self._parameters, self._lr, self.optimizer = model, parameters, lr, optimizer
+
+    def __call__(self, x: Tensor, y: Tensor, lr: float | Tensor | None = None) -> None:
+        for parameter in self._parameters:  # zero_grad without its 5 us of profiling hooks
+            parameter.grad = None
+        F.cross_entropy(self._model(x), y).backward()
+        self.optimizer.param_groups[0]["lr"] = self._lr if lr is None else lr
+        self.optimizer.step()
 
 
 def _on_gpu(parameters: Sequence[nn.Parameter]) -> bool:
@@ -221,7 +262,8 @@ def _draws(
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of ``model`` on (x, y), in evaluation mode, without gradients."""
-    was_training, at_once = model.training, EVALUATED_VECTORS if x.dim() == 2 else EVALUATED_IMAGES
+    at_once = EVALUATED_VECTORS if x.dim() == 2 else EVALUATED_ON_GPU if x.is_cuda else EVALUATED_IMAGES
+    was_training = model.training
     model.eval()
     with torch.inference_mode():
         logits = torch.cat([model(part) for part in x.split(at_once)])

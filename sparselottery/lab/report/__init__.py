@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ... import __version__
 from ...files import atomic
-from . import contents, draw, page, summary, tables, tickets
-from .folder import read
+from . import tables, tickets
+from .folder import Run, read
 
 __all__ = ["write"]
 
@@ -25,6 +25,8 @@ def write(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
     earlier report are replaced. Raises FileNotFoundError for a folder that is no run's or has no finished round,
     ValueError for a damaged file in it, ModuleNotFoundError without matplotlib.
     """
+    from . import contents, draw, page, summary  # matplotlib: rows and folders are read without it
+
     found = read(Path(run))
     out = found.folder / "report" if out is None else Path(out)
     rows, missing = _rows_in_files(found, out / "csv")
@@ -48,7 +50,7 @@ def write(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
     return out / "report.html"
 
 
-def _rows_in_files(found, folder: Path) -> tuple[dict[str, list[tables.Row]], list[str]]:
+def _rows_in_files(found: Run, folder: Path) -> tuple[dict[str, list[tables.Row]], list[str]]:
     """All rows, as they are read back from the CSV files, and what could not be had."""
     trainings = tables.trainings(found)
     rounds = tables.rounds(trainings)

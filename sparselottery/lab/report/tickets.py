@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...ticket import Ticket
 from .. import analyses, data
+from ..controls import MASK_ONLY
 from ..models import build
 from ..training import evaluate
 from .folder import TICKET, Run
@@ -39,8 +40,9 @@ def rows(run: Run) -> dict[str, list[Row]]:
         found["overlap"] += _overlap(number, masks)
         if first not in tickets:
             continue
-        if previous is not None:
+        if previous is not None and not previous.recipe.get(MASK_ONLY):
             found["movement"] += _movement(number - 1, start, previous, masks[first])
+        if previous is not None:
             start = theta.weights if resets(run) else previous.weights
         if number in spread(numbers):
             found["distributions"] += _distributions(number, theta, masks[first])
