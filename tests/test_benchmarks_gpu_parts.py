@@ -1,0 +1,156 @@
+"""The parts of `make gpu` that explain: what they do without a GPU, on tiny layers in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from gpus import DEVICE
+
+from benchmarks.gpu import calls, timing, tune
+from sparselottery.kernels.gpu import launch
+
+COLUMNS = ["part", "kernel", "case", "config", "us", "detail"]
+KERNELS = Path(__file__).parents[1] / "kernels" / "gpu"
+SMOKE = calls.cases(smoke=True)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
+
+
+@pytest.mark.parametrize("part", [tune])
+def test_jobs_travel_to_another_process(part):
+    for smoke in (False, True):
+        jobs = part.jobs(smoke)
+        assert len(set(jobs)) == len(jobs) > 3
+        assert pickle.loads(pickle.dumps(jobs)) == jobs
+
+
+def test_the_layers_of_the_bars_come_first():
+    found = calls.cases(smoke=False)
+    assert [case.op for case in found[:3]] == list(calls.OPS)
+    assert (found[0].pattern, found[0].dtype, found[0].batch) == ("1x1", "fp32", 4096)
+    narrow = [case for case in found if case.part == "linear" and case.batch <= 64]
+    assert [(case.batch, case.op) for case in narrow] == [(1, "forward"), (16, "forward"), (64, "forward")]
+    assert calls.name(found[0]) == "forward linear 4096x4096x4096 1x1 fp32"
+    assert calls.name(narrow[1]) == "forward linear 16x4096x11008 1x1 bf16"
+    assert calls.name(found[-1]) == "gw conv 256x256x14 1x1 fp32"
+    assert calls.name(replace(found[0], density=0.2)).endswith("fp32 0.2")
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=calls.name)
+def test_a_call_gives_the_truth(case):
+    with calls.measuring(case, DEVICE):
+        given, layer = calls.masked(case, DEVICE)
+        got = calls.Call(layer, given, case.op)()
+    expected = given.truth[calls.OPS.index(case.op)]
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def reached(cases):
+    """The kernels whose launch shape these calls ask for."""
+    found = set()
+    for case in cases:
+        with calls.measuring(case, DEVICE), launch.recorded(), launch.shapes() as shapes:
+            call = calls.Call(*reversed(calls.masked(case, DEVICE)), case.op)
+            call()
+        found |= shapes.keys()
+    return found
+
+
+def test_every_kernel_with_a_launch_shape_is_tuned():
+    named = {name for path in KERNELS.rglob("*.py") for name in re.findall(r'tuned\(\s*"(\w+)"', path.read_text())}
+    assert named <= reached(SMOKE)
+
+
+class Toy(NamedTuple):
+    rows: int
+    warps: int
+    stages: int
+
+
+def toy(wrong=None, broken=None):
+    """A call whose one kernel has a shape; what it does with some of the shapes."""
+
+    def call():
+        shape = launch.tuned("toy", Toy(8, 4, 3))
+        if broken and broken(shape):
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return torch.ones(4) * (1.1 if wrong and wrong(shape) else 1.0)
+
+    return call
+
+
+def rows_of_toy(monkeypatch, seconds=lambda shape: 1.0, **behaviour):
+    class Clock(timing.CpuClock):
+        def seconds(self, run, times):
+            with launch.shapes() as found:
+                run()
+            return 1e-6 * seconds(found["toy"])
+
+    monkeypatch.setattr(tune, "clock", lambda device: Clock())
+    return tune.vary([toy(**behaviour)] * 2, 1e-4, "cpu", "toy", 20)
+
+
+def test_launch_shapes_are_varied_around_the_default():
+    fields = tune.neighbours(Toy(8, 4, 3), 20)
+    assert fields[:6] == [{"rows": 16}, {"rows": 4}, {"warps": 8}, {"warps": 2}, {"stages": 4}, {"stages": 2}]
+    assert {"rows": 16, "warps": 8} in fields
+    assert {"rows": 4, "stages": 2} in fields
+    assert len(fields) == 12
+    assert {"warps": 0} not in tune.neighbours(Toy(8, 1, 1), 20)
+    assert len(tune.neighbours(Toy(8, 4, 3), 2)) == 2
+
+
+def test_the_fastest_launch_shape_wins(monkeypatch):
+    rows = rows_of_toy(monkeypatch, seconds=lambda shape: 80 / shape.rows + shape.warps)
+    assert all(list(row) == COLUMNS for row in rows)
+    assert [rows[0][key] for key in ("part", "kernel", "config", "detail")] == [
+        "tune", "toy", "rows=8 warps=4 stages=3", "default",
+    ]  # fmt: skip
+    assert rows[0]["us"] == 7.0  # a call; there are two of them in what is timed
+    (line,) = tune.summary(rows)
+    assert line == "toy, toy: rows=16 warps=4 stages=3 4.5 us, 1.56x of rows=8 warps=4 stages=3"
+
+
+def test_a_default_that_is_best_stays(monkeypatch):
+    rows = rows_of_toy(monkeypatch, seconds=lambda shape: 100.0 - (shape.rows == 16))
+    assert tune.summary(rows) == ["toy, toy: default stays, rows=8 warps=4 stages=3"]
+
+
+def test_wrong_and_failing_launch_shapes_have_no_time(monkeypatch):
+    rows = rows_of_toy(monkeypatch, wrong=lambda shape: shape.rows == 16, broken=lambda shape: shape.warps == 8)
+    why = {row["config"]: row["detail"] for row in rows if row["us"] == ""}
+    assert "is wrong by" in why["rows=16 warps=4 stages=3"]
+    assert why["rows=8 warps=8 stages=3"] == "RuntimeError: out of resource: shared memory"
+    assert len(rows) - len(why) > 5
+    assert "rows=16" not in tune.summary(rows)[0]
+
+
+def test_a_launch_shape_that_is_not_used_has_no_time(monkeypatch):
+    def call():
+        with launch.overridden("toy"):  # as in a thread that knows nothing of it
+            return toy()()
+
+    found = tune.vary([call], 1e-4, "cpu", "toy", 2)
+    assert ["expected a launch of" in row["detail"] for row in found] == [False, True, True]
+
+
+def test_a_default_without_a_time_is_told():
+    row = dict(zip(COLUMNS, ("tune", "spmm", "forward", "rows=8", "", "RuntimeError: no"), strict=True))
+    assert tune.summary([row]) == ["spmm, forward: the default has no time: RuntimeError: no"]
+
+
+def test_tune_measures_real_kernels():
+    for job in tune.jobs(smoke=True)[:1]:
+        rows = tune.measure(job, DEVICE, smoke=True)
+        assert {row["kernel"] for row in rows} == reached([job.case])
+        assert all(row["us"] > 0 for row in rows)
