@@ -12,7 +12,7 @@ import pytest
 import torch
 from gpus import DEVICE
 
-from benchmarks.gpu import calls, timing, tune
+from benchmarks.gpu import calls, profile, timing, tune
 from sparselottery.kernels.gpu import launch
 
 COLUMNS = ["part", "kernel", "case", "config", "us", "detail"]
@@ -26,11 +26,11 @@ def _few_rounds(monkeypatch):
     monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
 
 
-@pytest.mark.parametrize("part", [tune])
+@pytest.mark.parametrize("part", [tune, profile])
 def test_jobs_travel_to_another_process(part):
     for smoke in (False, True):
         jobs = part.jobs(smoke)
-        assert len(set(jobs)) == len(jobs) > 3
+        assert len(set(jobs)) == len(jobs) > 2
         assert pickle.loads(pickle.dumps(jobs)) == jobs
 
 
@@ -154,3 +154,80 @@ def test_tune_measures_real_kernels():
         rows = tune.measure(job, DEVICE, smoke=True)
         assert {row["kernel"] for row in rows} == reached([job.case])
         assert all(row["us"] > 0 for row in rows)
+
+
+def test_the_kernels_of_a_call_are_listed():
+    job = profile.jobs(smoke=True)[1]
+    rows = profile.measure(job, DEVICE, smoke=True)
+    assert all(list(row) == COLUMNS for row in rows)
+    assert {row["config"] for row in rows} == {profile.OURS, profile.DENSE}
+    ours = [row["us"] for row in rows if row["config"] == profile.OURS]
+    assert ours == sorted(ours, reverse=True)
+    assert len(ours) <= profile.MOST
+    (line,) = profile.summary(rows)
+    assert line.startswith(f"{calls.name(job.case)}: {sum(ours):.4g} us = {rows[0]['kernel'][:24]} {ours[0]:g} + ")
+
+
+def test_a_profile_without_kernels_is_told(monkeypatch):
+    monkeypatch.setattr(profile.profile, "key_averages", lambda profiler: [])
+    with pytest.raises(RuntimeError, match="got none"):
+        profile.measure(profile.jobs(smoke=True)[0], DEVICE, smoke=True)
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a shell script of that name on PATH."""
+
+    def put(name, script):
+        path = tmp_path / name
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return path
+
+    return put
+
+
+NCU = """case "$*" in *lts__t_bytes*) echo "==ERROR== Failed to find metric lts__t_bytes.sum"; exit 1;; esac
+cat <<'END'
+==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes.sum","launch__registers_per_thread"
+"","","","","nsecond","byte","register/thread"
+"0","7","_spmm_kernel","(512, 1, 1)","1,500,000","2000000","32"
+"1","7","_sddmm_kernel","(64, 1, 1)","2500","n/a","40"
+==PROF== Disconnected from process 7
+END
+"""
+
+
+def test_counters_are_read_and_unknown_ones_left_out(program):
+    program("ncu", NCU)
+    rows = profile.measure(profile.Job(None), DEVICE, smoke=True)
+    assert [(row["kernel"], row["us"]) for row in rows] == [("_spmm_kernel", 1500.0), ("_sddmm_kernel", 2.5)]
+    assert rows[0]["detail"] == "2 MB of memory, 32 registers"
+    assert profile.summary(rows)[1] == "ncu, _sddmm_kernel, launch 1, grid (64, 1, 1): 2.5 us: 40 registers"
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1", "exit status 1: ==ERROR== ERR_NVGPUCTRPERM"),
+        ("sleep 60", "did not finish in 1 s: "),
+        (None, "not on PATH"),
+    ],
+)
+def test_without_counters_there_is_a_reason(script, why, program, monkeypatch):
+    monkeypatch.setattr(profile, "COUNT_LIMIT", 1)
+    program("ncu" if script else "other", script or "")
+    rows = profile.measure(profile.Job(None), DEVICE, smoke=True)
+    assert [(row["us"], row["detail"]) for row in rows] == [("", why)]
+    assert profile.summary(rows) == [f"ncu: {why}"]
+
+
+def test_nsight_counts_one_call_each(monkeypatch):
+    counted = []
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: counted.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: counted.append("stop"))
+    monkeypatch.setattr(profile, "COUNTED", 2)
+    profile.main(smoke=True, device=DEVICE)
+    assert counted == ["start", "stop"] * 2
