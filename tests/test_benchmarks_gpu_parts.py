@@ -242,6 +242,18 @@ def test_a_cover_keeps_two_of_four():
 VERDICTS = {"1.00x of dense at best: not worth code": {}, "2.00x of dense at best: worth code": {probe.DENSE: 2.0}}
 
 
+@pytest.fixture
+def still(monkeypatch):
+    """Results are checked, nothing is timed."""
+
+    class Clock(timing.CpuClock):
+        def seconds(self, run, times):
+            return 1e-6
+
+    monkeypatch.setattr(probe, "clock", lambda device: Clock())
+
+
+@pytest.mark.usefixtures("still")
 @pytest.mark.parametrize("verdict", VERDICTS)
 def test_cover_and_remainder_are_the_layer(verdict, monkeypatch):
     raced = timing.race
@@ -265,6 +277,7 @@ def test_cover_and_remainder_are_the_layer(verdict, monkeypatch):
     assert probe.summary(rows)[-1] == f"2:4 cover of single weights: {verdict}"
 
 
+@pytest.mark.usefixtures("still")
 def test_without_cusparselt_there_is_a_reason(monkeypatch):
     def no_product(weight, x):
         raise RuntimeError("cuSPARSELt not supported on your machine.")
@@ -278,6 +291,7 @@ def test_without_cusparselt_there_is_a_reason(monkeypatch):
     assert probe.summary([]) == []
 
 
+@pytest.mark.usefixtures("still")
 def test_a_cover_that_is_wrong_has_no_time(monkeypatch):
     monkeypatch.setattr(probe, "_product", lambda weight, x: lambda: 1.1 * (x @ weight.t()))
     rows = probe.measure(probe.jobs(smoke=True)[0], DEVICE, smoke=True)
