@@ -3,6 +3,7 @@
 # lint   ruff                      fuzz   altered files under sanitizers
 # clean  everything that was built, but not .venv
 # gpu    on a machine with a GPU, offline, nothing installed: tests of its kernels, measurements and bars (9 minutes)
+# gpu-sanitize GPU_RESULTS=DIR    there: compute-sanitizer on tiny layers, its report in DIR/sanitize.txt
 #
 # The first target creates .venv. A smaller torch, without CUDA, on Linux:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -14,7 +15,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu fuzz lint clean
+.PHONY: demo test bench peers gpu gpu-sanitize fuzz lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -37,6 +38,10 @@ peers: .venv/test.stamp
 # The interpreter must have torch with CUDA, Triton and pytest.
 gpu:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS)
+
+gpu-sanitize:
+	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.sanitize --seconds $(GPU_SECONDS) \
+	  $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)")
 
 # Thousands of altered files, read and run by a native library that is built with AddressSanitizer and UBSan.
 fuzz: .venv/test.stamp

@@ -37,6 +37,11 @@ def linear(inputs, outputs, block, dtype=torch.float32):
     return MaskedLinear(inputs, outputs, mask, device=DEVICE, dtype=dtype)
 
 
+def chain():
+    masked = nn.Sequential(linear(32, 48, (16, 16)), nn.ReLU(), linear(48, 10, (1, 1)))
+    return convert(to_dense(masked), {f"{i}.weight": masked[i].mask for i in (0, 2)})
+
+
 def conv(channels, filters, block, dtype=torch.float32):
     mask = blocky((filters, channels, 3, 3), block, 1, 0.4).to(DEVICE)
     return MaskedConv2d(channels, filters, 3, padding=1, mask=mask, device=DEVICE, dtype=dtype)
@@ -62,9 +67,12 @@ SINGLES = (1000, 500, 700) if GPU else (18, 8, 12)  # samples, inputs, outputs
 LAYERS = {
     "linear 1x1 fp32": lambda: (linear(*SINGLES[1:], (1, 1)), rows(*SINGLES[:2])),
     "linear 1x1 bf16": lambda: (linear(*SINGLES[1:], (1, 1), BF16), rows(*SINGLES[:2], dtype=BF16)),
+    "linear 1x1 x1 bf16": lambda: (linear(*SINGLES[1:], (1, 1), BF16), rows(1, SINGLES[1], dtype=BF16)),
+    "linear 1x1 x33 bf16": lambda: (linear(*SINGLES[1:], (1, 1), BF16), rows(33, SINGLES[1], dtype=BF16)),
     "linear 16x16 fp32": lambda: (linear(48, 64, (16, 16)), rows(50, 48)),
     "linear 32x32 bf16": lambda: (linear(96, 64, (32, 32), BF16), rows(50, 96, dtype=BF16)),
     "linear 64x1 bf16": lambda: (linear(40, 128, (64, 1), BF16), rows(50, 40, dtype=BF16)),
+    "chain 16x16 1x1 fp32": lambda: (chain(), rows(20, 32)),
     "conv 1x1 fp32": lambda: (conv(2, 4, (1, 1)), images(20, 2, 2, 3)),
     "conv 16x16 fp32": lambda: (conv(16, 32, (16, 16)), images(2, 16, 3, 4)),
     "conv 32x32 bf16": lambda: (conv(32, 32, (32, 32), BF16), images(2, 32, 3, 3, dtype=BF16)),
@@ -85,7 +93,7 @@ def assert_same_bits(got, expected):
 def test_the_same_step_gives_the_same_bits(name):
     layer, x, gy = made(name)
     expected = forward_backward(layer, x, gy)
-    assert len(expected) == 4
+    assert len(expected) == 2 + len(list(layer.parameters()))
     assert all(t.isfinite().all() and t.any() for t in expected)
     for _ in range(3 if GPU else 1):
         assert_same_bits(forward_backward(layer, x, gy), expected)
