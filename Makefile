@@ -4,6 +4,7 @@
 # clean  everything that was built, but not .venv
 # gpu    on a machine with a GPU, offline, nothing installed: tests of its kernels, measurements and bars (9 minutes)
 # gpu-lab  there, the paper's Conv-2 and Resnet-18 (ten minutes a call; the next call goes on); SPARSELOTTERY_DATA=FOLDER
+# gpu-sanitize GPU_RESULTS=DIR    there: compute-sanitizer on tiny layers, its report in DIR/sanitize.txt
 #
 # The first target creates .venv. A smaller torch, without CUDA, on Linux:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -18,7 +19,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu gpu-lab fuzz lint clean
+.PHONY: demo test bench peers gpu gpu-lab gpu-sanitize fuzz lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -45,6 +46,10 @@ gpu:
 gpu-lab:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.lab --seconds $(GPU_LAB_SECONDS) \
 	  --experiments $(GPU_LAB) --results $(or $(GPU_RESULTS),runs/gpu-lab-results)
+
+gpu-sanitize:
+	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.sanitize --seconds $(GPU_SECONDS) \
+	  $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)")
 
 # Thousands of altered files, read and run by a native library that is built with AddressSanitizer and UBSan.
 fuzz: .venv/test.stamp

@@ -3,6 +3,9 @@
 launch(kernel, grid, num_warps=4, x=x, ROWS=8)      kernel[grid](x=x, ROWS=8); names in capitals are constexprs
 recorded()                                          collects launches and starts none
 overridden("spmm", warps=8)                         other launch shapes than `tuned` would give, for measurements
+shapes()                                            collects the launch shapes that `tuned` gives
+
+The last three hold in their own thread: autograd's threads, which run a backward on a GPU, know nothing of them.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ Shape = TypeVar("Shape", bound=NamedTuple)
 
 _RECORD: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
 _OVERRIDES: ContextVar[dict[str, dict[str, int]]] = ContextVar("overrides", default={})  # noqa: B039 - never written
+_SHAPES: ContextVar[dict[str, NamedTuple] | None] = ContextVar("shapes", default=None)
 
 
 def launch(
@@ -68,8 +72,10 @@ def recorded() -> Iterator[list[Launch]]:
 
 def tuned(name: str, shape: Shape) -> Shape:
     """The launch shape of the kernel `name`: what its module chose, or what `overridden` says."""
-    fields = _OVERRIDES.get().get(name)
-    return shape._replace(**fields) if fields else shape
+    shape = shape._replace(**_OVERRIDES.get().get(name, {}))
+    if (found := _SHAPES.get()) is not None:
+        found[name] = shape
+    return shape
 
 
 @contextmanager
@@ -80,3 +86,14 @@ def overridden(name: str, **fields: int) -> Iterator[None]:
         yield
     finally:
         _OVERRIDES.reset(token)
+
+
+@contextmanager
+def shapes() -> Iterator[dict[str, NamedTuple]]:
+    """Within it the dict collects, by kernel, the last launch shape that `tuned` gave."""
+    found: dict[str, NamedTuple] = {}
+    token = _SHAPES.set(found)
+    try:
+        yield found
+    finally:
+        _SHAPES.reset(token)

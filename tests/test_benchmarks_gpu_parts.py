@@ -1,0 +1,297 @@
+"""The parts of `make gpu` that explain: what they do without a GPU, on tiny layers in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from gpus import DEVICE
+from programs import install
+
+from benchmarks.gpu import calls, probe, profile, timing, tune
+from sparselottery.kernels.gpu import launch
+
+COLUMNS = ["part", "kernel", "case", "config", "us", "detail"]
+KERNELS = Path(__file__).parents[1] / "kernels" / "gpu"
+SMOKE = calls.cases(smoke=True)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
+
+
+@pytest.mark.parametrize("part", [tune, profile, probe])
+def test_jobs_travel_to_another_process(part):
+    for smoke in (False, True):
+        jobs = part.jobs(smoke)
+        assert len(set(jobs)) == len(jobs) > 1
+        assert pickle.loads(pickle.dumps(jobs)) == jobs
+
+
+def test_the_layers_of_the_bars_come_first():
+    found = calls.cases(smoke=False)
+    assert [case.op for case in found[:3]] == list(calls.OPS)
+    assert (found[0].pattern, found[0].dtype, found[0].batch) == ("1x1", "fp32", 4096)
+    narrow = [case for case in found if case.part == "linear" and case.batch <= 64]
+    assert [(case.batch, case.op) for case in narrow] == [(1, "forward"), (16, "forward"), (64, "forward")]
+    assert calls.name(found[0]) == "forward linear 4096x4096x4096 1x1 fp32"
+    assert calls.name(narrow[1]) == "forward linear 16x4096x11008 1x1 bf16"
+    assert calls.name(found[-1]) == "gw conv 256x256x14 1x1 fp32"
+    assert calls.name(replace(found[0], density=0.2)).endswith("fp32 0.2")
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=calls.name)
+def test_a_call_gives_the_truth(case):
+    with calls.measuring(case, DEVICE):
+        given, layer = calls.masked(case, DEVICE)
+        got = calls.Call(layer, given, case.op)()
+    expected = given.truth[calls.OPS.index(case.op)]
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def reached(cases):
+    """The kernels whose launch shape these calls ask for."""
+    found = set()
+    for case in cases:
+        with calls.measuring(case, DEVICE), launch.recorded(), launch.shapes() as shapes:
+            call = calls.Call(*reversed(calls.masked(case, DEVICE)), case.op)
+            call()
+        found |= shapes.keys()
+    return found
+
+
+def test_every_kernel_with_a_launch_shape_is_tuned():
+    named = {name for path in KERNELS.rglob("*.py") for name in re.findall(r'tuned\(\s*"(\w+)"', path.read_text())}
+    assert named <= reached(SMOKE)
+
+
+class Toy(NamedTuple):
+    rows: int
+    warps: int
+    stages: int
+
+
+def toy(wrong=None, broken=None):
+    """A call whose one kernel has a shape; what it does with some of the shapes."""
+
+    def call():
+        shape = launch.tuned("toy", Toy(8, 4, 3))
+        if broken and broken(shape):
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return torch.ones(4) * (1.1 if wrong and wrong(shape) else 1.0)
+
+    return call
+
+
+def rows_of_toy(monkeypatch, seconds=lambda shape: 1.0, **behaviour):
+    class Clock(timing.CpuClock):
+        def seconds(self, run, times):
+            with launch.shapes() as found:
+                run()
+            return 1e-6 * seconds(found["toy"])
+
+    monkeypatch.setattr(tune, "clock", lambda device: Clock())
+    return tune.vary([toy(**behaviour)] * 2, 1e-4, "cpu", "toy", 20)
+
+
+def test_launch_shapes_are_varied_around_the_default():
+    fields = tune.neighbours(Toy(8, 4, 3), 20)
+    assert fields[:6] == [{"rows": 16}, {"rows": 4}, {"warps": 8}, {"warps": 2}, {"stages": 4}, {"stages": 2}]
+    assert {"rows": 16, "warps": 8} in fields
+    assert {"rows": 4, "stages": 2} in fields
+    assert len(fields) == 12
+    assert {"warps": 0} not in tune.neighbours(Toy(8, 1, 1), 20)
+    assert len(tune.neighbours(Toy(8, 4, 3), 2)) == 2
+
+
+def test_the_fastest_launch_shape_wins(monkeypatch):
+    rows = rows_of_toy(monkeypatch, seconds=lambda shape: 80 / shape.rows + shape.warps)
+    assert all(list(row) == COLUMNS for row in rows)
+    assert [rows[0][key] for key in ("part", "kernel", "config", "detail")] == [
+        "tune", "toy", "rows=8 warps=4 stages=3", "default",
+    ]  # fmt: skip
+    assert rows[0]["us"] == 7.0  # a call; there are two of them in what is timed
+    (line,) = tune.summary(rows)
+    assert line == "toy, toy: rows=16 warps=4 stages=3 4.5 us, 1.56x of rows=8 warps=4 stages=3"
+
+
+def test_a_default_that_is_best_stays(monkeypatch):
+    rows = rows_of_toy(monkeypatch, seconds=lambda shape: 100.0 - (shape.rows == 16))
+    assert tune.summary(rows) == ["toy, toy: default stays, rows=8 warps=4 stages=3"]
+
+
+def test_wrong_and_failing_launch_shapes_have_no_time(monkeypatch):
+    rows = rows_of_toy(monkeypatch, wrong=lambda shape: shape.rows == 16, broken=lambda shape: shape.warps == 8)
+    why = {row["config"]: row["detail"] for row in rows if row["us"] == ""}
+    assert "is wrong by" in why["rows=16 warps=4 stages=3"]
+    assert why["rows=8 warps=8 stages=3"] == "RuntimeError: out of resource: shared memory"
+    assert len(rows) - len(why) > 5
+    assert "rows=16" not in tune.summary(rows)[0]
+
+
+def test_a_launch_shape_that_is_not_used_has_no_time(monkeypatch):
+    def call():
+        with launch.overridden("toy"):  # as in a thread that knows nothing of it
+            return toy()()
+
+    found = tune.vary([call], 1e-4, "cpu", "toy", 2)
+    assert ["expected a launch of" in row["detail"] for row in found] == [False, True, True]
+
+
+def test_a_default_without_a_time_is_told():
+    row = dict(zip(COLUMNS, ("tune", "spmm", "forward", "rows=8", "", "RuntimeError: no"), strict=True))
+    assert tune.summary([row]) == ["spmm, forward: the default has no time: RuntimeError: no"]
+
+
+def test_tune_measures_real_kernels():
+    for job in tune.jobs(smoke=True)[:1]:
+        rows = tune.measure(job, DEVICE, smoke=True)
+        assert {row["kernel"] for row in rows} == reached([job.case])
+        assert all(row["us"] > 0 for row in rows)
+
+
+def test_the_kernels_of_a_call_are_listed():
+    job = profile.jobs(smoke=True)[1]
+    rows = profile.measure(job, DEVICE, smoke=True)
+    assert all(list(row) == COLUMNS for row in rows)
+    assert {row["config"] for row in rows} == {profile.OURS, profile.DENSE}
+    ours = [row["us"] for row in rows if row["config"] == profile.OURS]
+    assert ours == sorted(ours, reverse=True)
+    assert len(ours) <= profile.MOST
+    (line,) = profile.summary(rows)
+    assert line.startswith(f"{calls.name(job.case)}: {sum(ours):.4g} us = {rows[0]['kernel'][:24]} {ours[0]:g} + ")
+
+
+def test_a_profile_without_kernels_is_told(monkeypatch):
+    monkeypatch.setattr(profile.profile, "key_averages", lambda profiler: [])
+    with pytest.raises(RuntimeError, match="got none"):
+        profile.measure(profile.jobs(smoke=True)[0], DEVICE, smoke=True)
+
+
+@pytest.fixture
+def ncu(tmp_path, monkeypatch):
+    """Makes a shell script the Nsight Compute on PATH."""
+    return partial(install, tmp_path, monkeypatch, "ncu")
+
+
+NCU = """case "$*" in *lts__t_bytes*) echo "==ERROR== Failed to find metric lts__t_bytes.sum"; exit 1;; esac
+cat <<'END'
+==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes.sum","launch__registers_per_thread"
+"","","","","nsecond","byte","register/thread"
+"0","7","_spmm_kernel","(512, 1, 1)","1,500,000","2000000","32"
+"1","7","_sddmm_kernel","(64, 1, 1)","2500","n/a","40"
+==PROF== Disconnected from process 7
+END
+"""
+
+
+def test_counters_are_read_and_unknown_ones_left_out(ncu):
+    ncu(NCU)
+    rows = profile.measure(profile.Job(None), DEVICE, smoke=True)
+    assert [(row["kernel"], row["us"]) for row in rows] == [("_spmm_kernel", 1500.0), ("_sddmm_kernel", 2.5)]
+    assert rows[0]["detail"] == "2 MB of memory, 32 registers"
+    assert profile.summary(rows)[1] == "ncu, _sddmm_kernel, launch 1, grid (64, 1, 1): 2.5 us: 40 registers"
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1", "exit status 1: ==ERROR== ERR_NVGPUCTRPERM"),
+        ("sleep 60", "did not finish in 1 s: "),
+        (None, "not on PATH"),
+    ],
+)
+def test_without_counters_there_is_a_reason(script, why, ncu, monkeypatch):
+    monkeypatch.setattr(profile, "COUNT_LIMIT", 1)
+    if script:
+        ncu(script)
+    else:
+        monkeypatch.setenv("PATH", "")
+    rows = profile.measure(profile.Job(None), DEVICE, smoke=True)
+    assert [(row["us"], row["detail"]) for row in rows] == [("", why)]
+    assert profile.summary(rows) == [f"ncu: {why}"]
+
+
+def test_nsight_counts_one_call_each(monkeypatch):
+    counted = []
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: counted.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: counted.append("stop"))
+    monkeypatch.setattr(profile, "COUNTED", 2)
+    profile.main(smoke=True, device=DEVICE)
+    assert counted == ["start", "stop"] * 2
+
+
+def test_a_cover_keeps_two_of_four():
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 0, 0, 1]], dtype=torch.bool)
+    expected = [[1, 1, 0, 0, 0, 0, 1, 0], [0, 1, 1, 0, 1, 0, 0, 1]]
+    assert probe.cover(mask).int().tolist() == expected
+
+
+VERDICTS = {"1.00x of dense at best: not worth code": {}, "2.00x of dense at best: worth code": {probe.DENSE: 2.0}}
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """Results are checked, nothing is timed."""
+
+    class Clock(timing.CpuClock):
+        def seconds(self, run, times):
+            return 1e-6
+
+    monkeypatch.setattr(probe, "clock", lambda device: Clock())
+
+
+@pytest.mark.usefixtures("still")
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_cover_and_remainder_are_the_layer(verdict, monkeypatch):
+    raced = timing.race
+
+    def race(entries, *args, **options):
+        result = raced(entries, *args, **options)
+        assert not result.failures
+        result.seconds = {name: 1e-6 * VERDICTS[verdict].get(name, 1.0) for name in entries}
+        return result
+
+    monkeypatch.setattr(probe, "race", race)
+    monkeypatch.setattr(probe, "_product", lambda weight, x: lambda: x @ weight.t())
+    job = probe.jobs(smoke=True)[0]
+    rows = probe.measure(job, DEVICE, smoke=True)
+    assert all(list(row) == COLUMNS for row in rows)
+    assert [row["kernel"] for row in rows] == [probe.DENSE, probe.BOTH, probe.COVER, probe.REMAINDER]
+    with calls.measuring(job.case, DEVICE):
+        mask = calls.problem(job.case, DEVICE).mask
+    assert 80 < (share := 100 * probe.cover(mask).sum().item() / mask.sum().item()) < 100
+    assert rows[0]["config"] == f"covers {share:.2f} %"
+    assert probe.summary(rows)[-1] == f"2:4 cover of single weights: {verdict}"
+
+
+@pytest.mark.usefixtures("still")
+def test_without_cusparselt_there_is_a_reason(monkeypatch):
+    def no_product(weight, x):
+        raise RuntimeError("cuSPARSELt not supported on your machine.")
+
+    monkeypatch.setattr(probe, "_product", no_product)
+    rows = probe.measure(probe.jobs(smoke=True)[-1], DEVICE, smoke=True)
+    why = {row["kernel"]: row["detail"] for row in rows if row["us"] == ""}
+    assert why.keys() == {probe.BOTH, probe.COVER}
+    assert "not supported" in why[probe.COVER]
+    assert probe.summary(rows)[-1].endswith("no answer")
+    assert probe.summary([]) == []
+
+
+@pytest.mark.usefixtures("still")
+def test_a_cover_that_is_wrong_has_no_time(monkeypatch):
+    monkeypatch.setattr(probe, "_product", lambda weight, x: lambda: 1.1 * (x @ weight.t()))
+    rows = probe.measure(probe.jobs(smoke=True)[0], DEVICE, smoke=True)
+    why = {row["kernel"]: row["detail"] for row in rows if row["us"] == ""}
+    assert why.keys() == {probe.BOTH, probe.COVER}
+    assert all("is wrong by" in each for each in why.values())
