@@ -33,10 +33,10 @@ _LAYERS = [
 ]
 _INFERENCE = 64  # samples up to which only forward counts
 _SMOKE = [
-    *(Linear(op, 20, 16, 32, "1x1", 0.3, "fp32") for op in OPS),
+    *(Linear(op, 20, 8, 16, "1x1", 0.3, "fp32") for op in OPS),
     *(Linear(op, 20, 32, 16, "16x16", 0.5, "fp32") for op in ("forward", "gw")),
-    Linear("forward", 2, 16, 32, "1x1", 0.3, "fp32"),
-    *(Conv(op, 1, 16, 2, "16x16", 0.5, "fp32") for op in ("forward", "gw")),
+    Linear("forward", 2, 8, 16, "1x1", 0.3, "fp32"),
+    *(Conv(op, 1, 16, 2, "16x16", 0.2, "fp32") for op in ("forward", "gw")),
 ]
 
 

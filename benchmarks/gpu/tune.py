@@ -98,20 +98,24 @@ def neighbours(shape: NamedTuple, most: int) -> list[dict[str, int]]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """A line for each kernel and call: the constants of the winner, and what they gain over the default."""
-    lines = []
+    """The constants of each winner, the largest gain over the default first; then how many defaults stay."""
+    wins, stay, failed = [], 0, []
     for (kernel, case), group in groupby(rows, key=lambda row: (row["kernel"], row["case"])):
         found = list(group)
         timed = [row for row in found if row["us"] != ""]
         default = next((row for row in timed if row["detail"] == DEFAULT), None)
         if default is None:
-            lines.append(f"{kernel}, {case}: the default has no time: {found[0]['detail']}")
+            failed.append(f"{kernel}, {case}: the default has no time: {found[0]['detail']}")
             continue
         best = min(timed, key=lambda row: row["us"])
         gain = default["us"] / best["us"]
-        wins = f"{best['config']} {best['us']:g} us, {gain:.2f}x of {default['config']}"
-        lines.append(f"{kernel}, {case}: " + (wins if gain >= WORTH else f"default stays, {default['config']}"))
-    return lines
+        if gain < WORTH:
+            stay += 1
+            continue
+        line = f"{kernel}, {case}: {best['config']}: {best['us']:g} us, {gain:.2f}x of {default['config']}"
+        wins.append((gain, line))
+    lines = failed + [line for _, line in sorted(wins, reverse=True)]
+    return [*lines, f"the default stays: {stay} of {stay + len(lines)}"] if rows else []
 
 
 def _config(shape: NamedTuple) -> str:
