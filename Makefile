@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
-GPU_SECONDS ?= 500
+GPU_SECONDS ?= 540
 GPU_RESULTS ?=
 GPU_LAB_SECONDS ?= 570
 GPU_LAB ?= conv-2 resnet-18
@@ -41,7 +41,7 @@ peers: .venv/test.stamp
 
 # The interpreter must have torch with CUDA, Triton and pytest.
 gpu:
-	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS)
+	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)")
 
 gpu-lab:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.lab --seconds $(GPU_LAB_SECONDS) \

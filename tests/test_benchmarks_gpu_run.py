@@ -1,23 +1,25 @@
-"""How benchmarks/gpu goes on: within its seconds, past failures, to rows and to tables that come from the CSV alone."""
+"""How benchmarks/gpu goes on: within its seconds, past failures, to rows and tables that come from files alone."""
 
 from __future__ import annotations
 
-import csv
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import bars, rows, runner, summary
-from benchmarks.gpu.cases import Linear, Step
+from benchmarks.gpu import bars, prepare, rows, runner, summary, tests
+from benchmarks.gpu.cases import Conv, Linear, label, planned
 from benchmarks.gpu.measure import Outcome
 
 HEAD = {"machine": "NVIDIA H200, 132 multiprocessors", "date": "2026-01-01"}
 LAYER = Linear("forward+backward", 4096, 4096, 4096, "1x1", 0.1, "fp32")
+LINEARS = [Linear("forward", 1, 2, 3, "1x1", density, "fp32") for density in (0.1, 0.2, 0.5)]
 
 
 def row(case, impl, ms, chosen="", roofline=0.5):
@@ -25,126 +27,262 @@ def row(case, impl, ms, chosen="", roofline=0.5):
     return {**asdict(case), **measured, "graph": "yes", "rounds": 5, "rejected": 0}
 
 
-def fake_measure(case, seconds, device, eager):
+def fake_measure(case, seconds, eager, limit):
     if case.density == 0.5:
         return Outcome(missing={"": "RuntimeError: nothing goes"})
     return Outcome([row(case, bars.OURS, 1.0)], {"torch_bsr": "ValueError: no"})
 
 
-LINEARS = [Linear("forward", 1, 2, 3, "1x1", density, "fp32") for density in (0.1, 0.2, 0.5)]
+@pytest.fixture
+def folder(tmp_path):
+    return rows.opened(tmp_path / "run", dict(HEAD))
 
 
-def test_a_case_is_tried_again_without_the_graph(tmp_path):
+def read(folder, table):
+    return results.read(folder.path / f"gpu-{table}.csv")[1]
+
+
+def test_a_case_is_tried_again_without_the_graph(folder):
     tried = []
 
-    def measure_once(case, seconds, device, eager):
-        tried.append(eager)
-        if "torch_csr" not in eager:
-            return Outcome(missing={"": "torch_csr cannot be captured"}, lost=True, retry="torch_csr")
+    def measure_once(case, seconds, eager, limit):
+        tried.append(eager - runner.UNCAPTURED)
+        if "nn_linear" not in eager:
+            return Outcome(missing={"": "nn_linear cannot be captured"}, lost=True, retry="nn_linear")
         return Outcome([row(case, bars.OURS, 1.0)])
 
-    files = rows.Files(tmp_path, "linear", HEAD)
-    assert runner.run(LINEARS[:2], 60.0, measure_once, "cpu", files, [].append)
+    assert runner.run_cases("bars", LINEARS[:2], 60.0, measure_once, folder)
     assert [len(eager) for eager in tried] == [0, 1, 1]
-    assert files.missing == []
+    assert read(folder, "missing") == []
 
 
-def test_the_budget_lists_what_it_skips(tmp_path):
-    told, files = [], rows.Files(tmp_path, "linear", HEAD)
-
+def test_the_budget_lists_what_it_skips(folder):
     def slow_measure(*args):
         time.sleep(0.02)
         return fake_measure(*args)
 
-    assert runner.run(LINEARS, 0.01, slow_measure, "cpu", files, told.append)
-    assert len(results.read(tmp_path / "gpu-linear.csv")[1]) == 1
-    _, missing = results.read(tmp_path / "gpu-linear-missing.csv")
-    left = [each["density"] for each in missing if each["why"] == runner.NOT_REACHED]
-    assert left == [0.2, 0.5]
-    assert "2 of 3 cases not reached" in told[-1]
+    assert runner.run_cases("bars", LINEARS, 0.01, slow_measure, folder)
+    assert len(read(folder, "linear")) == 1
+    missing = read(folder, "missing")
+    assert [each["case"] for each in missing if each["why"] == runner.NOT_REACHED] == list(map(label, LINEARS[1:]))
+    assert missing[-1]["why"] == "2 of 3 not reached: out of time"
+    assert "bars: 2 of 3 not reached" in (folder.path / "log.txt").read_text()
 
 
-def test_no_seconds_reach_nothing(tmp_path):
-    runner.run(LINEARS, 0.0, fake_measure, "cpu", rows.Files(tmp_path, "linear", HEAD), [].append)
-    assert results.read(tmp_path / "gpu-linear.csv")[1] == []
-    assert len(results.read(tmp_path / "gpu-linear-missing.csv")[1]) == 3
+def test_no_seconds_reach_nothing(folder):
+    runner.run_cases("bars", LINEARS, 0.0, fake_measure, folder)
+    assert read(folder, "linear") == []
+    assert len(read(folder, "missing")) == 4
 
 
-def test_a_failure_stops_nothing_and_baselines_are_noted_once(tmp_path):
-    files = rows.Files(tmp_path, "linear", HEAD)
-    assert not runner.run(LINEARS[::-1], 60.0, fake_measure, "cpu", files, [].append)
-    head, found = results.read(tmp_path / "gpu-linear.csv")
+def test_a_failure_stops_nothing_and_baselines_are_noted_once(folder):
+    assert not runner.run_cases("bars", LINEARS[::-1], 60.0, fake_measure, folder)
+    head, found = results.read(folder.path / "gpu-linear.csv")
     assert head == HEAD
     assert [each["density"] for each in found] == [0.2, 0.1]
     assert list(found[0]) == [*asdict(LAYER), *bars.MEASURED]
-    missing = results.read(tmp_path / "gpu-linear-missing.csv")[1]
-    assert [(each["impl"], each["density"]) for each in missing] == [("", 0.5), ("torch_bsr", 0.2)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-linear-missing.csv", "gpu-linear.csv"]
+    missing = [(each["impl"], each["case"].split()[-2]) for each in read(folder, "missing")]
+    assert missing == [("", "0.5"), ("torch_bsr", "0.2")]
 
 
-def test_a_worker_survives_death_and_hanging(monkeypatch):
-    worker = runner.Worker()
+class Jobs:
+    """A part of jobs: each does what its name says, in the worker's process."""
+
+    @staticmethod
+    def jobs(smoke):
+        return ["dies", "fine", "hangs", "raises", "fine"]
+
+    @staticmethod
+    def measure(job, device, smoke):
+        if job == "dies":
+            os._exit(1)
+        if job == "hangs":
+            time.sleep(60)
+        if job == "raises":
+            raise ValueError("no\nmore")
+        return [{"part": "tune", "kernel": "k", "case": "c", "config": "x", "us": 1.0, "detail": str(device)}]
+
+
+def test_a_job_that_dies_or_hangs_leaves_the_others_their_turn(folder, monkeypatch):
+    monkeypatch.setattr(runner, "_limit", lambda end: 15.0 if len(folder.rows["kernels"]) == 0 else 3.0)
+    worker = runner.Worker("cpu")
     try:
-        with pytest.raises(runner.BrokenProcessPool):
-            worker.run(os._exit, 1)
-        with pytest.raises(runner.TimeoutError):
-            worker.run(time.sleep, 60, limit=0.01)
+        assert not runner.run_jobs("tune", Jobs, True, 60.0, worker, folder)
+    finally:
+        worker.stop()
+    assert [each["detail"] for each in read(folder, "kernels")] == ["cpu", "cpu"]
+    reasons = {each["case"]: each["why"] for each in read(folder, "missing")}
+    assert reasons == {
+        "dies": "the process died",
+        "hangs": "did not finish in time",
+        "raises": "ValueError: no",
+    }
+
+
+def test_a_worker_survives_what_it_runs(monkeypatch):
+    worker = runner.Worker("cpu")
+    try:
         assert worker.run(os.getpid) != os.getpid()
-        monkeypatch.setattr(runner, "CASE_LIMIT", 0)
         for error, why in ((runner.TimeoutError, "did not finish"), (runner.BrokenProcessPool, "died")):
-            monkeypatch.setattr(worker, "run", lambda *args, error=error: (_ for _ in ()).throw(error()))
-            assert why in worker.measure(LAYER, 0.0, "cpu", frozenset()).missing[""]
-        monkeypatch.setattr(worker, "run", lambda *args: Outcome(lost=True))
-        assert worker.measure(LAYER, 0.0, "cpu", frozenset()).lost
+            monkeypatch.setattr(worker, "run", lambda *args, error=error, **limits: (_ for _ in ()).throw(error()))
+            assert why in worker.measure(LAYER, 0.0, frozenset()).missing[""]
+        monkeypatch.setattr(worker, "run", lambda *args, **limits: Outcome(lost=True))
+        assert worker.measure(LAYER, 0.0, frozenset()).lost
         assert worker._pool is None
     finally:
         worker.stop()
 
 
-def test_the_summary_reads_the_csv_alone(tmp_path, capsys):
-    files = rows.Files(tmp_path, "linear", HEAD)
+SUITE = """
+import os, time
+import pytest
+
+pytestmark = pytest.mark.gpu_core
+CUDA = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_fine():
+    pass
+
+def test_dies():
+    os._exit(7)
+
+def test_hangs():
+    time.sleep(60)
+
+def test_breaks_the_gpu(monkeypatch):
+    import benchmarks.gpu.shard as shard
+    shard.synchronize = lambda: (_ for _ in ()).throw(CUDA)
+
+def test_wrong():
+    assert 1 == 2, "one is not \\x00 two"
+
+@pytest.mark.parametrize("n", range(3))
+def test_after_all_that(n):
+    import warnings
+    warnings.warn("harmless")
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "test_gpu_only.py").write_text(SUITE)
+    (folder / "test_kernels_gpu_audit.py").write_text("def test_needs_no_gpu(): assert False")
+    return folder
+
+
+def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite, tmp_path):
+    told = []
+    verdict = tests.run(tests.files(suite), tests.CORE, 100.0, 2, told.append, limit=5.0)
+    outcomes = {each.test.rpartition("::")[2]: each.outcome for each in verdict.results}
+    passed = ["test_fine", *(f"test_after_all_that[{n}]" for n in range(3))]
+    bad = {"test_dies": "ended with 7", "test_hangs": "did not finish in 5 s", "test_breaks_the_gpu": "GPU was lost"}
+    assert verdict.left == []
+    assert [name for name in passed if outcomes.get(name) != "passed"] == []
+    reasons = {each.test.rpartition("::")[2]: each.text for each in verdict.failed}
+    assert reasons.keys() == {*bad, "test_wrong"}
+    assert all(why in reasons[name] for name, why in bad.items())
+    assert len(told) == 4
+    tests.write_junit(tmp_path / "junit.xml", verdict.results)
+    again = tests.Verdict(tests.read_junit(tmp_path / "junit.xml"))
+    assert Counter(each.test for each in again.failed) == Counter(each.test for each in verdict.failed)
+    (line,) = (line for line in again.lines() if "test_wrong" in line)
+    assert "AssertionError: one is not" in line
+
+
+def test_tests_end_in_time_and_a_broken_suite_is_told(suite, tmp_path):
+    verdict = tests.run(tests.files(suite), tests.CORE, 0.0, 1, [].append)
+    assert not verdict.fine
+    assert verdict.left == ["out of time in 1 of 1 processes"]
+    (tmp_path / "test_gpu_only.py").write_text("import nothing_of_that_name")
+    verdict = tests.run(tests.files(tmp_path), tests.CORE, 60.0, 1, [].append)
+    assert "pytest ended with 2" in verdict.left[0]
+    assert tests.run([], tests.CORE, 60.0, 1, [].append).fine
+
+
+def test_the_device_gets_our_tests():
+    names = {path.name for path in tests.files()}
+    assert {"test_gpu_only.py", "test_kernels_gpu.py", "test_nn_gpu.py", "test_ops_gpu.py"} <= names
+    assert not [name for name in names if "audit" in name]
+
+
+def test_the_summary_reads_the_files_alone(folder):
     half = Linear(**asdict(LAYER) | {"density": 0.05})
-    blocks = Linear(**asdict(LAYER) | {"pattern": "32x32", "dtype": "bf16"})
+    blocks = Linear(**asdict(LAYER) | {"pattern": "64x64", "dtype": "bf16"})
     found = [row(LAYER, bars.OURS, 1.0), row(LAYER, "nn_linear", 3.0), row(LAYER, "masked_dense", 4.0)]
     found += [row(half, bars.OURS, 2.0, "dense"), row(half, "nn_linear", 2.0), row(blocks, "nn_linear", 2.0)]
-    files.add(found, [{**asdict(half), "impl": "", "why": runner.NOT_REACHED}])
-    files.add([], [{**asdict(LAYER), "impl": "torch_csr", "why": "RuntimeError: no"}])
-    summary.main(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
+    found += [row(blocks, bars.OURS, 1.0)]
+    folder.add("linear", found)
+    folder.miss("rest", "all", "", "3 of 9 not reached: out of time")
+    folder.miss("bars", label(LAYER), "torch_csr", "RuntimeError: no")
+    folder.miss("bars", label(LAYER), "", "the process died")
+    lines = summary.whole(folder.path).splitlines()
     (line,) = (line for line in lines if line.startswith("forward+backward 4096 4096 4096 1x1 fp32"))
     assert line.split()[-6:] == ["3.00x", "50", "%", "~1.00x", "50", "%"]
-    assert any("no ours" in line for line in lines if "32x32 bf16" in line)
-    verdicts = {line[:60].strip(): line.split()[-1] for line in lines if line[60:67].strip().endswith("x")}
-    assert verdicts["linear fp32, weights, forward + backward, 90 % pruned"] == "met"
-    assert verdicts["linear fp32, weights, forward + backward, 95 % pruned"] == "SHORT"
+    verdicts = {line[:70].strip(): line.split()[-1] for line in lines if line[70:77].strip().endswith("x")}
+    assert verdicts["linear fp32 1x1, batch 4096 and 8192, forward+backward, 90 % pruned"] == "met"
+    assert verdicts["linear bf16 64x64, batch 4096 and 8192, forward+backward, 90 % pruned"] == "SHORT"
     assert verdicts["linear as chosen, worst case"] == "met"
     assert verdicts["conv as chosen, worst case"] == "measured"  # not yet
-    assert "not reached: linear forward+backward 4096 4096 4096 1x1 fp32, 1 densities" in lines
-    assert any(line.startswith("no row: linear forward+backward") and "torch_csr" in line for line in lines)
+    assert "rest: 3 of 9 not reached: out of time" in lines
+    assert "no row: torch_csr in 1 cases (gpu-missing.csv)" in lines
+    assert f"no row: bars {label(LAYER)} any: the process died" in lines
+    assert "tests: none has run" in lines
 
 
-@pytest.mark.parametrize("tests_pass", [True, False])
-def test_the_command_goes_on_after_failed_tests(tests_pass, tmp_path, monkeypatch, capsys):
-    class Worker:
-        def run(self, function, *args):
-            return HEAD
+def test_the_tail_is_short_whatever_there_is_and_ends_with_the_bars(folder):
+    for batch in range(100):
+        case = Linear(**asdict(LAYER) | {"batch": batch})
+        folder.add("linear", [row(case, bars.OURS, 1.0), row(case, "nn_linear", 3.0)])
+        folder.miss("rest", label(case), "", "x" * 200)
+    failed = [tests.Result(f"tests/test_a.py::test_{n}", "failed", 1.0, "E   " + "y" * 300) for n in range(50)]
+    folder.save("junit.xml", lambda path: tests.write_junit(path, failed))
+    told = summary.tail(folder.path)
+    assert len(told) <= summary.TAIL
+    lines = told.splitlines()
+    names = [bar.what for bar in bars.BARS]
+    assert [line[:70].strip() for line in lines[-len(names) :]] == names
+    assert "0 passed, 0 skipped, 50 failed" in told
+    assert "FAILED tests/test_a.py::test_0: yyy" in told
+    assert "more lines in summary.txt" in told
+    assert any(line.startswith("forward+backward") for line in lines)
 
-        def measure(self, case, seconds, device, eager):
-            return Outcome([row(case, bars.OURS, 1.0), row(case, "nn_linear", 2.0)])
 
-        def stop(self):
-            pass
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs a folder that refuses root")
+def test_a_folder_that_refuses_is_replaced(tmp_path, capsys):
+    wanted = tmp_path / "file"
+    wanted.write_text("in the way")
+    for refusing in (wanted, wanted / "below", "/proc/gpu-results"):
+        found = rows.opened(type(tmp_path)(refusing), dict(HEAD))
+        assert str(refusing) in capsys.readouterr().out
+        assert (found.path / "gpu-linear.csv").exists()
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "run_tests", lambda seconds: tests_pass)
-    monkeypatch.setattr(runner, "Worker", Worker)
-    monkeypatch.setattr(runner, "prepare", lambda *args: None)
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert command.main(["--cases", "tests", "linear", "--smoke", "--results", str(tmp_path)]) == (not tests_pass)
-    with open(tmp_path / "gpu-linear.csv") as file:
-        assert sum(1 for _ in csv.reader(file)) > len(HEAD) + 1
-    assert "2.00x" in capsys.readouterr().out
-    assert rows.folder(HEAD["machine"]) == "nvidia-h200"
+
+def test_a_disk_that_fills_up_is_told_once_and_stops_nothing(folder, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "write", full)
+    for _ in range(3):
+        folder.add("linear", [row(LAYER, bars.OURS, 1.0)])
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    assert len(folder.rows["linear"]) == 3
+
+
+def test_launches_are_recorded_without_a_run(monkeypatch):
+    monkeypatch.setattr("sparselottery.kernels.gpu.DEVICES", ("cpu",))
+    for case in (Linear("", 32, 32, 64, "1x1", 0.2, "fp32"), Conv("", 1, 16, 4, "16x16", 0.2, "fp32")):
+        names = {launch.kernel.__name__ for launch in prepare.launches(case, "cpu")}
+        assert any("spmm" in name or "conv" in name for name in names)
+        assert any("sddmm" in name for name in names)
+
+
+def test_every_case_has_one_part():
+    for smoke in (True, False):
+        cases = [case for part in planned(smoke).values() for case in part]
+        assert len(cases) == len(set(cases))
+    assert planned()["bars"]
+    assert planned().keys() | set(rows.PARTS_OF_KERNELS) <= command.PLAN.keys()
 
 
 def test_the_command_needs_a_gpu(monkeypatch, capsys):
@@ -154,24 +292,7 @@ def test_the_command_needs_a_gpu(monkeypatch, capsys):
     assert "torch sees none" in capsys.readouterr().err
 
 
-def test_seconds_are_spread_over_the_parts():
-    end = time.perf_counter() + 65
-    found = {part: seconds for seconds, part in command.spread(["linear", "conv", "step"], end)}
-    assert found["linear"] == pytest.approx(30, abs=1)
-    assert found["step"] == pytest.approx(65, abs=1)  # nothing was used
-
-
-def test_tests_have_a_limit(monkeypatch, capsys):
-    monkeypatch.setattr(command, "TESTS", ("no such test",))
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    monkeypatch.setattr(command.sys, "executable", "/bin/true")
-    assert command.run_tests(20.0)
-    monkeypatch.setattr(command.sys, "executable", "/bin/yes")
-    assert not command.run_tests(0.0)
-    assert "did not finish" in capsys.readouterr().out
-
-
-def test_prepare_stops_in_time(monkeypatch):
-    started = time.perf_counter()
-    runner.prepare([LAYER, Step("lenet-300-100", 60, "1x1", 0.1, "fp32")], 0.0, "cpu", jobs=1)
-    assert time.perf_counter() - started < 30
+def test_a_part_that_breaks_leaves_the_others_their_turn(folder):
+    run = SimpleNamespace(folder=folder, part=lambda name, seconds: 1 / 0)
+    assert not command._attempt(run, "tune", 1.0)
+    assert read(folder, "missing")[0]["why"] == "ZeroDivisionError: division by zero"

@@ -3,8 +3,12 @@
     bars       what is promised, of which rows       cases      what is measured, in which order
     problems   one masked layer with its truth       nets       whole training steps
     baselines  ours and what it is measured against  timing     checks, CUDA graphs, medians
-    roofline   what the GPU could do                 runner     the budget of seconds, processes that may die
-    rows       results/<gpu>/gpu-*.csv               summary    the tables of those files
+    roofline   what the GPU could do                 prepare    kernels compiled ahead
+    runner     budgets, processes that may die       tests      the tests of the kernels, by shard, likewise
+    tune       launch shapes around the defaults     profile    what a call is made of
+    probe      would a 2:4 cover pay?                calls      one op of a layer, which these three run
+    rows       the files of a run                    summary    the tables and bars of those files
+    sanitize   make gpu-sanitize                     lab        make gpu-lab
 
 Nothing is installed, fetched or built for it: a checkout, torch with CUDA, Triton and what the tests import.
 `python -m benchmarks.gpu.summary [DIR]` prints the tables again.

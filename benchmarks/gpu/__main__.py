@@ -1,93 +1,129 @@
-"""`python -m benchmarks.gpu [--cases tests linear conv step] [--seconds S] [--smoke] [--results DIR]`.
+"""`python -m benchmarks.gpu [--parts PART ...] [--seconds S] [--results DIR] [--smoke] [--dry-run]`.
 
-Runs the tests of the GPU kernels, then measures, then prints what the rows say. Exits with 1 if a test failed or ours
-was wrong or raised somewhere; bars that are short are no error.
+Tests the GPU kernels and measures them, in the order of what is worth most, then prints what the files say. Whatever a
+part does, the others have their turn. Exits with 1 if a test failed or ours was wrong or raised somewhere; bars that
+are short are no error.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # which is decided by the first import of Triton, in every process
 
 import torch
 
 from benchmarks import results
-from benchmarks.gpu import runner, summary
-from benchmarks.gpu.cases import PARTS, cases
-from benchmarks.gpu.measure import facts_and_peaks
-from benchmarks.gpu.rows import Files, folder
+from benchmarks.gpu import summary, tests
+from benchmarks.gpu.cases import planned
+from benchmarks.gpu.prepare import prepare
+from benchmarks.gpu.roofline import described, peaks
+from benchmarks.gpu.rows import Folder, facts, folder_name, opened
+from benchmarks.gpu.runner import Worker, run_cases, run_jobs
 
-ROOT = Path(__file__).parents[2]
-TESTS = ("test_kernels_gpu*.py", "test_ops_gpu.py", "test_nn_gpu*.py", "test_lab_graph.py")
-SHARES = {"tests": 0.35, "linear": 0.3, "conv": 0.15, "step": 0.2}  # of the seconds; what a part leaves, the next have
-PREPARING = 0.2  # of what the measurements have
+# Seconds of 540; what a part leaves, the next have.
+PLAN = {
+    "core tests": 60, "peaks": 10, "prepare": 30, "tune": 70, "bars": 110, "profile": 20, "probe": 15,
+    "small batches": 60, "steps": 60, "rest": 55, "other tests": 50,
+}  # fmt: skip
 MAX_JOBS = 8
+PEAKS_LIMIT = 60  # seconds, for a process to start in as well
 
-tell = partial(print, flush=True)
+
+class Run:
+    """One run of the plan. device: "cuda", or "cpu" for a dry run."""
+
+    def __init__(self, folder: Folder, device: str, smoke: bool, test_folder: Path, test_limit: float) -> None:
+        self.folder, self.device, self.smoke = folder, device, smoke
+        self.worker, self.jobs = Worker(device), min(MAX_JOBS, os.cpu_count() or 1)
+        self.test_files, self.test_limit = tests.files(test_folder), test_limit
+        self.results: list[tests.Result] = []
+        self.cases = planned(smoke)
+
+    def part(self, name: str, seconds: float) -> bool:
+        """Runs it; was all of it right?"""
+        parts: dict[str, Callable[[float], bool]] = {
+            "core tests": lambda seconds: self._test(tests.CORE, seconds),
+            "peaks": self._measure_peaks,
+            "prepare": self._prepare,
+            "other tests": lambda seconds: self._test(tests.OTHERS, seconds),
+        }
+        if name in parts:
+            return parts[name](seconds)
+        if name in self.cases:
+            return run_cases(name, self.cases[name], seconds, self.worker.measure, self.folder)
+        return run_jobs(name, import_module(f"benchmarks.gpu.{name}"), self.smoke, seconds, self.worker, self.folder)
+
+    def _test(self, marks: str, seconds: float) -> bool:
+        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit)
+        self.results += verdict.results
+        self.folder.save("junit.xml", lambda path: tests.write_junit(path, self.results))
+        for why in verdict.left:
+            self.folder.miss("tests", marks, "", f"{marks}: {why}")
+        self.folder.tell("\n".join(verdict.lines()))
+        return verdict.fine
+
+    def _log(self, text: str) -> None:
+        self.folder.tell(text, aloud=False)
+
+    def _measure_peaks(self, seconds: float) -> bool:
+        self.worker.peaks = self.worker.run(peaks, self.device, limit=PEAKS_LIMIT)
+        self.folder.head["peaks"] = described(self.worker.peaks)
+        self.folder.tell(f"peaks: {self.folder.head['peaks']}")
+        return True
+
+    def _prepare(self, seconds: float) -> bool:
+        prepare([case for cases in self.cases.values() for case in cases], seconds, self.device, self.jobs)
+        return True
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=list(SHARES), default=list(SHARES))
-    parser.add_argument("--seconds", type=float, default=500, help="for all of it; a case in flight may end later")
-    parser.add_argument("--smoke", action="store_true", help="tiny layers, for a trial; rows go to a new folder")
-    parser.add_argument("--results", type=Path, help="folder of the CSV files (default: of this GPU, in results)")
+    parser.add_argument("--parts", nargs="+", choices=list(PLAN), default=list(PLAN))
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it; what is in flight may end later")
+    parser.add_argument("--results", type=Path, help="folder of all files (default: of this GPU, in results)")
+    parser.add_argument("--smoke", action="store_true", help="tiny layers, for a trial; files go to a new folder")
+    parser.add_argument("--dry-run", action="store_true", help="--smoke without a GPU, in Triton's interpreter")
+    parser.add_argument("--tests", type=Path, default=tests.FOLDER, help="folder of the tests")
+    parser.add_argument("--test-limit", type=float, default=tests.LIMIT, help="seconds after which a test is stopped")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not (args.dry_run or torch.cuda.is_available()):
         parser.error("expected a GPU, but torch sees none")
-    end, fine = time.perf_counter() + args.seconds, True
-    if "tests" in args.cases:
-        fine &= run_tests(SHARES["tests"] * args.seconds)
-    if parts := [part for part in PARTS if part in args.cases]:
-        worker = runner.Worker()
-        try:
-            head = worker.run(facts_and_peaks, "cuda")
-            if args.results is None:
-                here = results.RESULTS / folder(head["machine"])
-                args.results = Path(tempfile.mkdtemp(prefix="gpu-")) if args.smoke else here
-            planned = {part: cases(part, args.smoke) for part in parts}
-            layers = [case for part in parts for case in planned[part]]
-            jobs = min(MAX_JOBS, os.cpu_count() or 1)
-            runner.prepare(layers, PREPARING * max(0.0, end - time.perf_counter()), "cuda", jobs)
-            for seconds, part in spread(parts, end):
-                files = Files(args.results, part, head)
-                fine &= runner.run(planned[part], seconds, worker.measure, "cuda", files, tell)
-        finally:
-            worker.stop()
-        summary.main(args.results)
-    tell("\nall fine" if fine else "\nFAILED: tests, or cases of ours; see above")
+    device, smoke = "cpu" if args.dry_run else "cuda", args.smoke or args.dry_run
+    end, head = time.monotonic() + args.seconds, facts(device)
+    if args.results is None:
+        here = results.RESULTS / folder_name(head["machine"])
+        args.results = Path(tempfile.mkdtemp(prefix="gpu-")) if smoke else here
+    folder = opened(args.results, head)
+    run, fine = Run(folder, device, smoke, args.tests, args.test_limit), True
+    try:
+        for number, name in enumerate(args.parts):
+            share = PLAN[name] / sum(PLAN[each] for each in args.parts[number:])
+            fine &= _attempt(run, name, share * max(0.0, end - time.monotonic()))
+            folder.save("summary.txt", lambda path: path.write_text(summary.whole(folder.path) + "\n"))
+    finally:
+        run.worker.stop()
+    print(summary.tail(folder.path))
+    print("all fine" if fine else "FAILED: tests, or cases of ours; see above and log.txt", flush=True)
     return 0 if fine else 1
 
 
-def spread(parts: list[str], end: float) -> Iterator[tuple[float, str]]:
-    """Each part with its share of the seconds that are left when its turn comes."""
-    for number, part in enumerate(parts):
-        share = SHARES[part] / sum(SHARES[each] for each in parts[number:])
-        yield share * max(0.0, end - time.perf_counter()), part
-
-
-def run_tests(seconds: float) -> bool:
-    """pytest on the tests that have GPU kernels, in several processes if it can; are all of them fine?"""
-    paths = [str(path) for pattern in TESTS for path in sorted((ROOT / "tests").glob(pattern))]
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-r", "fE", *paths]
-    if find_spec("xdist"):
-        command += ["-n", str(min(MAX_JOBS, os.cpu_count() or 1))]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+def _attempt(run: Run, name: str, seconds: float) -> bool:
+    """The part, or why it broke: the others have their turn."""
+    run.folder.tell(f"--- {name}: {seconds:.0f} s")
     try:
-        return process.wait(seconds) == 0
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        tell(f"FAILED: the tests did not finish in {seconds:.0f} s")
+        return run.part(name, seconds)
+    except Exception as error:
+        run.folder.miss(name, "all", "", f"{type(error).__name__}: {error}")
+        run.folder.tell(f"FAILED: {name}: {type(error).__name__}: {error}")
         return False
 
 

@@ -30,23 +30,27 @@ class Bar:
         return part == self.part and all(case[key] in values for key, values in self.where.items())
 
 
-def _layers(what: str, part: str, least: Mapping[float, float], where: dict) -> list[Bar]:
-    """A bar for each density."""
-    return [
-        Bar(f"{what}, {100 * (1 - density):.0f} % pruned", bar, part, {**where, "density": (density,)})
-        for density, bar in least.items()
-    ]
+def _linear(dtype: str, pattern: str, op: str, batches: Sequence[int], least: float) -> Bar:
+    what = f"linear {dtype} {pattern}, batch {' and '.join(map(str, batches))}, {op}, 90 % pruned"
+    where = {"batch": batches, "pattern": (pattern,), "dtype": (dtype,), "op": (op,), "density": (0.1,)}
+    return Bar(what, least, "linear", where)
 
 
-_LARGE = {"batch": (4096, 8192)}
-_BLOCKS = {**_LARGE, "pattern": ("32x32", "64x1"), "dtype": ("bf16",)}
+BOTH = "forward+backward"
+_LARGE = (4096, 8192)
+_PROMISED = [
+    ("fp32", "1x1", BOTH, _LARGE, 2),
+    ("fp32", "64x64", BOTH, _LARGE, 6),
+    ("fp32", "64x64", "forward", _LARGE, 6),
+    ("bf16", "64x64", "forward", _LARGE, 2.8),
+    ("bf16", "64x64", BOTH, _LARGE, 2.2),
+    ("bf16", "128x128", "forward", _LARGE, 4.5),
+    ("bf16", "64x1", "forward", _LARGE, 2),
+    ("bf16", "1x1", "forward", (1,), 2.5),
+    ("bf16", "1x1", "forward", (16,), 2.2),
+    ("bf16", "1x1", "forward", (64,), 1.2),
+]  # of nn.Linear with 90 % pruned
 BARS = [
-    *_layers("linear fp32, weights, forward + backward", "linear", {0.1: 2, 0.05: 4},
-             {**_LARGE, "pattern": ("1x1",), "dtype": ("fp32",), "op": ("forward+backward",)}),
-    *_layers("linear bf16, 32x32 and 64x1, forward", "linear", {0.1: 4, 0.2: 2}, {**_BLOCKS, "op": ("forward",)}),
-    *_layers("linear bf16, 32x32 and 64x1, forward + backward", "linear", {0.1: 3, 0.2: 2},
-             {**_BLOCKS, "op": ("forward+backward",)}),
-    *_layers("linear bf16, weights, batch <= 16, forward", "linear", {0.1: 2.5},
-             {"batch": (1, 16), "pattern": ("1x1",), "dtype": ("bf16",), "op": ("forward",)}),
+    *(_linear(*promise) for promise in _PROMISED),
     *(Bar(f"{part} as chosen, worst case", 0.97, part, statistic=min) for part in DENSE),
-]  # fmt: skip
+]

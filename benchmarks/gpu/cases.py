@@ -15,14 +15,17 @@ from benchmarks.gpu.bars import BARS
 
 # In the order in which cases are measured.
 DENSITIES = (0.1, 0.2, 0.05, 0.5, 0.02)
-PATTERNS = ("1x1", "32x32", "64x64", "64x1", "16x16")  # R x C weights that survive together
+PATTERNS = ("1x1", "64x64", "128x128", "64x1", "32x32", "16x16")  # R x C weights that survive together
+LINEAR_ONLY = ("64x1", "128x128")
 DTYPES = ("bf16", "fp32", "tf32")  # of fp32 tensors: strictly so, or multiplied as TF32
 OPS = ("forward+backward", "forward", "step")  # step: with fused Adam
-LINEARS = ((4096, 4096, 4096), (1, 4096, 11008), (16, 4096, 11008), (32, 4096, 11008), (8192, 4096, 4096),
-           (512, 1024, 1024))  # fmt: skip
+LINEARS = ((4096, 4096, 4096), (1, 4096, 11008), (16, 4096, 11008), (64, 4096, 11008), (32, 4096, 11008),
+           (8192, 4096, 4096), (512, 1024, 1024))  # fmt: skip
 CONVS = ((256, 256, 14), (256, 64, 56), (256, 512, 7))
 NETS = (("lenet-300-100", 60), ("vit-b", 32), ("vgg-19", 128), ("conv-6", 60), ("vgg-19", 64))
-SMOKE = {"linear": ((32, 64, 128),), "conv": ((2, 64, 6),), "step": (("lenet-300-100", 60),)}
+SMOKE_BARS = 2
+SMOKE = {"linear": ((16, 32, 64),), "conv": ((1, 64, 4),), "step": (("lenet-300-100", 60),)}
+PROMISES = [bar for bar in BARS if bar.where]  # the others are about all cases
 OFF = 0.2  # share by which the density of a mask may differ from its case's; else there are too few blocks for it
 
 
@@ -89,13 +92,27 @@ def cases(part: str, smoke: bool = False) -> list[Case]:
     return sorted(found, key=lambda case: _rank(part, case))  # stable: the order above counts among equals
 
 
+FEW = 64  # samples: in inference, where reading the weights is what takes time
+
+
+def planned(smoke: bool = False) -> dict[str, list[Case]]:
+    """All cases, each in one part of a run."""
+    every = {part: cases(part, smoke) for part in PARTS}
+    promised = [case for part, found in every.items() for case in found if _rank(part, case) < len(PROMISES)]
+    promised = every["linear"][:SMOKE_BARS] if smoke else promised
+    others = [case for part in ("linear", "conv") for case in every[part] if case not in set(promised)]
+    few = [case for case in others if isinstance(case, Linear) and case.batch <= FEW]
+    rest = [case for case in others if case not in set(few)]
+    return {"bars": promised, "small batches": few, "steps": every["step"], "rest": rest}
+
+
 def _layers(part: str, smoke: bool) -> Iterator[Case]:
     """The ops of one problem stand together."""
     kind, shapes = (Linear, LINEARS) if part == "linear" else (Conv, CONVS)
     densities = (0.2,) if smoke else DENSITIES
     for density, shape, dtype, pattern in product(densities, SMOKE[part] if smoke else shapes, DTYPES, PATTERNS):
         these = [kind(op, *shape, pattern, density, dtype) for op in OPS]
-        if (part, pattern) != ("conv", "64x1") and _exists(these[0]):
+        if (part == "linear" or pattern not in LINEAR_ONLY) and _exists(these[0]):
             yield from these
 
 
@@ -107,7 +124,7 @@ def _steps(smoke: bool) -> Iterator[Step]:
 
 def _rank(part: str, case: Case) -> int:
     columns = asdict(case)
-    return next((i for i, bar in enumerate(BARS) if bar.matches(part, columns)), len(BARS))
+    return next((i for i, bar in enumerate(PROMISES) if bar.matches(part, columns)), len(PROMISES))
 
 
 def block(pattern: str) -> tuple[int, int]:

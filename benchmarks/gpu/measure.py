@@ -11,8 +11,7 @@ from benchmarks.gpu import baselines, nets
 from benchmarks.gpu.bars import OURS
 from benchmarks.gpu.cases import Case, Step
 from benchmarks.gpu.problems import TOLERANCE, precision, problem
-from benchmarks.gpu.roofline import least_seconds, peaks
-from benchmarks.gpu.rows import facts
+from benchmarks.gpu.roofline import Peaks, least_seconds, peaks
 from benchmarks.gpu.timing import CaptureError, DeviceLostError, Race, clock, race
 
 
@@ -29,11 +28,16 @@ class Outcome:
     retry: str = ""
 
 
-def measure(case: Case, seconds: float, device: str, eager: frozenset[str] = frozenset()) -> Outcome:
-    """Races everyone for about `seconds`, in CUDA graphs except `eager`; what raises becomes a reason."""
+def measure(
+    case: Case, seconds: float, device: str, eager: frozenset[str] = frozenset(), given: Peaks | None = None
+) -> Outcome:  # fmt: skip
+    """Races everyone for about `seconds`, in CUDA graphs except `eager`; what raises becomes a reason.
+
+    given: the peaks of the device, which are measured here without it.
+    """
     with precision(case.dtype):
         try:
-            return _measure(case, seconds, device, eager)
+            return _measure(case, seconds, device, eager, given or peaks(device))
         except CaptureError as error:
             return Outcome(missing={"": str(error)}, lost=True, retry=error.name)
         except DeviceLostError as error:
@@ -44,13 +48,7 @@ def measure(case: Case, seconds: float, device: str, eager: frozenset[str] = fro
             gc.collect()
 
 
-def facts_and_peaks(device: str) -> dict[str, str]:
-    """`facts`, and what the roofline is drawn from."""
-    found = asdict(peaks(device))
-    return facts(device) | {"peaks": ", ".join(f"{name} {rate / 1e12:.3g} T/s" for name, rate in found.items())}
-
-
-def _measure(case: Case, seconds: float, device: str, eager: frozenset[str]) -> Outcome:
+def _measure(case: Case, seconds: float, device: str, eager: frozenset[str], limits: Peaks) -> Outcome:
     if device == "cuda" and torch.cuda.mem_get_info()[0] < torch.cuda.mem_get_info()[1] / 2:
         torch.cuda.empty_cache()
     if isinstance(case, Step):
@@ -66,7 +64,7 @@ def _measure(case: Case, seconds: float, device: str, eager: frozenset[str]) -> 
     rows = []
     for name, took in result.seconds.items():
         dense, chosen = entries[name].dense, entries[name].chosen
-        least = least_seconds(case, weights if dense else nnz, peaks(device))
+        least = least_seconds(case, weights if dense else nnz, limits)
         rows.append({
             **asdict(case),
             "impl": name,

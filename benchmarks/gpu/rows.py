@@ -1,11 +1,15 @@
-"""The files of a GPU: gpu-<part>.csv as rows come, gpu-<part>-missing.csv of what has no row, and why."""
+"""The files of a run on a GPU, at most eight: rows as they come, what has none and why, the log, tests and summary."""
 
 from __future__ import annotations
 
 import datetime
 import platform
 import re
-from dataclasses import dataclass, field, fields
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -33,27 +37,77 @@ def facts(device: str) -> dict[str, str]:
     }
 
 
-def folder(machine: str) -> str:
+def folder_name(machine: str) -> str:
     """A short name: nvidia-h200, nvidia-h100-80gb-hbm3."""
     return re.sub("[^a-z0-9]+", "-", machine.partition(",")[0].lower()).strip("-")
 
 
-@dataclass
-class Files:
-    """Of one part. Each call replaces them, atomically, so that what was measured stays whatever happens next."""
+PARTS_OF_KERNELS = ("tune", "profile", "probe")
+KERNEL_COLUMNS = ("part", "kernel", "case", "config", "us", "detail")
+MISSING_COLUMNS = ("part", "case", "impl", "why")
+TABLES = {
+    **{part: (*(each.name for each in fields(kind)), *MEASURED) for part, kind in PARTS.items()},
+    "kernels": KERNEL_COLUMNS,
+    "missing": MISSING_COLUMNS,
+}
 
-    folder: Path
-    part: str
-    head: dict[str, str]
-    rows: list[dict] = field(default_factory=list)
-    missing: list[dict] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.case = [each.name for each in fields(PARTS[self.part])]
+class Folder:
+    """What a run leaves, from its first second on: log.txt, summary.txt, junit.xml and gpu-<table>.csv of TABLES.
 
-    def add(self, rows: list[dict], missing: list[dict]) -> None:
-        self.rows += rows
-        self.missing += missing
-        results.write(self.folder / f"gpu-{self.part}.csv", self.rows, [*self.case, *MEASURED], self.head)
-        why = [*self.case, "impl", "why"]
-        results.write(self.folder / f"gpu-{self.part}-missing.csv", self.missing, why, self.head)
+    Each call replaces a file, atomically, so that what was measured stays whatever happens next. A disk that refuses is
+    told and stops nothing.
+    """
+
+    def __init__(self, path: Path, head: dict[str, str]) -> None:
+        self.path, self.head = path, head
+        self.rows: dict[str, list[dict]] = {name: [] for name in TABLES}
+        self._told: set[str] = set()
+        for name in TABLES:
+            self._write(name)
+
+    def tell(self, text: str, aloud: bool = True) -> None:
+        """Into the log and, if aloud, to the terminal."""
+        if aloud:
+            print(text, flush=True)
+        with self._forgiving("log.txt"), (self.path / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+    def add(self, name: str, rows: list[dict]) -> None:
+        """Rows of one of TABLES."""
+        if rows:
+            self.rows[name] += rows
+            self._write(name)
+
+    def miss(self, part: str, case: str, impl: str, why: str) -> None:
+        self.add("missing", [dict(zip(MISSING_COLUMNS, (part, case, impl, why), strict=True))])
+
+    def save(self, name: str, write: Callable[[Path], object]) -> None:
+        """write(path) of another file."""
+        with self._forgiving(name):
+            write(self.path / name)
+
+    def _write(self, name: str) -> None:
+        with self._forgiving(f"gpu-{name}.csv"):
+            results.write(self.path / f"gpu-{name}.csv", self.rows[name], list(TABLES[name]), self.head)
+
+    @contextmanager
+    def _forgiving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self._told:  # once: it will not be the last
+                self._told.add(name)
+                print(f"{self.path / name} cannot be written: {error}", flush=True)
+
+
+def opened(wanted: Path, head: dict[str, str]) -> Folder:
+    """The folder `wanted`, or a new one where nothing can be written there: a GPU's minutes are not to be lost."""
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return Folder(wanted, head)
+    except OSError as error:
+        folder = Folder(Path(tempfile.mkdtemp(prefix="gpu-")), head)
+        folder.tell(f"{wanted}: cannot be written ({error}); results go to {folder.path}")
+        return folder

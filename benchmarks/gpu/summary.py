@@ -1,39 +1,116 @@
-"""What the rows say, from the CSV files alone: `python -m benchmarks.gpu.summary [DIR ...]`.
+"""What the files of a run say: `python -m benchmarks.gpu.summary [DIR ...]`.
 
 A table per part, a cell per density: how many times as fast as the best dense baseline ours is, as `convert` chooses,
-and its share of the roofline. `~` marks cases in which ours chose dense. Then the bars, and what has no row.
+and its share of the roofline; `~` marks cases in which ours chose dense. Then what launch shapes won, what calls are
+made of, what has no row, the tests and, last, the bars.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import results
+from benchmarks.gpu import tests
 from benchmarks.gpu.bars import BARS, DENSE, MEASURED, OURS
+from benchmarks.gpu.rows import PARTS_OF_KERNELS
 
-COLUMN = 16
+COLUMN = 14
+TAIL = 8000  # characters: of a long output only the end may be kept
+
+
+class Section(NamedTuple):
+    """Some lines of the summary, and how many of its characters they may have in a tail; 0: all that they need."""
+
+    lines: list[str]
+    most: int = 0
 
 
 def main(folder: Path) -> None:
-    """Prints everything about the folder of one GPU."""
+    """Prints everything about a folder."""
+    print(whole(folder))
+
+
+def whole(folder: Path) -> str:
+    return "\n".join(line for section in sections(folder) for line in section.lines)
+
+
+def tail(folder: Path, limit: int = TAIL) -> str:
+    """The summary in at most `limit` characters, the bars whole and last; what was cut is counted."""
+    found = sections(folder)
+    fixed = [_cut(section, section.most) for section in found[1:]]
+    room = limit - len("\n".join(line for lines in fixed for line in lines)) - 1
+    text = "\n".join(line for lines in [_cut(found[0], max(room, 1)), *fixed] for line in lines)
+    return text[-limit:]
+
+
+def sections(folder: Path) -> list[Section]:
+    """The tables, which may be cut to any size, then everything else; the bars last."""
     measured = {part: results.read(path) for part in DENSE if (path := folder / f"gpu-{part}.csv").exists()}
-    print(f"\n{folder}: times as fast as the best dense baseline, share of the roofline (~ ours chose dense)")
+    missing = _rows(folder / "gpu-missing.csv")
+    tables = [f"{folder}: times as fast as the best dense baseline, share of the roofline (~ ours chose dense)"]
     for part, (head, rows) in measured.items():
-        print(f"\n{part}: {'; '.join(head.values())}")
-        print(*_table(part, rows), sep="\n")
-    print(f"\n{'bar':60} {'least':>6} {'here':>6}   {'lowest..highest':>20}")
+        if rows:
+            tables += ["", f"{part}: {'; '.join(head.values())}", *_table(part, rows)]
+    kernels = _rows(folder / "gpu-kernels.csv")
+    found = [Section(tables)]
+    for part, most in zip(PARTS_OF_KERNELS, (1500, 1000, 500), strict=True):
+        lines = import_module(f"benchmarks.gpu.{part}").summary([row for row in kernels if row["part"] == part])
+        found.append(Section(["", f"{part}:", *lines] if lines else [], most))
+    found.append(Section(["", *_missing(missing)], 900))
+    found.append(Section(["", *_tests(folder, missing)], 1500))
+    return [*found, Section(["", *_bars({part: rows for part, (_, rows) in measured.items()})])]
+
+
+def _cut(section: Section, most: int) -> list[str]:
+    lines, size = [], 0
+    for number, line in enumerate(section.lines):
+        size += len(line) + 1
+        if most and size > most - 40:
+            return [*lines, f"... {len(section.lines) - number} more lines in summary.txt"]
+        lines.append(line)
+    return lines
+
+
+def _rows(path: Path) -> list[dict]:
+    return results.read(path)[1] if path.exists() else []
+
+
+def _bars(measured: dict[str, list[dict]]) -> list[str]:
+    lines = [f"{'bar':70} {'least':>6} {'here':>6}   lowest..highest"]
     for bar in BARS:
-        rows = measured[bar.part][1] if bar.part in measured else []
-        speedups = [value for case, value in speedups_of(bar.part, rows) if bar.matches(bar.part, case)]
+        found = speedups_of(bar.part, measured.get(bar.part, []))
+        speedups = [value for case, value in found if bar.matches(bar.part, case)]
         if not speedups:
-            print(f"{bar.what:60} {bar.least:>5g}x   not yet measured")
+            lines.append(f"{bar.what:70} {bar.least:>5g}x   not yet measured")
             continue
         here = bar.statistic(speedups)
         spread = f"{min(speedups):.2f}..{max(speedups):.2f} of {len(speedups)}"
-        print(f"{bar.what:60} {bar.least:>5g}x {here:>5.2f}x   {spread:>20}  {'met' if here >= bar.least else 'SHORT'}")
-    _print_missing(folder)
+        verdict = "met" if here >= bar.least else "SHORT"
+        lines.append(f"{bar.what:70} {bar.least:>5g}x {here:>5.2f}x   {spread:>18}  {verdict}")
+    return lines
+
+
+def _missing(rows: list[dict]) -> list[str]:
+    """Ours without a row, in full; then what was not reached, a line a part, and notes of baselines."""
+    rows = [row for row in rows if row["part"] != "tests"]
+    whole = [row for row in rows if row["case"] == "all"]
+    single = [row for row in rows if row["case"] != "all" and not str(row["why"]).startswith("not reached")]
+    ours = [row for row in single if not row["impl"] or str(row["impl"]).startswith(OURS)]
+    notes = Counter(row["impl"] for row in single if row not in ours)
+    lines = [f"no row: {row['part']} {row['case']} {row['impl'] or 'any'}: {row['why']}" for row in ours]
+    lines += [f"{row['part']}: {row['why']}" for row in whole]
+    return lines + [f"no row: {impl} in {count} cases (gpu-missing.csv)" for impl, count in notes.items()]
+
+
+def _tests(folder: Path, missing: list[dict]) -> list[str]:
+    if not (path := folder / "junit.xml").exists():
+        return ["tests: none has run"]
+    left = [str(row["why"]) for row in missing if row["part"] == "tests"]
+    return tests.Verdict(tests.read_junit(path), left).lines()
 
 
 def speedups_of(part: str, rows: list[dict]) -> list[tuple[dict, float]]:
@@ -74,23 +151,6 @@ def _cell(ours: dict | None, dense: dict | None) -> str:
         return "no ours" if dense else "no dense"
     share = f" {100 * ours['roofline']:.0f} %" if ours["roofline"] != "" else ""
     return f"{'~' if ours['chosen'] == 'dense' else ''}{dense['ms'] / ours['ms']:.2f}x{share}"
-
-
-def _print_missing(folder: Path) -> None:
-    """What was not reached, counted by all but the density; every other reason in full."""
-    left: Counter[str] = Counter()
-    for part in DENSE:
-        if not (path := folder / f"gpu-{part}-missing.csv").exists():
-            continue
-        for row in results.read(path)[1]:
-            impl, why, density = row.pop("impl"), row.pop("why"), row.pop("density")
-            line = " ".join([part, *(f"{value:g}" if isinstance(value, float) else value for value in row.values())])
-            if why.startswith("not reached"):
-                left[line] += 1
-            else:
-                print(f"no row: {line} {density:g} {impl or 'any'}: {why}")
-    for line, count in left.items():
-        print(f"not reached: {line}, {count} densities")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""A pytest plugin (`-p benchmarks.gpu.shard`): every n-th test, each result written to a file when it is there.
+
+So a test that ends the process, hangs or breaks the GPU is known by name, and no other result is lost with it. Lines
+of JSON: {"event": "begin" | "result" | "lost" | "end", "id": ..., "outcome": ..., "seconds": ..., "text": ...}.
+SHARD_FILE: where to; SHARD: "i/n"; SHARD_DONE: a file with the ids of tests that are not to be run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def synchronize() -> None:
+    """Wait for the GPU. Raises RuntimeError if it refuses any further work of this process."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _tell(event: str, test: str = "", **more: object) -> None:
+    with open(os.environ["SHARD_FILE"], "a") as file:
+        file.write(json.dumps({"event": event, "id": test, **more}) + "\n")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    index, count = map(int, os.environ["SHARD"].split("/"))
+    done = set(Path(os.environ["SHARD_DONE"]).read_text().splitlines())
+    items[:] = [item for item in items[index::count] if item.nodeid not in done]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _tell("begin", nodeid)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":  # a set-up that passed is no result yet
+        outcome = "error" if report.failed and report.when != "call" else report.outcome
+        text = report.longreprtext if report.failed else ""
+        _tell("result", report.nodeid, outcome=outcome, seconds=round(report.duration, 3), text=text)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    try:
+        synchronize()
+    except RuntimeError as error:  # every later test would fail of it, under the wrong name
+        _tell("lost", nodeid, outcome="error", seconds=0, text=f"the GPU was lost: {error}")
+        os._exit(3)
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    _tell("end", outcome=int(exitstatus))
