@@ -43,6 +43,7 @@ gpu:
 # audit-3.6 is that of one Triton. Each has an environment of its own: a torch with CUDA installs the one it wants.
 audit: $(AUDITED:%=audit-%)
 
+.PRECIOUS: build/triton-%.stamp
 audit-%: build/triton-%.stamp
 	build/triton-$*/bin/python -m sparselottery.kernels.gpu.audit --table
 
