@@ -1,6 +1,7 @@
 # demo   find a lottery ticket on handwritten digits (under two minutes, offline once installed)
 # test   the test suite            bench  all measurements, their plots and the table of bars
 # lint   ruff                      fuzz   altered files under sanitizers
+# audit  the GPU kernels compiled for GPUs that are not here, and the tables of what came out (half an hour)
 # clean  everything that was built, but not .venv
 # gpu    on a machine with a GPU, offline, nothing installed: tests of its kernels, measurements and bars (9 minutes)
 # gpu-lab  there, the paper's Conv-2 and Resnet-18 (ten minutes a call; the next call goes on); SPARSELOTTERY_DATA=FOLDER
@@ -17,9 +18,10 @@ GPU_LAB_SECONDS ?= 570
 GPU_LAB ?= conv-2 resnet-18
 PIP_ARGS ?=
 BIN := .venv/bin
+AUDITED := 3.6 3.9  # versions of Triton
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu gpu-lab gpu-sanitize fuzz lint clean
+.PHONY: demo test bench peers gpu gpu-lab gpu-sanitize audit fuzz lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -41,7 +43,8 @@ peers: .venv/test.stamp
 
 # The interpreter must have torch with CUDA, Triton and pytest.
 gpu:
-	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)")
+	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) \
+	  $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)")
 
 gpu-lab:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.lab --seconds $(GPU_LAB_SECONDS) \
@@ -50,6 +53,19 @@ gpu-lab:
 gpu-sanitize:
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.sanitize --seconds $(GPU_SECONDS) \
 	  $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)")
+
+# audit-3.6 is that of one Triton. Each has an environment of its own: a torch with CUDA installs the one it wants.
+audit: $(AUDITED:%=audit-%)
+
+.PRECIOUS: build/triton-%.stamp
+audit-%: build/triton-%.stamp
+	build/triton-$*/bin/python -m sparselottery.kernels.gpu.audit --table
+
+build/triton-%.stamp: constraints.txt
+	test -x build/triton-$*/bin/python || $(PYTHON) -m venv build/triton-$*
+	build/triton-$*/bin/pip install $(PIP_ARGS) -c constraints.txt torch numpy scipy safetensors
+	build/triton-$*/bin/pip install $(PIP_ARGS) --no-deps 'triton==$*.*'
+	touch $@
 
 # Thousands of altered files, read and run by a native library that is built with AddressSanitizer and UBSan.
 fuzz: .venv/test.stamp

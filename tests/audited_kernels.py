@@ -77,10 +77,13 @@ PROBLEMS = {
 
 def _expected(of):
     sizes = of.arguments
-    return Expected(0.75, sizes["BM"], (sizes["BM"] + sizes["OUT"]) * sizes["BK"] * sizes["x"].element_size())
+    stage = (sizes["BM"] + sizes["OUT"]) * sizes["BK"] * sizes["x"].element_size()
+    return Expected(0.75, sizes["BM"], sizes["OUT"], stage)
 
 
 if __name__ == "__main__":
     path, *names = sys.argv[1:]
     problems = [Problem(name, PROBLEMS[name]) for name in names]
-    sys.exit(run(problems, ["sm_90"], path, {"_dot_kernel": _expected, "_broken_kernel": lambda of: Expected()}))
+    expectations = {"_dot_kernel": _expected, "_broken_kernel": lambda of: Expected()}
+    with open(path, "w") as file:
+        sys.exit(run(problems, ["sm_90"], file, expectations=expectations))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,120 +15,67 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparselottery.kernels.gpu.audit import aot
+import triton
+
+from sparselottery.kernels.gpu import device
+from sparselottery.kernels.gpu.audit import aot, table
 from sparselottery.kernels.gpu.audit import report as audit
-from sparselottery.kernels.gpu.audit.aot import Compiled, specialisation
+from sparselottery.kernels.gpu.audit.aot import TARGETS, Compiled, specialisation
+from sparselottery.kernels.gpu.audit.problems import Problem
 from sparselottery.kernels.gpu.audit.report import Expected, Row, judge
-from sparselottery.kernels.gpu.audit.sass import TMA, Code, read_gcn, read_sass
-from sparselottery.kernels.gpu.launch import Launch
+from sparselottery.kernels.gpu.audit.sass import Code
+from sparselottery.kernels.gpu.launch import Launch, launch
 
 TESTS = Path(__file__).resolve().parent
-
-# A loop (0020 to 00b0) that loads, its exit in the middle of nowhere, around a loop that waits (0060 to 0070); at the
-# end a second wait, out of line, that jumps back to where the first loop ended.
-SASS = """
- Function kernel:
-  REG:40 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0
-        /*0000*/                   LDG.E.U16 R1, [R2.64] ;      /* 0x0 */
-        /*0010*/              @!P0 BRA 0xc0 ;
-        /*0020*/                   LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64], P0 ;
-        /*0030*/                   LDG.E.LTC128B.64 R4, desc[UR4][R2.64] ;
-        /*0040*/              @!P1 LDG.E R4, desc[UR4][R2.64] ;
-        /*0050*/                   STL [R1], R4 ;
-        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R4] ;
-        /*0070*/              @!P0 BRA 0x60 ;
-        /*0080*/                   LDL R4, [R1] ;
-        /*0090*/                   HGMMA.64x64x16.F32 R24, gdesc[UR12], R24 ;
-        /*00a0*/               @P1 CALL.REL.NOINC 0xc0 ;
-        /*00b0*/                   BRA 0x20 ;
-        /*00c0*/                   LDGDEPBAR ;
-        /*00d0*/              @!P2 BRA 0x100 ;
-        /*00e0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
-        /*00f0*/                   EXIT ;
-        /*0100*/              @!P2 BRA 0x100 ;
-        /*0110*/                   BRA 0xe0 ;
-        /*0120*/                   BRA 0x120;
-"""
-
-GCN = """
-kernel:
-	s_load_dwordx2 s[0:1], s[0:1], 0x0
-	s_cbranch_scc1 .LBB0_2
-.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
-	buffer_load_dwordx4 v[0:3], v4, s[4:7], 0 offen
-	global_load_dword v1, v[2:3], off
-	global_load_ushort v1, v[2:3], off
-	v_mfma_f32_32x32x8_f16 a[0:15], v[0:1], v[2:3], a[0:15]
-	s_cbranch_scc1 .LBB0_1
-.LBB0_2:                                ; %._crit_edge
-	global_load_dwordx2 v[2:3], v[2:3], off
-	global_store_dwordx2 v[0:1], v[2:3], off
-	s_endpgm
-    .private_segment_fixed_size: 8
-    .vgpr_count:     148
-    .vgpr_spill_count: 2
-"""
-
-
-def test_sass():
-    loads = {128: 1, 64: 1, 32: 1}
-    assert read_sass(SASS) == Code(40, 16, 2, {"HGMMA": 1}, loads, 10)
-
-
-def test_sass_without_a_loop():
-    straight = SASS.replace("BRA", "NOP")
-    assert read_sass(straight).loads == {128: 1, 64: 1, 32: 1, 16: 1}
-    assert read_sass(straight).loop == 0
-
-
-def test_sass_bulk_copies():
-    code = read_sass(SASS.replace("LDGSTS.E.BYPASS.LTC128B.128", "UTMALDG.2D"))
-    assert code.loads == {TMA: 1, 64: 1, 32: 1}
-
-
-def test_gcn():
-    assert read_gcn(GCN) == Code(148, 8, 2, {"v_mfma": 1}, {128: 1, 32: 1, 16: 1}, 5)
-
-
-@pytest.mark.parametrize("read", [read_sass, read_gcn])
-def test_other_text(read):
-    with pytest.raises(ValueError, match=r"expected the .* got 'nothing'"):
-        read("nothing")
-
-
-def test_share():
-    code = Code(0, 0, 0, {}, {128: 2, 64: 2, 32: 4}, 0)
-    assert (code.share(128), code.share(64), code.share(16)) == (0.5, 0.75, 1.0)
-    assert code._replace(loads={}).share(128) == 1.0
 
 
 def launches_nothing():
     """A kernel, of which only the name is asked."""
 
 
-FINE = Compiled(Code(100, 0, 0, {"HGMMA": 4}, {128: 8, 32: 1}, 100), 3 * 1000)
+FINE = Compiled(Code(100, 0, 0, {"HGMMA": 4}, {128: 8, 32: 1}, 100, 0, 12.5), 3 * 1000)
+HMMA = FINE._replace(code=FINE.code._replace(tensor_cores={"HMMA": 8}))
+TILE = {"rows": 64, "columns": 16}
 
 
 @pytest.mark.parametrize(
     ("target", "compiled", "expected", "verdict"),
     [
-        ("sm_90", FINE, Expected(0.9, 64, 1000), "ok"),
+        ("sm_90", FINE, Expected(0.9, **TILE, stage=1000), "ok"),
         ("sm_90", FINE._replace(code=FINE.code._replace(stack=8)), Expected(), "spills"),
         ("sm_90", FINE._replace(code=FINE.code._replace(spills=1)), Expected(), "spills"),
         ("sm_90", FINE._replace(code=FINE.code._replace(loads={64: 16})), Expected(0.5), "wide loads 0% < 50%"),
         ("gfx942", FINE._replace(code=FINE.code._replace(loads={64: 16})), Expected(0.5), "ok"),
-        ("sm_100", FINE, Expected(0.9, 64, 1000), "no UTCHMMA"),
-        ("sm_90", FINE, Expected(0.9, 32, 1000), "no HMMA"),
-        ("sm_90", FINE, Expected(0.9, 64, 1001), "shared < 3 stages of 1001"),
-        ("sm_80", FINE._replace(code=FINE.code._replace(tensor_cores={"HMMA": 8})), Expected(0, 64, 1500), "ok"),
+        ("sm_100", FINE, Expected(0.9, **TILE, stage=1000), "no UTCHMMA"),
+        ("sm_120", FINE, Expected(0.9, **TILE, stage=1000), "no HMMA"),
+        ("sm_90", FINE, Expected(0.9, 32, 16, 1000), "no HMMA"),
+        ("sm_90", FINE, Expected(0.9, **TILE, stage=1001), "shared < 3 stages of 1001"),
+        ("sm_80", HMMA, Expected(0, **TILE, stage=1500), "ok"),
+        ("gfx942", HMMA, Expected(0, 32, 16, 1000), "no v_mfma"),
         ("gfx942", FINE._replace(shared=(64 << 10) + 1), Expected(), "shared > 65536"),
-        ("sm_90", FINE._replace(shared=(64 << 10) + 1), Expected(), "ok"),
-        ("sm_80", Compiled(FINE.code, 0), Expected(0.9, 64, 1), "no HMMA"),
-        ("sm_90", Compiled(FINE.code._replace(spills=1), 0), Expected(0, 64, 1), "spills; shared < 3 stages of 1"),
+        ("sm_86", FINE._replace(shared=(99 << 10) + 1), Expected(), "shared > 101376"),
+        ("sm_90", FINE._replace(shared=(99 << 10) + 1), Expected(), "ok"),
+        ("sm_80", Compiled(FINE.code, 0), Expected(0.9, **TILE, stage=1), "no HMMA"),
+        ("sm_90", FINE, Expected(nonzero=12), "a nonzero 12.5 > 12"),
+        ("sm_90", FINE, Expected(nonzero=12.5), "ok"),
+        ("gfx942", FINE, Expected(nonzero=12), "ok"),
+        ("sm_90", FINE._replace(code=FINE.code._replace(barriers=2)), Expected(barriers=1), "barriers 2 > 1"),
+        ("sm_90", FINE._replace(code=FINE.code._replace(barriers=2)), Expected(), "ok"),
+        ("sm_90", FINE._replace(code=FINE.code._replace(spills=1)), Expected(0, **TILE, stage=1001),
+         "spills; shared < 3 stages of 1001"),
     ],
-)
+)  # fmt: skip
 def test_judge(target, compiled, expected, verdict):
-    assert judge(compiled, Launch(launches_nothing, (1,), {}, {"num_stages": 3}), target, expected) == verdict
+    launched = Launch(launches_nothing, (1,), {}, {"num_stages": 3})
+    assert judge(compiled, launched, target, expected, (3, 9)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("version", "columns", "verdict"), [((3, 6), 8, "ok"), ((3, 9), 8, "no HGMMA"), ((3, 6), 16, "no HGMMA")]
+)
+def test_judge_by_triton(version, columns, verdict):
+    launched = Launch(launches_nothing, (1,), {}, {"num_stages": 3})
+    assert judge(HMMA, launched, "sm_90", Expected(0, 64, columns, 1500), version) == verdict
 
 
 def test_specialisation():
@@ -155,10 +104,11 @@ def test_specialisation():
     assert of(3.0) == of(4.0)
 
 
-def test_table():
+def test_line():
     rows = [Row("problem", "_spmm_kernel", "sm_90", FINE, "ok"), Row("p", "_pack_kernel", "sm_80", None, "broken")]
-    header, first, second = audit.table(rows).splitlines()
-    assert header.split() == list(audit.HEADER)
+    header, first, second = map(audit.line, [audit.HEADER, *map(audit.cells, rows)])
+    assert len(audit.WIDTHS) == len(audit.HEADER)
+    assert header.split("  ")[0] == "problem"
     assert first.split() == [
         "problem",
         "spmm",
@@ -170,11 +120,45 @@ def test_table():
         "128:8",
         "32:1",
         "100",
+        "0",
         "3000",
         "ok",
     ]
     assert second.split() == ["p", "pack", "sm_80", "broken"]
     assert first.index("ok") == second.index("broken") == header.index("verdict")
+
+
+def test_a_nonzero_is_told_on_cuda_cores():
+    on_cuda_cores = FINE._replace(code=FINE.code._replace(tensor_cores={}))
+    at = audit.HEADER.index("a nonzero")
+    assert audit.cells(Row("p", "k", "sm_90", on_cuda_cores, "ok"))[at] == "12.50"
+    assert audit.cells(Row("p", "k", "sm_90", FINE, "ok"))[at] == ""
+
+
+def test_launches_are_made_for_the_target():
+    with aot.compiling_for(TARGETS["sm_86"]):
+        assert device.capability(torch.device("cpu")) == (8, 6)
+        assert device.shared_memory(torch.device("cpu")) == 99 << 10
+    assert device.capability(torch.device("cpu")) != (8, 6)
+
+
+def test_rows_are_told_as_they_come(monkeypatch):
+    told = threading.Event()
+
+    def compile_launch(launched):
+        assert launched.arguments["name"] == "first" or told.wait(5)
+        return FINE
+
+    def kernel(name):
+        return Problem(name, lambda: launch(launches_nothing, (1,), name=name, num_warps=4))
+
+    monkeypatch.setattr(audit, "missing", lambda: None)
+    monkeypatch.setattr(audit, "compile_launch", compile_launch)
+    monkeypatch.setattr("builtins.print", lambda text, **_: told.set() if text.startswith("first") else None)
+    expectations = {"launches_nothing": lambda _: Expected()}
+    file = io.StringIO()
+    assert audit.run([kernel("first"), kernel("second")], ["sm_80"], file, expectations=expectations) == 0
+    assert [row["problem"] for row in csv.DictReader(file.getvalue().splitlines())] == ["first", "second"]
 
 
 def process(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -208,51 +192,47 @@ def test_faults_are_found(tmp_path):
     status, rows = audited(tmp_path, *good, *bad)
     assert status == 1
     assert list(rows) == ["good", *bad]
-    assert rows["good"]["verdict"] == "ok"
+    good = rows["good"]
+    assert (good["kernel"], good["target"], good["spill"], good["verdict"]) == ("dot", "sm_90", "0", "ok")
+    assert good["tensor"].startswith("HGMMA:")
+    assert good["loads"].startswith("128:")
     found = {name: rows[name]["verdict"] for name in bad}
     assert all(fault in found[name] for name, fault in bad.items()), found
 
 
-@pytest.mark.slow
-def test_good_kernels_exit_with_0(tmp_path):
-    status, rows = audited(tmp_path, "good")
-    assert status == 0
-    (row,) = rows.values()
-    assert (row["kernel"], row["target"], row["spill"]) == ("dot", "sm_90", "0")
-    assert row["tensor"].startswith("HGMMA:")
-    assert row["loads"].startswith("128:")
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert audit.main(["--table"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "expected TRITON_INTERPRET to be unset" in err
 
 
-def test_the_interpreter_is_refused():
-    done = process("-m", "sparselottery.kernels.gpu.audit", TRITON_INTERPRET="1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "expected TRITON_INTERPRET to be unset" in done.stderr
+def test_nothing_to_audit(monkeypatch):
+    monkeypatch.setattr(audit, "missing", lambda: None)
+    assert audit.main(["--only", "no such problem"]) == 2
 
 
-def test_nothing_to_audit():
-    done = process("-m", "sparselottery.kernels.gpu.audit", "--only", "no such problem")
-    assert done.returncode == 2
+def test_a_table_holds_everything(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        audit.main(["--table", "--target", "sm_90"])
+    assert "expected no other option" in capsys.readouterr().err
 
 
-def test_a_target_that_triton_does_not_know():
-    code = (
-        "from sparselottery.kernels.gpu.audit import report as audit\n"
-        "audit.TARGETS['new'] = audit.TARGETS['sm_90']._replace(backend='new')\n"
-        "raise SystemExit(audit.run(audit.PROBLEMS[:1], ['new']))"
-    )
-    done = process("-c", code)
-    assert done.returncode == 2
-    assert "new skipped: " in done.stdout
+def test_a_target_that_triton_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr(audit, "missing", lambda: None)
+    monkeypatch.setitem(TARGETS, "new", TARGETS["sm_90"]._replace(backend="new"))
+    assert audit.run([], ["new"]) == 2
+    assert "new skipped: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", aot.TARGETS)
-def test_our_kernels(target):
-    done = process("-m", "sparselottery.kernels.gpu.audit", "--target", target)
-    assert done.returncode == 0, "\n".join(
-        [done.stderr, *(line for line in done.stdout.splitlines() if not line.endswith(" ok"))]
-    )
-
-
-def test_targets_are_described():
-    assert set(aot.TARGETS) == set(audit.TENSOR_CORES) == set(audit.WIDE)
+def test_a_kernel_compiles_to_what_the_table_says(tmp_path):
+    problem, kernel, path = "linear 1024 32x32 x4096 bf16", "block_sddmm", tmp_path / "rows.csv"
+    done = process("-m", "sparselottery.kernels.gpu.audit", "--only", problem, "--kernel", kernel, "--csv", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["target"] for row in rows] == list(TARGETS)
+    here = ".".join(map(str, aot.triton_version()))
+    if here in table.VERSIONS and table.triton_of(here) == triton.__version__:
+        assert rows == [row for row in table.rows(here) if (row["problem"], row["kernel"]) == (problem, kernel)]

@@ -4,7 +4,8 @@
     csr                   single surviving weights, on activations in batch-minor layout
     block                 blocks of (R, C) surviving weights, on tensor cores
     layout                activations between row-major and batch-minor
-    launch, audit         starting kernels; compiling all of them for GPUs that are not here
+    launch, device        starting kernels; what a GPU can do
+    audit                 compiling all of them for GPUs that are not here
 
 A plan is int32 metadata made once per pattern. It says for which blocks: (1, 1) is CSR.
 """

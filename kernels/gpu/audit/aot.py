@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..device import assumed
 from ..launch import Launch
 from .sass import Code, read_gcn, read_sass
 
@@ -24,19 +25,28 @@ from .sass import Code, read_gcn, read_sass
 
 
 class Target(NamedTuple):
-    """A GPU for which to compile: Triton's GPUTarget, and the shared memory a program may have there."""
+    """A GPU for which to compile: Triton's GPUTarget, and what `device` would say of it."""
 
     backend: str
     arch: int | str
     warp_size: int
-    shared: int
+    capability: tuple[int, int]
+    shared: int  # bytes a program may have
+    tensor_cores: str  # the opcode of sass.TENSOR_CORES that multiplies large tiles
+
+    @property
+    def wide(self) -> int:
+        """Bits of the loads of a thread by which tiles should come. AMD has twice the threads."""
+        return 64 if self.backend == "hip" else 128
 
 
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 << 10),
-    "sm_90": Target("cuda", 90, 32, 227 << 10),
-    "sm_100": Target("cuda", 100, 32, 227 << 10),
-    "gfx942": Target("hip", "gfx942", 64, 64 << 10),
+TARGETS = {  # sm_89 is as sm_86: the same limits, and the same code
+    "sm_80": Target("cuda", 80, 32, (8, 0), 163 << 10, "HMMA"),
+    "sm_86": Target("cuda", 86, 32, (8, 6), 99 << 10, "HMMA"),
+    "sm_90": Target("cuda", 90, 32, (9, 0), 227 << 10, "HGMMA"),
+    "sm_100": Target("cuda", 100, 32, (10, 0), 227 << 10, "UTCHMMA"),
+    "sm_120": Target("cuda", 120, 32, (12, 0), 99 << 10, "HMMA"),
+    "gfx942": Target("hip", "gfx942", 64, (9, 4), 64 << 10, "v_mfma"),
 }
 
 
@@ -61,6 +71,14 @@ class _Driver:
 
     def get_current_stream(self, device):
         return 0
+
+
+def triton_version() -> tuple[int, int]:
+    """(3, 9) of Triton 3.9.0."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 def missing() -> str | None:
@@ -90,7 +108,7 @@ def missing_for(target: Target) -> str | None:
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[None]:
-    """Within it `compile_launch` compiles for a target, and nothing comes from a cache of an earlier process."""
+    """Within it launches are made for a target and compiled for it; no code comes from an earlier process."""
     from triton.runtime.driver import driver
 
     cache_before, driver_before = os.environ.get("TRITON_CACHE_DIR"), driver._active  # None: not looked for yet
@@ -98,7 +116,8 @@ def compiling_for(target: Target) -> Iterator[None]:
         os.environ["TRITON_CACHE_DIR"] = folder
         driver.set_active(_Driver(target))
         try:
-            yield
+            with assumed(target.capability, target.shared):
+                yield
         finally:
             driver.set_active(driver_before)
             os.environ.pop("TRITON_CACHE_DIR")

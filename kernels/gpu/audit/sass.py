@@ -3,7 +3,8 @@
     read_sass(text)   what `cuobjdump -sass -res-usage` prints of one kernel
     read_gcn(text)    the assembly with which AMD's compiler ends
 
-Loads are counted where a kernel spends its time: in the innermost of the loops that load from global memory.
+Loads are counted where a kernel spends its time: in the innermost of the loops that load from global memory. So are
+barriers and, on CUDA cores, the instructions for each NONZERO multiply-adds: 4 / nonzero is the share of these.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import NamedTuple
 
 TMA = 1024  # stands for the bits of a bulk copy, which the instruction does not tell
 TENSOR_CORES = ("UTCHMMA", "HGMMA", "HMMA", "v_mfma")
+BARRIERS = ("BAR.SYNC", "s_barrier")
+FMAS = {"FFMA": 1, "FFMA2": 2, "v_fma_f32": 1, "v_fmac_f32": 1, "v_fma_mix_f32": 1, "v_pk_fma_f32": 2}
+NONZERO = 4  # a warp multiplies a weight by 128 samples, or two by 64
 
 
 class Code(NamedTuple):
@@ -28,6 +32,8 @@ class Code(NamedTuple):
     tensor_cores: dict[str, int]  # opcode of TENSOR_CORES -> instructions
     loads: dict[int, int]  # bits a thread -> loads from global memory, in the innermost loops that have any
     loop: int  # instructions in those loops
+    barriers: int  # of those, how many wait for the other threads of the program
+    nonzero: float  # instructions for NONZERO multiply-adds of a thread, in the loop that needs fewest; 0: has none
 
     def share(self, wide: int) -> float:
         """The share of the bytes of `loads` that comes `wide` or more bits at a time; 1 where nothing is loaded."""
@@ -41,7 +47,7 @@ class Instruction(NamedTuple):
     passes: bool  # may the next instruction follow it?
 
 
-_SASS_LINE = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_SASS_LINE = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)([^;&?]*)[^;]*;")  # scheduling: &req ?trans
 _SASS_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 _SASS_LOADS = {"LDG", "LDGSTS", "LD"}
 _SASS_TMA = {"UBLKCP", "UTMALDG"}
@@ -96,11 +102,19 @@ def _code(
 ) -> Code:  # fmt: skip
     bits = [bits_of(each.opcode) for each in instructions]
     loading = [loop for loop in _loops(instructions, places) if any(bits[at] for at in loop)]
-    hot = {at for loop in loading if not any(other < loop for other in loading) for at in loop}
+    innermost = [loop for loop in loading if not any(other < loop for other in loading)]
+    hot = set().union(*innermost)
     # Without a loop, all of it is.
     loads = Counter(bits[at] for at in (hot or range(len(bits))) if bits[at])
     opcodes = Counter(name for each in instructions for name in TENSOR_CORES if each.opcode.startswith(name))
-    return Code(*usage, dict(opcodes), dict(loads), len(hot))
+    barriers = sum(instructions[at].opcode.startswith(BARRIERS) for at in hot)
+    fmas = [sum(_fmas(instructions[at].opcode) for at in loop) for loop in innermost]
+    nonzeros = [NONZERO * len(loop) / each for loop, each in zip(innermost, fmas, strict=True) if each]
+    return Code(*usage, dict(opcodes), dict(loads), len(hot), barriers, min(nonzeros, default=0.0))
+
+
+def _fmas(opcode: str) -> int:
+    return FMAS.get(opcode.split(".")[0].removesuffix("_e32").removesuffix("_e64"), 0)
 
 
 def _loops(instructions: list[Instruction], places: dict[str, int]) -> list[set[int]]:
