@@ -60,8 +60,8 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
                 continue
             for twin, ms in zip(timed, _times(run, timed, inputs[run[0]]), strict=True):
                 layer = layers[twin]
-                layer.execution = _fastest(ms, twin.execution)
-                layer.measured = Measured(ms, left.pop(twin).shape, model.training)
+                measured = Measured(ms, left.pop(twin).shape, model.training)
+                layer.set_execution(_fastest(ms, twin.execution), measured)
 
 
 def _fastest(ms: dict[str, float], default: str) -> str:
