@@ -14,16 +14,19 @@ from .compact import live_indices, live_shape
 class Measured(NamedTuple):
     """Median milliseconds of each execution that a layer has, by `choose_execution`, with backward if `training`.
 
-    input_shape is the layer's; the times are those of the whole native call that the layer can be part of.
+    input_shape is the layer's; the times are those of the whole native call that the layer can be part of. `timed` is
+    "called", or "replayed" from CUDA graphs, and then says which execution was called none the less, and why.
     """
 
     ms: dict[str, float]
     input_shape: tuple[int, ...]
     training: bool
+    timed: str = "called"
 
     def __str__(self) -> str:
         times = ", ".join(f"{execution} {each:.3g} ms" for execution, each in self.ms.items())
-        return f"measured: {times} for {self.input_shape}, {'training' if self.training else 'inference'}"
+        how = ["training" if self.training else "inference", *([] if self.timed == "called" else [self.timed])]
+        return f"measured: {times} for {self.input_shape}, {', '.join(how)}"
 
 
 class Execution:
