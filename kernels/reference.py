@@ -37,6 +37,11 @@ def sddmm(gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> T
     return (gy.t() @ x)[row_indices(crow_indices, col_indices.numel()), col_indices]
 
 
+def relu_gradient(gy: Tensor, y: Tensor) -> Tensor:
+    """Of x in y = relu(x), as torch's: zero where y <= 0, even if gy is infinite; else gy, where y is NaN, too."""
+    return torch.where(y <= 0, 0, gy)
+
+
 # Packed activations: batch-minor (features, ld), ld >= N a multiple of the widest vector, columns N.. are zero.
 
 LANES = 16
@@ -108,7 +113,7 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
         if layer or need_x:
             gy = gy @ to_dense(values[layer], *index, h.shape[1])
         if layer:
-            gy = gy * (h > 0)
+            gy = relu_gradient(gy, h)
     if not need_x:
         return gy.new_empty(0), gvalues, gbias
     return (unpack(pack(gy), batch) if is_packed(x) else gy.contiguous()), gvalues, gbias
@@ -211,7 +216,7 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
     windows = windows.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).transpose(3, 4).flatten(4)
     best, which = windows.max(-1)
     if relu:
-        which = torch.where(best > 0, which, 255)
+        which = torch.where(best <= 0, 255, which)
     shape = winners_shape(*y.shape[:2], geometry, (y.shape[2], y.shape[3]), pool)
     winners = which.new_zeros((shape[0] * shape[-1], *best.shape[1:]), dtype=torch.uint8)
     winners[: len(x)] = which
@@ -229,7 +234,7 @@ def conv_backward(
     if pool > 1:
         gy = _unpooled(gy, winners, geometry.output_size(*x.shape[2:]), pool)
     elif relu:
-        gy = torch.where(y > 0, gy, 0)
+        gy = relu_gradient(gy, y)
     weight = conv_weight(values, crow_indices, col_indices, geometry)
     stride, padding, dilation = _steps(geometry)
     gx, gweight, gbias = torch.ops.aten.convolution_backward(

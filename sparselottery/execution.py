@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .graphs import WARM_UP, captured, on_another_stream
 from .nn import MaskedLayer, MaskedSequential, Measured, native_runs
 from .nn.compact import live_shape
 from .random_state import random_state_kept
@@ -19,7 +20,9 @@ from .timing import interleaved_ms
 MARGIN = 0.97  # another execution is chosen below this share of the time: noise alone changes nothing
 BURSTS, BURST_MS, LIMIT_MS = 7, 2.0, 200.0  # the limit is for each execution that a layer has besides its default
 
-_CACHE: dict[tuple, list[dict[str, float]]] = {}  # what `_times` found, in this process
+REPLAYED_ON = ("cuda",)  # types of devices
+
+_CACHE: dict[tuple, list[tuple[dict[str, float], str]]] = {}  # what `_times` found, in this process
 
 
 def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
@@ -28,9 +31,11 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
     A copy of the model is run once on `example_input`, a tensor or a tuple of the positional arguments, to see what
     each masked layer is given at its first call. Then each layer is timed on such an input, in all of its `executions`
     in turns: forward and backward if the model is in training mode, with the gradients that its training takes, else
-    forward; on a GPU call after call is queued, as in training. It is timed alone or, where a MaskedSequential makes
-    one native call of it and others (a chain of linear layers, a convolution with its ReLU and pooling), in that call,
-    the others in their default execution, the one of a layer for which none is set: a dense layer would break it up.
+    forward. On a GPU replays of CUDA graphs are timed: the Python of a call would outlast the kernels of a small layer.
+    What cannot be captured is called instead, and `why` says so. The layer is timed alone or, where a MaskedSequential
+    makes one native call of it and others (a chain of linear layers, a convolution with its ReLU and pooling), in that
+    call, the others in their default execution, the one of a layer for which none is set: a dense layer would break it
+    up.
     A layer keeps its default unless another execution is over 3 % faster; then it gets the fastest, or "dense" if that
     is within 3 % of it. This takes 0.3 s at most for each execution but the default, if single calls are shorter than
     30 ms, and nothing for calls like earlier ones of the process.
@@ -58,10 +63,9 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
             timed = [twin for twin in dict.fromkeys(run) if twin in left]
             if not timed or run[0] not in inputs:
                 continue
-            for twin, ms in zip(timed, _times(run, timed, inputs[run[0]]), strict=True):
-                layer = layers[twin]
-                layer.execution = _fastest(ms, twin.execution)
-                layer.measured = Measured(ms, left.pop(twin).shape, model.training)
+            for twin, (ms, how) in zip(timed, _times(run, timed, inputs[run[0]]), strict=True):
+                measured = Measured(ms, left.pop(twin).shape, model.training, how)
+                layers[twin].set_execution(_fastest(ms, twin.execution), measured)
 
 
 def _fastest(ms: dict[str, float], default: str) -> str:
@@ -109,8 +113,8 @@ def _fresh(arg: Any) -> Any:
     return arg.detach().clone().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else copy.deepcopy(arg)
 
 
-def _times(run: list[nn.Module], layers: list[MaskedLayer], like: _Like) -> list[dict[str, float]]:
-    """Milliseconds of a call of the run with each of these layers of it in each of its executions."""
+def _times(run: list[nn.Module], layers: list[MaskedLayer], like: _Like) -> list[tuple[dict[str, float], str]]:
+    """Milliseconds of a call of the run with each of these layers in each of its executions, and how it was timed."""
     kind = like.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     modules = [(repr(module), *((p.dtype, p.requires_grad) for p in module.parameters())) for module in run]
@@ -128,12 +132,20 @@ def _times(run: list[nn.Module], layers: list[MaskedLayer], like: _Like) -> list
             twin = copy.deepcopy(layer)
             twin.execution = execution
             calls.append(_call([twin if module is layer else module for module in run], x))
+        refusals = [""] * len(calls)
+        if replayed := kind in REPLAYED_ON:
+            calls, refusals = zip(*(_replayed(call, like.device) for call in calls), strict=True)
         limits = {"bursts": BURSTS, "burst_ms": BURST_MS, "limit_ms": LIMIT_MS * len(others)}
         if kind == "cuda":
             limits["synchronize"] = partial(torch.cuda.synchronize, like.device)
         default_ms, *others_ms = interleaved_ms(*calls, **limits)
-        found = dict(zip(others, others_ms, strict=True))
-        _CACHE[key] = [{each: found.get((layer, each), default_ms) for each in layer.executions} for layer in layers]
+        found = dict(zip(others, zip(others_ms, refusals[1:], strict=True), strict=True))
+        _CACHE[key] = []
+        for layer in layers:
+            each = {name: found.get((layer, name), (default_ms, refusals[0])) for name in layer.executions}
+            refused = [f"; {name} called: {why}" for name, (_, why) in each.items() if why]
+            how = "replayed" + "".join(refused) if replayed else "called"
+            _CACHE[key].append(({name: ms for name, (ms, _) in each.items()}, how))
     return _CACHE[key]
 
 
@@ -150,3 +162,13 @@ def _call(run: list[nn.Module], x: Tensor) -> Callable[[], None]:
             torch.autograd.grad(y, needed, gy)
 
     return call
+
+
+def _replayed(call: Callable[[], None], device: torch.device) -> tuple[Callable[[], object], str]:
+    """The call as replays of a CUDA graph of it; or as it is, and why it cannot be captured."""
+    for _ in range(WARM_UP):
+        on_another_stream(call, device)
+    try:
+        return captured(call, device), ""
+    except RuntimeError as error:  # of CUDA, or of an operator that waits for the device
+        return call, str(error).partition("\n")[0]

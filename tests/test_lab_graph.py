@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparselottery.graphs import WARM_UP
 from sparselottery.lab import graph
-from sparselottery.lab.graph import WARM_UP, GraphedStep
+from sparselottery.lab.graph import GraphedStep
 
 CPU = torch.device("cpu")
 
@@ -41,8 +42,8 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     fake = Fake()
-    monkeypatch.setattr(graph, "_on_another_stream", fake.on_another_stream)
-    monkeypatch.setattr(graph, "_captured", fake.captured)
+    monkeypatch.setattr(graph, "on_another_stream", fake.on_another_stream)
+    monkeypatch.setattr(graph, "captured", fake.captured)
     return fake
 
 

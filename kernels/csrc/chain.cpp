@@ -256,7 +256,7 @@ void input_gradient(const Args& a, const Schedule& s, const Layer& layer, bool h
             if (hidden)
                 for (int64_t r = 0; r < height; ++r)
                     for (int64_t n = 0; n < width; ++n)
-                        gx[r * ldgx + n] = x[r * layer.ld_input + n] > 0 ? gx[r * ldgx + n] : T(0);
+                        gx[r * ldgx + n] = x[r * layer.ld_input + n] <= 0 ? T(0) : gx[r * ldgx + n];
             if (row_major)
                 unpack<T>(gx, ldgx, height, std::min(width, a.batch - tile.begin),
                           static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);

@@ -22,9 +22,9 @@ INLINE void move_block(int rows, int columns, bool fill, From from, To to, Gate 
         Vec<T> v = {};
         if (r < rows && columns == W) {
             v = load<T>(from(r));
-            if (GATED) v = load<T>(gate(r)) > 0 ? v : Vec<T>{};
+            if (GATED) v = load<T>(gate(r)) <= 0 ? Vec<T>{} : v;
         } else if (r < rows) {
-            for (int c = 0; c < columns; ++c) v[c] = !GATED || gate(r)[c] > 0 ? from(r)[c] : T(0);
+            for (int c = 0; c < columns; ++c) v[c] = GATED && gate(r)[c] <= 0 ? T(0) : from(r)[c];
         }
         store<T>(in + r * W, v);
     }
@@ -56,10 +56,10 @@ void pack_images(const Images<const T>& x, const T* gate, int64_t first, int64_t
                 const T *source = data + c * x.channel + row * x.pixel, *g = other + c * x.channel + row * x.pixel;
                 T* target = packed + c * plane + place[row];
                 if (step == 1 && x.pixel == 1)
-                    for (int64_t i = 0; i < x.width; ++i) target[i] = !GATED || g[i] > 0 ? source[i] : T(0);
+                    for (int64_t i = 0; i < x.width; ++i) target[i] = GATED && g[i] <= 0 ? T(0) : source[i];
                 else
                     for (int64_t i = 0; i < x.width; ++i)
-                        packed[c * plane + place[row + i]] = !GATED || g[i * x.pixel] > 0 ? source[i * x.pixel] : T(0);
+                        packed[c * plane + place[row + i]] = GATED && g[i * x.pixel] <= 0 ? T(0) : source[i * x.pixel];
             }
         return;
     }

@@ -38,7 +38,7 @@ void pool_plane(T* plane, int64_t pitch, int64_t lanes, const Windows& w, bool r
                     const T v = window[k / w.pool * pitch + k % w.pool];
                     if (v > best || v != v) best = v, which = k;
                 }
-                *winner++ = uint8_t(relu && !(best > 0) ? kNobody : which);
+                *winner++ = uint8_t(relu && best <= 0 ? kNobody : which);
                 *out++ = relu && best < 0 ? T(0) : best;
             }
         return;
@@ -56,7 +56,7 @@ void pool_plane(T* plane, int64_t pitch, int64_t lanes, const Windows& w, bool r
                     which = better ? I{} + k : which;
                 }
                 if (relu) {
-                    which = best > 0 ? which : I{} + kNobody;
+                    which = best <= 0 ? I{} + kNobody : which;
                     best = best < 0 ? Vec<T>{} : best;
                 }
                 store<T>(out + lane, best);

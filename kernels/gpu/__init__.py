@@ -13,6 +13,7 @@ A plan is int32 metadata made once per pattern. It says for which blocks: (1, 1)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     block: tuple[int, int]
 
 
+@cache
 def available() -> bool:
     return find_spec("triton") is not None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # steps before the capture, as PyTorch advises
+from ..graphs import WARM_UP, captured, on_another_stream
 
 
 class GraphedStep:
@@ -28,32 +28,14 @@ class GraphedStep:
         self._lr.fill_(self._default_lr if lr is None else lr)
         if self._calls < WARM_UP:
             self._calls += 1
-            _on_another_stream(lambda: self.eager(x, y, self._lr), self._lr.device)
+            on_another_stream(lambda: self.eager(x, y, self._lr), self._lr.device)
             return
         if self._replay is None:
             self._x, self._y = x.clone(), y.clone()
-            self._replay = _captured(lambda: self.eager(self._x, self._y, self._lr), self._lr.device)
+            self._replay = captured(lambda: self.eager(self._x, self._y, self._lr), self._lr.device)
         if (x.shape, y.shape) != (self._x.shape, self._y.shape):
             self.eager(x, y, self._lr)
             return
         self._x.copy_(x)
         self._y.copy_(y)
         self._replay()
-
-
-def _on_another_stream(work: Callable[[], None], device: torch.device) -> None:
-    """Runs it where captures may run, too: not on the default stream, which autograd would remember."""
-    with torch.cuda.device(device):
-        current, other = torch.cuda.current_stream(), torch.cuda.Stream()
-        other.wait_stream(current)
-        with torch.cuda.stream(other):
-            work()
-        current.wait_stream(other)
-
-
-def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What repeats the work on the tensors that it is given now; it is not done by the capture itself."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        work()
-    return graph.replay

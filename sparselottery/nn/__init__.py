@@ -1,7 +1,8 @@
 """Layers that store and multiply only the surviving weights."""
 
-from .base import EXECUTIONS, NATIVE, MaskedLayer, Measured
+from .base import MaskedLayer
 from .conv import MaskedConv2d, geometry_of
+from .executions import EXECUTIONS, NATIVE, Measured
 from .linear import MaskedLinear
 from .runs import count_packs, native_runs
 from .sequential import MaskedSequential

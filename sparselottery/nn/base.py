@@ -1,34 +1,21 @@
-"""What the masked layers share: values and their pattern, the dense layer's arguments, checkpoints of both kinds."""
+"""What the masked layers share: values and their pattern, the dense layer's arguments, a choice of execution."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..kernels.reference import Geometry
-from ..pattern import BLOCKS, Pattern, block_of, matrix_shape
-from .compact import live_indices, live_shape
-
-EXECUTIONS = ("sparse", "block", "compact", "dense")
-NATIVE = ("sparse", "block")  # on our kernels; the others are PyTorch's dense operators
-
-
-class Measured(NamedTuple):
-    """Median milliseconds of each execution that a layer has, by `choose_execution`, with backward if `training`.
-
-    input_shape is the layer's; the times are those of the whole native call that the layer can be part of.
-    """
-
-    ms: dict[str, float]
-    input_shape: tuple[int, ...]
-    training: bool
+from ..pattern import Pattern, block_of, matrix_shape
+from .checkpoint import CheckpointedLayer
+from .dense import DenseWeight, smallest
+from .executions import BY_NAME, EXECUTIONS, Measured, of
 
 
-class MaskedLayer(nn.Module):
+class MaskedLayer(CheckpointedLayer):
     """A layer over a fixed mask, in which only the surviving entries of its weight (O, ...) exist.
 
     `values` (nnz,) is the parameter, in CSR order of the weight as a matrix (O, I), I all its other dimensions;
@@ -69,6 +56,7 @@ class MaskedLayer(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self._execution: str | None = None  # not chosen
         self.measured: Measured | None = None
+        self.block = (1, 1)
         self._mask_block: tuple[int, int] | None = None  # not looked for
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         self.register_parameter("bias", None)
@@ -148,17 +136,21 @@ class MaskedLayer(nn.Module):
 
     @execution.setter
     def execution(self, execution: str | None) -> None:
+        self.set_execution(execution)
+
+    def set_execution(self, execution: str | None, measured: Measured | None = None) -> None:
+        """Set `execution`, and `measured` to what it was chosen by."""
         if execution not in (*EXECUTIONS, None):
             raise ValueError(f"execution: expected one of {EXECUTIONS}, got {execution!r}")
-        if execution and (why := self._why_not(execution)):
+        if execution and (why := BY_NAME[execution].why_not(self)):
             raise ValueError(f"execution: expected one of {self.executions}, got {execution!r}: {why}")
-        self._execution, self.measured = execution, None
+        self._execution, self.measured = execution, measured
         self._prepare()
 
     @property
     def executions(self) -> tuple[str, ...]:
         """Those that are possible for this layer on its device."""
-        return tuple(execution for execution in EXECUTIONS if self._why_not(execution) is None)
+        return tuple(name for name, execution in BY_NAME.items() if execution.why_not(self) is None)
 
     @property
     def why(self) -> str:
@@ -166,36 +158,15 @@ class MaskedLayer(nn.Module):
         if self._whole:
             return "nothing is pruned"
         if self.measured is not None:
-            ms, shape, training = self.measured
-            times = ", ".join(f"{execution} {each:.3g} ms" for execution, each in ms.items())
-            return f"measured: {times} for {shape}, {'training' if training else 'inference'}"
+            return str(self.measured)
         if self._execution is None:
             return "not measured"
-        refused = self._why_not(self._execution)
+        refused = BY_NAME[self._execution].why_not(self)
         return "set by hand" if refused is None else f"not {self._execution}, as was set: {refused}"
 
     @property
     def _whole(self) -> bool:
         return self.nnz == math.prod(self.shape)
-
-    def _why_not(self, execution: str) -> str | None:
-        """Why an execution is not possible here; None if it is."""
-        if self._whole and execution != "dense":
-            return "nothing is pruned"
-        if execution == "compact" and self.groups > 1:
-            return "its channels are in groups"
-        if execution == "compact" and live_shape(self.pattern, self.shape) == self.shape:
-            return "every row and every column has survivors"
-        if execution == "block":
-            device = self.values.device
-            taken = [block for block in BLOCKS if ops.takes_block(block, device, self.geometry)]
-            if not taken:
-                return f"there are no kernels for blocks of such a layer on {device.type}"
-            if self._find_block() == (1, 1):
-                return "its mask does not consist of whole blocks"
-            if self._find_block() not in taken:
-                return f"there are no kernels for its blocks, {self._find_block()}, on {device.type}"
-        return None
 
     def _find_block(self) -> tuple[int, int]:
         """(R, C) of the blocks that the mask consists of: looked for once, and only where there are kernels for any."""
@@ -211,30 +182,35 @@ class MaskedLayer(nn.Module):
 
         May synchronise with the device, so that forward never has to.
         """
-        if self._whole:
-            self._present = "dense"
-        elif self._execution and self._why_not(self._execution) is None:
-            self._present = self._execution
-        else:
-            self._present = "block" if self._why_not("block") is None else "sparse"
-        block = self._find_block() if self._present == "block" else (1, 1)
-        if self._present not in NATIVE:
-            self.plan = self._no_plan()
-        elif not self.plan.numel() or block != self.block:
-            self.plan = self._compile(self.pattern, block)
-        self.block = block
-        self._rows = self._columns = self._positions = None
-        if self._present == "compact":
-            self._rows, self._columns, self._positions = live_indices(self.pattern, self.shape)
-        elif self._present == "dense" and not self._whole:
-            self._positions = self.pattern.positions()
+        execution = of(self, self._execution)
+        self._present = execution.name
+        self._rows = self._columns = self._positions = self._dense = None
+        if not execution.native:
+            self.plan, self.block = self._no_plan(), (1, 1)
+        execution.prepare(self)
+
+    def _use_plan(self, block: tuple[int, int]) -> None:
+        """For kernels that multiply blocks (R, C)."""
+        if not self.plan.numel() or block != self.block:
+            self.plan, self.block = self._compile(self.pattern, block), block
+
+    def _use_dense_weight(self, positions: Tensor, shape: tuple[int, ...]) -> None:
+        """For PyTorch's operators: a weight of this shape with the values at these positions of it, flattened."""
+        self._positions = smallest(positions, math.prod(shape))
+        self._dense = DenseWeight(self.values, shape)
 
     def _dense_weight(self) -> Tensor:
         """`weight` for a dense execution, its live part for a compact one: a view of `values` if nothing is pruned."""
-        if self._whole:
-            return self.values.view(self.shape)
-        shape = self.shape if self._rows is None else (len(self._rows), len(self._columns), *self.shape[2:])
-        return self.values.new_zeros(math.prod(shape)).scatter(0, self._positions, self.values).view(shape)
+        return self.values.view(self.shape) if self._dense is None else self._dense(self.values, self._positions)
+
+    def _follow_values(self) -> None:
+        if self._dense is not None:
+            self._dense.follow(self.values)
+
+    def train(self, mode: bool = True) -> MaskedLayer:
+        if self._dense is not None:
+            self._dense.doubt()  # what trained or loaded the values may not have shown
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         """Module.to and the like; on another type of device other kernels run, by another plan."""
@@ -242,6 +218,7 @@ class MaskedLayer(nn.Module):
         super()._apply(fn, recurse)
         if "meta" not in (types := {before, self.crow_indices.device.type}) and len(types) > 1:
             self._prepare_anew(changed=True)
+        self._follow_values()
         return self
 
     def _prepare_anew(self, changed: bool) -> None:
@@ -250,39 +227,6 @@ class MaskedLayer(nn.Module):
             self._execution = self.measured = None
         self.plan, self._mask_block = self._no_plan(), None
         self._prepare()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """Loads values with their indices (which may differ from ours), or a dense `weight`, read at our mask."""
-        dense = state_dict.pop(prefix + "weight", None)
-        if dense is not None:
-            if tuple(dense.shape) != self.shape:
-                errors.append(f"size mismatch for {prefix}weight: expected {self.shape}, got {tuple(dense.shape)}")
-                return
-            state_dict[prefix + "values"] = self.pattern.gather(dense.flatten(1))
-            state_dict |= {prefix + "crow_indices": self.crow_indices, prefix + "col_indices": self.col_indices}
-        elif names := [name for name in ("values", "crow_indices", "col_indices") if prefix + name in state_dict]:
-            if len(names) < 3:
-                errors.append(f"{prefix}: expected values, crow_indices and col_indices together, got {names}")
-                return
-            try:
-                if state_dict[prefix + "values"].shape != state_dict[prefix + "col_indices"].shape:
-                    raise ValueError("values: expected as many as col_indices")
-                indices = (state_dict[prefix + name] for name in ("crow_indices", "col_indices"))
-                self._adopt(Pattern(*indices, self.pattern.shape))
-            except ValueError as error:
-                errors.append(f"{prefix}: {error}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def _adopt(self, pattern: Pattern) -> None:
-        """Take over another pattern of the same shape; values are resized, their content is the caller's to set."""
-        device = self.values.device
-        pattern = Pattern(pattern.crow_indices.to(device), pattern.col_indices.to(device), pattern.shape).validate()
-        before = self.crow_indices, self.col_indices
-        self.crow_indices, self.col_indices = pattern.crow_indices.clone(), pattern.col_indices.clone()
-        if self.nnz != pattern.nnz:
-            self.values.data, self.values.grad = self.values.new_empty(pattern.nnz), None
-        self._prepare_anew(changed=not all(map(torch.equal, before, (self.crow_indices, self.col_indices))))
 
     def extra_repr(self) -> str:
         arguments = "".join(f"{name}={getattr(self, name)!r}, " for name in self.arguments)

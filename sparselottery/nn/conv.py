@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..kernels.reference import Geometry, Norm, image_format
 from ..pattern import Pattern
-from .base import NATIVE, MaskedLayer
+from .base import MaskedLayer
 from .compact import gather, spread
+from .executions import NATIVE
 
 
 class MaskedConv2d(MaskedLayer):

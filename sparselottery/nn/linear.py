@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..pattern import Pattern
-from .base import NATIVE, MaskedLayer
+from .base import MaskedLayer
 from .compact import gather, spread
+from .executions import NATIVE
 
 
 class MaskedLinear(MaskedLayer):

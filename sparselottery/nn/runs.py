@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from .base import NATIVE, MaskedLayer
+from .base import MaskedLayer
+from .executions import NATIVE
 from .linear import MaskedLinear
 from .sequential import MaskedSequential, _native, _run_end, _stays_batch_minor
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .base import NATIVE
 from .conv import MaskedConv2d, run_conv
+from .executions import NATIVE
 from .linear import MaskedLinear, run_chain
 
 # Between two masked layers these keep the strides of their input, so it may stay batch-minor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ LIBRARY.define(
     "Tensor[] col_indices, Tensor[] plans, int[] blocks, bool need_x, bool[] need_values, bool[] need_bias) "
     "-> (Tensor, Tensor[], Tensor[])"
 )
+LARGE = 2**16  # elements of an input, from which keeping it but once is worth ten microseconds
 _CHAIN, _CHAIN_BACKWARD = torch.ops.sparselottery.chain.default, torch.ops.sparselottery.chain_backward.default
 
 
@@ -74,7 +76,10 @@ def chain(
         biases = [x.new_zeros(c.shape[0] - 1) if b is None else b for b, c in zip(biases, crow_indices, strict=True)]
         return _CHAIN(x, values, biases, *indices, batch_minor, grad)[0]
     if grad:
-        return _Chain.apply(x, indices, batch_minor, *values, *biases)
+        y = _Chain.apply(x, indices, batch_minor, *values, *biases)
+        if x.numel() >= LARGE and y.grad_fn is not None:
+            _keep_one_copy(y.grad_fn)
+        return y
     return (_chain_impl if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
 
 
@@ -95,6 +100,8 @@ class _Chain(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 y, saved = _CHAIN(*args)
         _save(ctx, x, values, biases, indices, saved)
+        if x.numel() >= LARGE:
+            ctx.copied = saved, x.shape
         return y.data if batch_minor else y  # not a view: it may be modified in place
 
     @staticmethod
@@ -107,6 +114,22 @@ class _Chain(torch.autograd.Function):
 def _save(ctx, x, values, biases, indices, saved):
     ctx.save_for_backward(x, saved, *values, *biases)
     ctx.indices, ctx.layers = indices, len(values)
+
+
+def _keep_one_copy(ctx):
+    """Where `saved` begins with x, packed, x is not kept as well. Backward then reads its sizes alone, or the copy."""
+    (saved, (batch, features)), ctx.copied = ctx.copied, None
+    ld = reference.leading_dim(batch)
+    if saved.numel() == ld * sum(crow.shape[0] - 1 for crow in ctx.indices[0][:-1]):
+        return
+
+    def restored(_):
+        if torch.is_grad_enabled():  # gradients of gradients read x; autograd knows where it came from
+            return reference.unpack(saved[: features * ld].view(features, ld), batch)
+        return saved.as_strided((batch, features), (features, 1))
+
+    with suppress(RuntimeError):  # hooks of the caller have it already: they decide
+        ctx._raw_saved_tensors[0].register_hooks(lambda x: None, restored)
 
 
 def _backward(ctx, gy, need_x, need_values, need_biases):

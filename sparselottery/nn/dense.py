@@ -1,0 +1,139 @@
+"""The dense weight that a dense or compact execution multiplies: one buffer, written to only when values change."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..pattern import MAX_INT32
+
+
+def smallest(positions: Tensor, size: int) -> Tensor:
+    """Positions in a tensor of `size` elements: int32 where these hold them, 4 bytes a value to keep and to read."""
+    return positions.to(torch.int32) if size <= MAX_INT32 else positions
+
+
+def scatter(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A new weight with the values (nnz,) at the positions and zeros elsewhere; differentiable by any transform."""
+    return values.new_zeros(math.prod(shape)).scatter(0, positions, values).view(shape)
+
+
+class _State(NamedTuple):
+    """What a buffer holds: the values as they were at `address` in `version`."""
+
+    weight: Tensor
+    version: int | None  # None: unknown
+    address: int
+    memory: Tensor  # at the address: while it is referenced no other values can get there
+    stream: int | None  # on which the weight is up to date; None: the values may have changed unnoticed
+
+
+class DenseWeight:
+    """Gives the weight of `shape` that has `values` at positions, zeros elsewhere, from a buffer that it keeps.
+
+    Nothing but values is ever written, and the zeros stay. In training every forward writes them; without gradients
+    none does, unless the values changed since the last. The version counter of the buffer moves when the values did:
+    a backward that needs an older weight raises, as it does for nn.Linear.
+
+    A change shows as another version or another address. Changes through `values.data` in place, or by replays of a
+    CUDA graph that the layer is no part of, do not show; `doubt` makes the next forward write.
+    Threads may share it: what they write is the same, and a state is replaced as a whole.
+    """
+
+    def __init__(self, values: nn.Parameter, shape: tuple[int, ...]) -> None:
+        self._values, self._shape = values, shape
+        self._state: _State | None = None
+        self._captured = False
+
+    def __reduce__(self) -> tuple:
+        return DenseWeight, (self._values, self._shape)  # a copy has no buffer yet
+
+    def follow(self, values: nn.Parameter) -> None:
+        """The layer was moved or loaded: a buffer of another device or dtype is dropped."""
+        self._values = values
+        self.doubt()
+        if self._state is not None and not _alike(self._state.weight, values):
+            self._state = None
+
+    def doubt(self) -> None:
+        """The values may have changed unnoticed."""
+        if self._state is not None:
+            self._state = self._state._replace(stream=None)
+
+    def __call__(self, values: Tensor, positions: Tensor) -> Tensor:
+        """The weight for values (nnz,) at positions (nnz,), differentiable in the values.
+
+        It is a new tensor for values that are not the layer's parameter, which other tensors replace in
+        functional_call, parametrisations and replicas, and wherever somebody traces or transforms.
+        """
+        if values is not self._values or not _plainly(values):
+            return scatter(values, positions, self._shape)
+        capturing = _capturing(values)
+        state = self._state
+        if state is None or not _alike(state.weight, values):
+            if capturing:  # memory of the graph is not for later calls
+                return scatter(values, positions, self._shape)
+            with torch.inference_mode(False):
+                weight = torch.zeros(self._shape, dtype=values.dtype, device=values.device)
+            state = _State(weight, None, 0, weight, None)
+        version = None if values.is_inference() else values._version
+        same = version is not None and (version, values.data_ptr()) == (state.version, state.address)
+        stream = _stream(values)
+        learning = values.requires_grad and torch.is_grad_enabled()
+        # A replay must see the values of its time, unless they are frozen.
+        if same and state.stream == stream and not learning and not (capturing and values.requires_grad):
+            return state.weight
+        flat = state.weight.view(-1)
+        with torch.autograd._unsafe_preserve_version_counter(flat) if same else nullcontext():
+            if learning:
+                weight = _Write.apply(values, flat, positions).view(self._shape)
+            else:
+                weight = state.weight
+                flat.scatter_(0, positions, values)
+        if capturing:  # nothing is written yet, and replays will write unseen
+            self._captured, version = True, None
+        up_to_date = None if learning or self._captured else stream
+        self._state = _State(state.weight, version, values.data_ptr(), values.detach(), up_to_date)
+        return weight
+
+
+class _Write(torch.autograd.Function):
+    """values (nnz,) -> the buffer with these at the positions; its gradient is gathered there."""
+
+    @staticmethod
+    def forward(ctx, values, flat, positions):
+        ctx.positions = positions
+        flat.scatter_(0, positions, values)
+        return flat.detach()  # shares the version counter of the buffer
+
+    @staticmethod
+    def backward(ctx, gweight):
+        return gweight.index_select(0, ctx.positions), None, None
+
+
+def _capturing(values: Tensor) -> bool:
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(values: Tensor) -> int:
+    return torch._C._cuda_getCurrentRawStream(values.get_device()) if values.is_cuda else 0
+
+
+def _alike(weight: Tensor, values: Tensor) -> bool:
+    return weight.dtype == values.dtype and weight.device == values.device
+
+
+def _plainly(values: Tensor) -> bool:
+    """Is this a parameter with memory of its own, in a call that nobody traces or transforms?"""
+    return not (
+        torch.compiler.is_compiling()
+        or type(values) is not nn.Parameter
+        or values.is_meta
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )

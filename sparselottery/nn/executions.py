@@ -1,0 +1,122 @@
+"""The executions of masked layers, an object each: whether a layer has it, and what the layer keeps for it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+from torch import nn
+
+from .. import ops
+from ..pattern import BLOCKS
+from .compact import live_indices, live_shape
+
+
+class Measured(NamedTuple):
+    """Median milliseconds of each execution that a layer has, by `choose_execution`, with backward if `training`.
+
+    input_shape is the layer's; the times are those of the whole native call that the layer can be part of. `timed` is
+    "called", or "replayed" from CUDA graphs, and then says which execution was called none the less, and why.
+    """
+
+    ms: dict[str, float]
+    input_shape: tuple[int, ...]
+    training: bool
+    timed: str = "called"
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{execution} {each:.3g} ms" for execution, each in self.ms.items())
+        how = ["training" if self.training else "inference", *([] if self.timed == "called" else [self.timed])]
+        return f"measured: {times} for {self.input_shape}, {', '.join(how)}"
+
+
+class Execution:
+    """A way in which the forward of a masked layer runs."""
+
+    name: ClassVar[str]
+    native: ClassVar[bool] = False  # on our kernels; the others are PyTorch's dense operators
+
+    @staticmethod
+    def why_not(layer: nn.Module) -> str | None:
+        """Why it is not possible for a layer where this is now; None if it is."""
+        return "nothing is pruned" if layer._whole else None
+
+    @staticmethod
+    def prepare(layer: nn.Module) -> None:
+        """Sets what the layer's forward needs. The layer holds nothing of another execution but its plan."""
+        raise NotImplementedError
+
+
+class Sparse(Execution):
+    name, native = "sparse", True
+
+    @staticmethod
+    def prepare(layer: nn.Module) -> None:
+        layer._use_plan((1, 1))
+
+
+class Block(Execution):
+    name, native = "block", True
+
+    @staticmethod
+    def why_not(layer: nn.Module) -> str | None:
+        if layer._whole:
+            return "nothing is pruned"
+        device = layer.values.device
+        taken = [block for block in BLOCKS if ops.takes_block(block, device, layer.geometry)]
+        if not taken:
+            return f"there are no kernels for blocks of such a layer on {device.type}"
+        if layer._find_block() == (1, 1):
+            return "its mask does not consist of whole blocks"
+        if layer._find_block() not in taken:
+            return f"there are no kernels for its blocks, {layer._find_block()}, on {device.type}"
+        return None
+
+    @staticmethod
+    def prepare(layer: nn.Module) -> None:
+        layer._use_plan(layer._find_block())
+
+
+class Compact(Execution):
+    name = "compact"
+
+    @staticmethod
+    def why_not(layer: nn.Module) -> str | None:
+        if layer._whole:
+            return "nothing is pruned"
+        if layer.groups > 1:
+            return "its channels are in groups"
+        if live_shape(layer.pattern, layer.shape) == layer.shape:
+            return "every row and every column has survivors"
+        return None
+
+    @staticmethod
+    def prepare(layer: nn.Module) -> None:
+        layer._rows, layer._columns, positions = live_indices(layer.pattern, layer.shape)
+        layer._use_dense_weight(positions, (len(layer._rows), len(layer._columns), *layer.shape[2:]))
+
+
+class Dense(Execution):
+    name = "dense"
+
+    @staticmethod
+    def why_not(layer: nn.Module) -> str | None:
+        return None
+
+    @staticmethod
+    def prepare(layer: nn.Module) -> None:
+        if not layer._whole:  # else the values are the weight
+            layer._use_dense_weight(layer.pattern.positions(), layer.shape)
+
+
+BY_NAME = {execution.name: execution for execution in (Sparse, Block, Compact, Dense)}
+EXECUTIONS = tuple(BY_NAME)
+NATIVE = tuple(name for name, execution in BY_NAME.items() if execution.native)
+
+
+def of(layer: nn.Module, wish: str | None) -> type[Execution]:
+    """What a layer for which `wish` is set runs by: that if it is possible, else "block" if that is, else "sparse"."""
+    if layer._whole:
+        return Dense
+    if wish and BY_NAME[wish].why_not(layer) is None:
+        return BY_NAME[wish]
+    return Block if Block.why_not(layer) is None else Sparse

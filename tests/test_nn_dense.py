@@ -1,0 +1,207 @@
+"""The buffer of dense and compact executions: when it is written, and what its gradients are."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from denses import BUILT, Writes, X, assert_right, conv, expected, in_place, linear, mask_of
+from torch import nn
+
+from sparselottery import MaskedLinear
+from sparselottery.nn import dense as module
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    return Writes(monkeypatch)
+
+
+@pytest.mark.parametrize("execution", ["dense", "compact"])
+@pytest.mark.parametrize("name", BUILT)
+def test_trains_as_the_sparse_layer_does(name, execution, writes):
+    make, x = BUILT[name]
+    torch.manual_seed(2)
+    ours = make(execution, dtype=torch.float64)
+    reference = copy.deepcopy(ours)
+    reference.execution = "sparse"
+    x, losses = x.double(), []
+    for layer in (ours, reference):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            inputs = x.clone().requires_grad_()
+            loss = layer(inputs).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [loss.detach(), inputs.grad, layer.values.grad.clone()]
+        losses.append(layer(x).detach())
+        if layer is ours:
+            assert writes == {"written": 4, "made": 0}
+    half = len(losses) // 2
+    torch.testing.assert_close(losses[:half], losses[half:])
+
+
+@pytest.mark.parametrize("execution", ["dense", "compact"])
+@pytest.mark.parametrize("how", ["frozen", "no_grad", "inference_mode"])
+def test_values_that_stay_are_written_once(how, execution, writes):
+    layer = linear(execution)
+    layer.values.requires_grad_(how != "frozen")
+    with {"frozen": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[how]():
+        first, second = layer(X), layer(X)
+        assert writes == {"written": 1, "made": 0}
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected(layer, X))
+
+
+def replaced(layer):
+    layer.values.data = layer.values.data * 2
+
+
+def twice_replaced(layer):
+    """The third may come to stand where the first did."""
+    layer.values.data = layer.values.data * 2
+    layer.values.data = layer.values.data * 2
+
+
+def in_inference(layer):
+    with torch.inference_mode():
+        layer.values.mul_(3)
+
+
+def initialised(layer):
+    layer.reset_parameters()
+
+
+def loaded(layer):
+    layer.load_state_dict(MaskedLinear(5, 4, mask_of()).state_dict())
+
+
+def assigned(layer):
+    layer.load_state_dict(MaskedLinear(5, 4, mask_of()).state_dict(), assign=True)
+
+
+def another_pattern(layer):
+    layer.load_state_dict(MaskedLinear(5, 4, torch.eye(4, 5).bool()).state_dict())
+
+
+def dense_loaded(layer):
+    layer.load_state_dict(nn.Linear(5, 4).state_dict())
+
+
+def stepped(layer):
+    trained = layer.values.requires_grad_()
+    trained.grad = torch.ones_like(trained)
+    torch.optim.Adam([trained], lr=0.1).step()
+    trained.requires_grad_(False)
+
+
+def unseen_then_eval(layer):
+    layer.values.data.mul_(3)
+    layer.eval()
+
+
+CHANGES = [replaced, twice_replaced, in_place, in_inference, initialised, loaded, assigned, another_pattern,
+           dense_loaded, stepped, unseen_then_eval]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("trained", [True, False])
+def test_every_change_is_seen(change, trained):
+    layer = linear()
+    layer.values.requires_grad_(trained)
+    for grad in (False, True, False):
+        with torch.set_grad_enabled(grad):
+            before = layer(X)
+            change(layer)
+            assert_right(layer)
+            assert not torch.equal(layer(X), before)
+
+
+def test_in_training_even_changes_that_no_version_shows():
+    layer = linear()
+    layer(X)
+    layer.values.data.mul_(3)
+    assert_right(layer)
+
+
+def test_two_forwards_then_two_backwards():
+    layer, x = linear(), X.clone().requires_grad_()
+    grads = torch.autograd.grad(layer(x).sum() + layer(x.tanh()).square().sum(), [x, layer.values])
+    wanted = torch.autograd.grad(expected(layer, x).sum() + expected(layer, x.tanh()).square().sum(), [x, layer.values])
+    torch.testing.assert_close(grads, wanted)
+    first, second = layer(x).square().sum(), layer(2 * x).square().sum()
+    first.backward()
+    second.backward()
+
+
+def test_a_backward_after_the_step_is_that_of_its_forward():
+    layer, x = linear(), X.clone().requires_grad_()
+    wanted = torch.autograd.grad(expected(layer, x).square().sum(), [x, layer.values])
+    y = layer(x)
+    in_place(layer)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, layer.values]), wanted)
+
+
+@pytest.mark.parametrize("second", ["training", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_backward_whose_weight_is_overwritten_raises(trained, second):
+    layer, x = linear(), X.clone().requires_grad_()
+    layer.values.requires_grad_(trained)
+    y = layer(x)
+    in_place(layer)
+    with {"training": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[second]():
+        layer(X)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_other_forwards_of_the_same_values_disturb_no_backward():
+    layer, x = linear(), X.clone().requires_grad_()
+    with torch.no_grad():
+        layer(X)
+    y = layer(x)
+    layer.eval()
+    with torch.no_grad():
+        layer(X)
+    with torch.inference_mode():
+        layer(X)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, layer.weight.sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("execution", ["dense", "compact"])
+@pytest.mark.parametrize("name", BUILT)
+def test_gradients_of_any_order(name, execution):
+    make, x = BUILT[name]
+    layer = make(execution, dtype=torch.float64)
+    x = x[:1, ..., :3, :3] if x.dim() == 4 else x
+    inputs = x.double().requires_grad_(), layer.values
+    # The parameter itself, which gradcheck perturbs in place.
+    assert torch.autograd.gradcheck(lambda x, _: layer(x), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, _: layer(x), inputs, fast_mode=True)
+
+
+def test_frozen_values_pass_the_gradient_of_x_only():
+    layer, x = linear(), X.clone().requires_grad_()
+    layer.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.values.grad is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
+
+
+def test_the_buffer_goes_with_the_execution():
+    layer = linear()
+    layer(X)
+    buffer = weakref.ref(layer._dense._state.weight)
+    assert buffer().shape == (4, 5)
+    layer.execution = "sparse"
+    assert buffer() is None
+    assert_right(layer)
+
+
+def test_positions_are_int32_where_they_fit():
+    assert linear()._positions.dtype == conv("compact")._positions.dtype == torch.int32
+    assert module.smallest(torch.tensor([2**33]), 2**34).dtype == torch.int64
