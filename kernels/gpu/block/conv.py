@@ -66,15 +66,15 @@ def _read(
 
 @triton.jit
 def _block_conv_kernel(
-    x, packed, bias, y, order, tile_crow, word, pixels, channels, filters,
+    x, packed, bias, y, order, tile_crow, word, rows, pixels, channels, filters,
     height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,
     OUT: tl.constexpr, RED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr,
     LONG: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.load(order + tl.program_id(0))
+    row = tl.load(order + tl.program_id(0) % rows)
     begin, end = tl.load(tile_crow + row) * (K // BK), tl.load(tile_crow + row + 1) * (K // BK)
-    p, n, k = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, OUT), tl.arange(0, BK)
+    p, n, k = tl.program_id(0) // rows * BM + tl.arange(0, BM), tl.arange(0, OUT), tl.arange(0, BK)
     inside = p < pixels
     image, h, w = _pixel(p, out_height, out_width)
     packed += begin.to(tl.int64) * (OUT * BK) + n[None, :] * BK + k[:, None]
@@ -100,12 +100,13 @@ def _block_conv_kernel(
 
 @triton.jit
 def _block_conv_sddmm_kernel(
-    x, gy, partial, tile_row, word, pixels, channels, filters, steps,
+    x, gy, partial, tile_row, word, tiles, pixels, channels, filters, steps,
     height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    tile, split = pid % tiles, pid // tiles
     row = tl.load(tile_row + tile)
     if row >= 0:
         words, n = load_words(word, tile, C, K), row * R + tl.arange(0, R)
@@ -131,8 +132,8 @@ def _block_conv_sddmm_kernel(
             w, h = tl.where(over, w - out_width, w), tl.where(over, h + 1, h) + on_h
             over = h >= out_height
             h, image = tl.where(over, h - out_height, h), tl.where(over, image + 1, image) + on_image
-        at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
-        tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+        partial += pid.to(tl.int64) * (K * R)
+        tl.store(partial + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
 
 
 class View(NamedTuple):
@@ -172,10 +173,10 @@ def conv(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int,
          shape: Shape, y: Tensor, relu: bool = False) -> None:  # fmt: skip
     """x (N, K, H, W) convolved with the blocks `packed` (tiles * 64 // bk, out, bk), red channels wide, into y."""
     (channels, *size), (filters, *out_size), out = x.shape[1:], y.shape[1:], packed.shape[1]
-    pixels = len(y) * out_size[0] * out_size[1]
+    pixels, rows = len(y) * out_size[0] * out_size[1], tiles.order.numel()
     launch(
-        _block_conv_kernel, (tiles.order.numel(), triton.cdiv(pixels, shape.bm)), x=x, packed=packed, bias=bias, y=y,
-        order=tiles.order, tile_crow=tiles.tile_crow, word=tiles.word, pixels=pixels, channels=channels,
+        _block_conv_kernel, (rows * triton.cdiv(pixels, shape.bm),), x=x, packed=packed, bias=bias, y=y,
+        order=tiles.order, tile_crow=tiles.tile_crow, word=tiles.word, rows=rows, pixels=pixels, channels=channels,
         filters=filters, **_sizes(x, y), **view.arguments,
         OUT=out, RED=red, K=TILE, BM=shape.bm, BK=shape.bk, MASKED=view.leaves(geometry, size, out_size),
         RAGGED=channels % red != 0, DIV_H=view.div[0], DIV_W=view.div[1], LONG=_long(x),
@@ -190,8 +191,8 @@ def conv_sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], geom
     of = split(pixels, count, x.element_size(), exact(x, fp32))
     partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
     launch(
-        _block_conv_sddmm_kernel, (count, of.splits), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
-        word=tiles.word, pixels=pixels, channels=channels, filters=filters, steps=of.steps, **_sizes(x, gy),
+        _block_conv_sddmm_kernel, (count * of.splits,), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
+        word=tiles.word, tiles=count, pixels=pixels, channels=channels, filters=filters, steps=of.steps, **_sizes(x, gy),
         **view.arguments, R=R, C=C, K=TILE, BM=of.bm,
         MASKED=view.leaves(geometry, size, out_size), RAGGED=channels % C + filters % R != 0, LONG=_long(x),
         PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,

@@ -22,12 +22,13 @@ from .tile import BUSY, alignment, columns, exact, load_words, precision, readab
 
 @triton.jit
 def _block_sddmm_kernel(
-    x, gy, partial, tile_row, word, batch, x_batch, gy_batch, in_features, out_features, steps,
+    x, gy, partial, tile_row, word, tiles, batch, x_batch, gy_batch, in_features, out_features, steps,
     stride_xm, stride_xk, stride_gm, stride_gn,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, RAGGED: tl.constexpr,
     X_ALIGN: tl.constexpr, GY_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    tile, split = pid % tiles, pid // tiles
     row = tl.load(tile_row + tile)
     if row >= 0:
         column, n = columns(load_words(word, tile, C, K), tile, C, K), row * R + tl.arange(0, R)
@@ -50,8 +51,8 @@ def _block_sddmm_kernel(
             gy += BM * ld_gy
             m += BM
             acc = tl.dot(x_tile, gy_tile, acc, input_precision=PRECISION)
-        at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
-        tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+        partial += pid.to(tl.int64) * (K * R)
+        tl.store(partial + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
 
 
 class Split(NamedTuple):
@@ -81,8 +82,8 @@ def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int]) -> Tensor
     of = split(len(x), count, x.element_size(), exact(x, fp32))
     partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
     launch(
-        _block_sddmm_kernel, (count, of.splits), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
-        word=tiles.word, batch=len(x), x_batch=readable(x), gy_batch=readable(gy),
+        _block_sddmm_kernel, (count * of.splits,), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
+        word=tiles.word, tiles=count, batch=len(x), x_batch=readable(x), gy_batch=readable(gy),
         in_features=x.shape[1] // x_align, out_features=gy.shape[1] // gy_align, steps=of.steps,
         stride_xm=x.stride(0) // x_align, stride_xk=x.stride(1), stride_gm=gy.stride(0) // gy_align,
         stride_gn=gy.stride(1),

@@ -21,14 +21,14 @@ from .tile import BUSY, alignment, columns, load_words, precision, readable
 
 @triton.jit
 def _block_spmm_kernel(
-    x, packed, bias, gate, y, order, tile_crow, word, batch, x_batch, y_batch, in_features, out_features,
+    x, packed, bias, gate, y, order, tile_crow, word, rows, batch, x_batch, y_batch, in_features, out_features,
     stride_xm, stride_xk, stride_ym, stride_yn, stride_gm, stride_gn,
     OUT: tl.constexpr, RED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr,
     ALIGN: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.load(order + tl.program_id(0))
+    row = tl.load(order + tl.program_id(0) % rows)
     begin, end = tl.load(tile_crow + row) * (K // BK), tl.load(tile_crow + row + 1) * (K // BK)
-    m, n, k = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, OUT), tl.arange(0, BK)
+    m, n, k = tl.program_id(0) // rows * BM + tl.arange(0, BM), tl.arange(0, OUT), tl.arange(0, BK)
     inside = (m < x_batch)[:, None]
     x += m.to(tl.int64)[:, None] * stride_xm * ALIGN
     packed += begin.to(tl.int64) * (OUT * BK) + n[None, :] * BK + k[:, None]
@@ -86,11 +86,10 @@ def shape(samples: int, rows: int, out: int, itemsize: int, exact: bool) -> Shap
 def spmm(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int, shape: Shape, y: Tensor,
          relu: bool = False, gate: Tensor | None = None) -> None:  # fmt: skip
     """x (N, K) times the blocks `packed` (tiles * 64 // bk, out, bk) of `tiles`, red columns wide, into y (N, O)."""
-    out, align = packed.shape[1], alignment(x)
-    grid = tiles.order.numel(), triton.cdiv(readable(y), shape.bm)
+    out, align, rows = packed.shape[1], alignment(x), tiles.order.numel()
     launch(
-        _block_spmm_kernel, grid, x=x, packed=packed, bias=bias, gate=gate, y=y, order=tiles.order,
-        tile_crow=tiles.tile_crow, word=tiles.word, batch=len(x), x_batch=readable(x), y_batch=readable(y),
+        _block_spmm_kernel, (rows * triton.cdiv(readable(y), shape.bm),), x=x, packed=packed, bias=bias, gate=gate, y=y, order=tiles.order,
+        tile_crow=tiles.tile_crow, word=tiles.word, rows=rows, batch=len(x), x_batch=readable(x), y_batch=readable(y),
         in_features=x.shape[1] // align, out_features=y.shape[1], stride_xm=x.stride(0) // align,
         stride_xk=x.stride(1), stride_ym=y.stride(0), stride_yn=y.stride(1),
         stride_gm=0 if gate is None else gate.stride(0), stride_gn=0 if gate is None else gate.stride(1),
