@@ -27,7 +27,7 @@ from torch import Tensor
 
 MAX_INT32 = 2**31 - 1
 # Blocks (R, C) that kernels exist for, the preferred first.
-BLOCKS = ((64, 64), (32, 32), (16, 16), (8, 8), (128, 1), (64, 1), (32, 1), (16, 1))
+BLOCKS = ((128, 128), (64, 64), (32, 32), (16, 16), (8, 8), (128, 1), (64, 1), (32, 1), (16, 1))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

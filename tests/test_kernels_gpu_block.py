@@ -13,11 +13,12 @@ from sparselottery.kernels import reference
 
 triton = pytest.importorskip("triton")
 from sparselottery.kernels.gpu import Plan, block  # noqa: E402
-from sparselottery.kernels.gpu.block.plan import TILE, views  # noqa: E402
+from sparselottery.kernels.gpu.block.plan import TILE, tiled, views  # noqa: E402
 
+CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter gets bf16 dots wrong
-BLOCKS = [(64, 64), (32, 32), (16, 16), (8, 8), (128, 1), (64, 1), (32, 1), (16, 1)]
+BLOCKS = [(128, 128), (64, 64), (32, 32), (16, 16), (8, 8), (128, 1), (64, 1), (32, 1), (16, 1)]
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -266,7 +267,7 @@ def test_conv_pixels_of_many_images():
 def positions(words, pattern, width, shape, transposed):
     """(row, column) of all blocks of a plan."""
     tiles = views(words, len(pattern.crow_indices) - 1, width, shape)[transposed]
-    slots, found = TILE // shape[not transposed], []
+    slots, found = TILE // tiled(shape, transposed)[not transposed], []
     for slot, within in enumerate(tiles.within.tolist()):
         outer, inner = int(tiles.tile_row[slot // slots]), int(tiles.word[slot])
         if outer >= 0 and within >= 0:
@@ -282,7 +283,8 @@ def test_plan_lists_every_block_once(shape, transposed):
     mask = block_mask(200, 300, shape)
     pattern = Pattern.from_mask(mask)
     words = block.plan(pattern.crow_indices, pattern.col_indices, 300, shape)
-    expected = mask[:: shape[0], :: shape[1]].nonzero().tolist()
+    rows, columns = tiled(shape, transposed)
+    expected = mask[::rows, ::columns].nonzero().tolist()
     assert sorted(positions(words, pattern, 300, shape, transposed)) == [tuple(at) for at in expected]
 
 
@@ -311,9 +313,9 @@ def test_plan_refuses_huge_kernels():
 
 
 def test_takes():
-    assert all(block.takes(shape) for shape in BLOCKS)
-    assert not any(block.takes(shape) for shape in [(1, 1), (4, 4), (16, 32), (8, 1), (1, 16)])
-    assert block.takes((32, 32), geometry(64))
-    assert not block.takes((8, 8), geometry(64))
-    assert not block.takes((32, 1), geometry(64))
-    assert not block.takes((32, 32), geometry(64, groups=2))
+    assert all(block.takes(shape, CPU) for shape in BLOCKS)
+    assert not any(block.takes(shape, CPU) for shape in [(1, 1), (4, 4), (16, 32), (8, 1), (1, 16)])
+    assert block.takes((32, 32), CPU, geometry(64))
+    assert not block.takes((8, 8), CPU, geometry(64))
+    assert not block.takes((32, 1), CPU, geometry(64))
+    assert not block.takes((32, 32), CPU, geometry(64, groups=2))

@@ -205,3 +205,44 @@ def test_the_buffer_goes_with_the_execution():
 def test_positions_are_int32_where_they_fit():
     assert linear()._positions.dtype == conv("compact")._positions.dtype == torch.int32
     assert module.smallest(torch.tensor([2**33]), 2**34).dtype == torch.int64
+
+
+def test_what_was_written_keeps_its_address():
+    """Other values there would pass for it."""
+    layer = linear()
+    layer(X)
+    address = layer.values.data_ptr()
+    replaced(layer)
+    assert layer._dense._state.memory.data_ptr() == address
+
+
+def test_after_training_values_are_written_again():
+    layer = linear()
+    layer(X)
+    layer.values.data.mul_(3)
+    with torch.no_grad():
+        assert_right(layer)
+
+
+def test_a_buffer_begun_in_inference_serves_training():
+    layer, x = linear().requires_grad_(False), X.clone().requires_grad_()
+    with torch.inference_mode():
+        layer(X)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
+
+
+def test_a_parameter_that_was_assigned_is_written_to_the_buffer(writes):
+    layer = linear()
+    assigned(layer)
+    writes.forget()
+    layer(X)
+    assert writes == {"written": 1, "made": 0}
+
+
+def test_a_buffer_of_another_dtype_is_freed():
+    layer = linear()
+    layer(X)
+    buffer = weakref.ref(layer._dense._state.weight)
+    layer.double()
+    assert buffer() is None

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from ..reference import Geometry
+from .device import capability
 
 DEVICES = ("cuda",)  # torch device types whose tensors the kernels take; AMD's are "cuda" too
+TENSOR_CORES = (8, 0)  # CUDA's least compute capability for blocks and for bf16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _FUNCTIONS = {
@@ -31,6 +33,7 @@ _FUNCTIONS = {
     "conv2d": ("conv_forward", "conv_backward", "conv_plan"),
 }
 _HOME = {name: module for module, names in _FUNCTIONS.items() for name in names}
+_OLD = f"bf16 on the torch reference and no blocks: they need compute capability {'.'.join(map(str, TENSOR_CORES))}"
 
 
 class Plan(NamedTuple):
@@ -50,7 +53,8 @@ def status() -> str:
         return "torch reference: Triton is not installed (pip install 'sparselottery[gpu]')"
     if not torch.cuda.is_available():
         return f"Triton {_triton_version()}, but torch sees no GPU here"
-    return f"Triton {_triton_version()}, {torch.cuda.get_device_name()}"
+    old = capability(torch.device("cuda", torch.cuda.current_device())) < TENSOR_CORES
+    return f"Triton {_triton_version()}, {torch.cuda.get_device_name()}" + (f" ({_OLD})" if old else "")
 
 
 def runs_on(device: torch.device) -> bool:
@@ -59,13 +63,16 @@ def runs_on(device: torch.device) -> bool:
 
 
 def supports(dtype: torch.dtype, plans: Sequence[Plan]) -> bool:
-    """Can the kernels run on this dtype and on these plans?"""
-    return dtype in DTYPES and all(plan.words.numel() for plan in plans)
+    """Can the kernels run on this dtype and on these plans, where they are?"""
+    if dtype not in DTYPES or not all(plan.words.numel() for plan in plans):
+        return False
+    plain = dtype != torch.bfloat16 and all(plan.block == (1, 1) for plan in plans)
+    return plain or capability(plans[0].words.device) >= TENSOR_CORES
 
 
-def takes_block(block: tuple[int, int], geometry: Geometry | None = None) -> bool:
-    """Is there a kernel for blocks (R, C) > (1, 1) of a linear layer, or of a convolution of this geometry?"""
-    return import_module(".block", __name__).takes(block, geometry)
+def takes_block(block: tuple[int, int], device: torch.device, geometry: Geometry | None = None) -> bool:
+    """Has a device a kernel for blocks (R, C) > (1, 1) of a linear layer, or of a convolution of this geometry?"""
+    return import_module(".block", __name__).takes(block, device, geometry)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def takes_block(block: Block, device: torch.device, geometry: Geometry | None = None) -> bool:
     """Are there kernels for blocks > (1, 1) on a device: of a linear layer, or of a convolution of this geometry?"""
-    return gpu.runs_on(device) and gpu.takes_block(block, geometry)
+    return gpu.runs_on(device) and gpu.takes_block(block, device, geometry)
 
 
 def untraced(x: Tensor) -> bool:

@@ -17,8 +17,9 @@ from ...reference import Geometry
 
 # Every kind of block in bf16, as which fp16 compiles too; in fp32, exact or TF32, those whose tiles differ most.
 BLOCKS = {
+    (128, 128): ("bf16", "fp32"),
     (64, 64): ("bf16", "fp32"),
-    (32, 32): ("bf16",),
+    (32, 32): ("bf16", "fp32"),
     (16, 16): ("bf16", "tf32"),
     (8, 8): ("bf16",),
     (128, 1): ("bf16",),
@@ -116,8 +117,8 @@ def _csr_problems() -> Iterator[Problem]:
 def _block_problems() -> Iterator[Problem]:
     yield Problem("linear 784-300-10 16x16 x60 bf16", partial(_linear, 60, [784, 300, 10], (16, 16), torch.bfloat16))
     for block, precisions in BLOCKS.items():
-        run = partial(_linear, 4096, [1024, 1024], block)
-        yield from _in_precisions(f"linear 1024 {block[0]}x{block[1]} x4096", run, precisions)
+        run = partial(_linear, 8192, [1024, 1024], block)
+        yield from _in_precisions(f"linear 1024 {block[0]}x{block[1]} x8192", run, precisions)
     for block, precisions in CONV_BLOCKS.items():
         run = partial(_conv, 128, 16, 128, _square(128, 3, 1), block)
         yield from _in_precisions(f"conv3 128 {block[0]}x{block[1]} x128", run, precisions)

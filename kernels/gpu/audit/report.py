@@ -128,7 +128,8 @@ def judge(
         faults.append(f"wide loads {share:.0%} < {expected.wide:.0%}")
     if expected.rows:
         opcode = _tensor_cores(target, expected, version or triton_version())
-        buffers = launch.options["num_stages"] - (opcode not in ASYNCHRONOUS)
+        split = launch.arguments["PRECISION"] == "tf32x3"  # by way of registers
+        buffers = launch.options["num_stages"] - (split or opcode not in ASYNCHRONOUS)
         if opcode not in code.tensor_cores:
             faults.append(f"no {opcode}")
         elif compiled.shared < buffers * expected.stage:

@@ -19,9 +19,8 @@ from torch import Tensor
 from ...reference import Geometry
 from ..launch import launch
 from .plan import TILE, Tiles
-from .sddmm import STAGES, split
-from .spmm import Shape
-from .tile import columns, exact, load_words, precision
+from .shape import Shape, Split
+from .tile import columns, load_words, multiply, store_tile, with_bias
 
 
 @triton.jit
@@ -31,15 +30,18 @@ def _pixel(p, out_height, out_width):
 
 
 @triton.jit
-def _read(
-    x, image, h, w, inside, words, tile, height, width, channels, step_h, step_w, start_h, start_w, tap_h, tap_w,
-    RED: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
-    DIV_H: tl.constexpr, DIV_W: tl.constexpr, LONG: tl.constexpr,
-):  # fmt: skip
+def _read_images(of_x, words, tile, RED: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr):
     """What pixels (image, h, w) of y, each (BM,), read of x through BK words; pixels along AXIS, words along the other.
 
-    inside: which pixels there are.
+    inside: which pixels there are. FLAGS: AXIS, then as the kernels have them.
     """
+    x, image, h, w, inside, height, width, channels, step_h, step_w, start_h, start_w, tap_h, tap_w = of_x
+    AXIS: tl.constexpr = FLAGS[0]
+    MASKED: tl.constexpr = FLAGS[1]
+    RAGGED: tl.constexpr = FLAGS[2]
+    DIV_H: tl.constexpr = FLAGS[3]
+    DIV_W: tl.constexpr = FLAGS[4]
+    LONG: tl.constexpr = FLAGS[5]
     K: tl.constexpr = 1 - AXIS
     column = columns(words & 0xFFFF, tile, RED, BK)
     down, right = (words >> 24) * tap_h, (words >> 16 & 0xFF) * tap_w
@@ -66,46 +68,34 @@ def _read(
 
 @triton.jit
 def _block_conv_kernel(
-    x, packed, bias, y, order, tile_crow, word, pixels, channels, filters,
+    x, packed, bias, y, order, tile_crow, word, rows, pixels, channels, filters,
     height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,
     OUT: tl.constexpr, RED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr,
     LONG: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.load(order + tl.program_id(0))
-    begin, end = tl.load(tile_crow + row) * (K // BK), tl.load(tile_crow + row + 1) * (K // BK)
-    p, n, k = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, OUT), tl.arange(0, BK)
+    pid = tl.program_id(0)
+    row = tl.load(order + pid % rows)
+    p, n = pid // rows * BM + tl.arange(0, BM), row * OUT + tl.arange(0, OUT)
     inside = p < pixels
     image, h, w = _pixel(p, out_height, out_width)
-    packed += begin.to(tl.int64) * (OUT * BK) + n[None, :] * BK + k[:, None]
-    acc = tl.zeros([BM, OUT], tl.float32)
-    words = load_words(word, begin, RED, BK)
-    for tile in range(begin, end):
-        x_tile = _read(
-            x, image, h, w, inside, words, tile, height, width, channels, step_h, step_w, start_h, start_w,
-            tap_h, tap_w, RED, BK, 0, MASKED, RAGGED, DIV_H, DIV_W, LONG,
-        )  # fmt: skip
-        w_tile = tl.load(packed)
-        words = load_words(word, tile + 1, RED, BK)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        packed += OUT * BK
-    n += row * OUT
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    of_x = x, image, h, w, inside, height, width, channels, step_h, step_w, start_h, start_w, tap_h, tap_w
+    flags: tl.constexpr = (0, MASKED, RAGGED, DIV_H, DIV_W, LONG)
+    acc = multiply(_read_images, of_x, flags, packed, tile_crow, word, row, OUT, RED, K, BM, BK, PRECISION)
+    acc = with_bias(acc, bias, n, filters, RELU)
     at = p.to(tl.int64)[:, None] * filters + n[None, :]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside[:, None] & (n < filters)[None, :])
 
 
 @triton.jit
 def _block_conv_sddmm_kernel(
-    x, gy, partial, tile_row, word, pixels, channels, filters, steps,
+    x, gy, partial, tile_row, word, tiles, pixels, channels, filters, steps,
     height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    tile, split = pid % tiles, pid // tiles
     row = tl.load(tile_row + tile)
     if row >= 0:
         words, n = load_words(word, tile, C, K), row * R + tl.arange(0, R)
@@ -116,10 +106,10 @@ def _block_conv_sddmm_kernel(
         images = pixels // (out_height * out_width)
         on_image, on_h, on_w = _pixel(BM, out_height, out_width)
         for _ in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(pixels, BM))):
-            x_tile = _read(
-                x, image, h, w, image < images, words, tile, height, width, channels,
-                step_h, step_w, start_h, start_w, tap_h, tap_w, C, K, 1, MASKED, RAGGED, 1, 1, LONG,
+            of_x = (
+                x, image, h, w, image < images, height, width, channels, step_h, step_w, start_h, start_w, tap_h, tap_w
             )  # fmt: skip
+            x_tile = _read_images(of_x, words, tile, C, K, (1, MASKED, RAGGED, 1, 1, LONG))
             mask = (p < pixels)[:, None]
             if RAGGED:
                 mask = mask & (n < filters)[None, :]
@@ -131,8 +121,7 @@ def _block_conv_sddmm_kernel(
             w, h = tl.where(over, w - out_width, w), tl.where(over, h + 1, h) + on_h
             over = h >= out_height
             h, image = tl.where(over, h - out_height, h), tl.where(over, image + 1, image) + on_image
-        at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
-        tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+        store_tile(partial, acc, pid, K, R)
 
 
 class View(NamedTuple):
@@ -169,32 +158,33 @@ class View(NamedTuple):
 
 
 def conv(x: Tensor, packed: Tensor, bias: Tensor | None, tiles: Tiles, red: int, geometry: Geometry, view: View,
-         shape: Shape, y: Tensor, relu: bool = False) -> None:  # fmt: skip
+         shape: Shape, precision: str, y: Tensor, relu: bool = False) -> None:  # fmt: skip
     """x (N, K, H, W) convolved with the blocks `packed` (tiles * 64 // bk, out, bk), red channels wide, into y."""
-    (channels, *size), (filters, *out_size), out = x.shape[1:], y.shape[1:], packed.shape[1]
+    (channels, *size), (filters, *out_size), rows = x.shape[1:], y.shape[1:], tiles.order.numel()
     pixels = len(y) * out_size[0] * out_size[1]
     launch(
-        _block_conv_kernel, (tiles.order.numel(), triton.cdiv(pixels, shape.bm)), x=x, packed=packed, bias=bias, y=y,
-        order=tiles.order, tile_crow=tiles.tile_crow, word=tiles.word, pixels=pixels, channels=channels,
+        _block_conv_kernel, (rows * triton.cdiv(pixels, shape.bm),), x=x, packed=packed, bias=bias, y=y,
+        order=tiles.order, tile_crow=tiles.tile_crow, word=tiles.word, rows=rows, pixels=pixels, channels=channels,
         filters=filters, **_sizes(x, y), **view.arguments,
-        OUT=out, RED=red, K=TILE, BM=shape.bm, BK=shape.bk, MASKED=view.leaves(geometry, size, out_size),
+        OUT=packed.shape[1], RED=red, K=TILE, BM=shape.bm, BK=shape.bk, MASKED=view.leaves(geometry, size, out_size),
         RAGGED=channels % red != 0, DIV_H=view.div[0], DIV_W=view.div[1], LONG=_long(x),
-        RELU=relu, PRECISION=precision(conv=True), num_warps=shape.warps, num_stages=shape.stages,
+        RELU=relu, PRECISION=precision, num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 
 
-def conv_sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], geometry: Geometry) -> Tensor:
-    """partial (splits, tiles, 64, R) of x (N, C, H, W) and gy (N, O, OH, OW)."""
+def conv_sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], geometry: Geometry, split: Split,
+               precision: str) -> Tensor:  # fmt: skip
+    """partial (splits, tiles, 64, R) of x (N, C, H, W) and gy (N, O, OH, OW), for blocks as the tiles have them."""
     (channels, *size), (filters, *out_size), count = x.shape[1:], gy.shape[1:], tiles.tile_row.numel()
-    (R, C), view, pixels, fp32 = block, View.forward(geometry), len(gy) * out_size[0] * out_size[1], precision(True)
-    of = split(pixels, count, x.element_size(), exact(x, fp32))
-    partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
+    (R, C), view, pixels = block, View.forward(geometry), len(gy) * out_size[0] * out_size[1]
+    partial = x.new_empty(split.splits, count, TILE, R, dtype=torch.float32)
     launch(
-        _block_conv_sddmm_kernel, (count, of.splits), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
-        word=tiles.word, pixels=pixels, channels=channels, filters=filters, steps=of.steps, **_sizes(x, gy),
-        **view.arguments, R=R, C=C, K=TILE, BM=of.bm,
-        MASKED=view.leaves(geometry, size, out_size), RAGGED=channels % C + filters % R != 0, LONG=_long(x),
-        PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,
+        _block_conv_sddmm_kernel, (count * split.splits,), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
+        word=tiles.word, tiles=count, pixels=pixels, channels=channels, filters=filters,
+        steps=triton.cdiv(pixels, split.bm * split.splits), **_sizes(x, gy), **view.arguments,
+        R=R, C=C, K=TILE, BM=split.bm, MASKED=view.leaves(geometry, size, out_size),
+        RAGGED=channels % C + filters % R != 0, LONG=_long(x), PRECISION=precision,
+        num_warps=split.warps, num_stages=split.stages,
     )  # fmt: skip
     return partial
 

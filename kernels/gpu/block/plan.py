@@ -11,6 +11,7 @@ it short, tiles of two blocks:
      [0, 0, o, p, 0, 0, 0, 0]]      within    = [0, 2, 4, -1, 0, -1]  where its weights start in their CSR rows
 
 The weights of a slot are values[crow_indices[row] + within + c * step], 0 where within is -1. step is 1 for a matrix.
+A block wider than a tile, for the transpose: higher, is listed as parts that are not: see `tiled`.
 A convolution's W (O, channels, kernel_h, kernel_w) has blocks of R filters x C channels at one tap; step is the number
 of live taps of these channels, and the word holds the tap: tap_row << 24 | tap_column << 16 | channels // C.
 """
@@ -73,15 +74,14 @@ def plan(
     out_features, width = crow_indices.numel() - 1, in_features // (taps[0] * taps[1])
     rows, columns = -(-out_features // R), -(-width // C)
     blocks = _find(crow_indices, col_indices, block, taps[0] * taps[1], width)
-    shift = 0
-    if geometry:
-        limited = (*taps, max(rows, columns))
-        if any(size > limit for size, limit in zip(limited, WORD_LIMITS, strict=True)):
-            raise ValueError(f"geometry: expected kernel_h, kernel_w and blocks up to {WORD_LIMITS}, got {limited}")
-        shift = blocks.tap // taps[1] << 24 | blocks.tap % taps[1] << 16
-    parts = [_cut(blocks.row, rows, blocks.column | shift, blocks, TILE // C)]
+    limited = (*taps, max(-(-size // min(side, TILE)) for size, side in ((out_features, R), (width, C))))
+    if geometry and any(size > limit for size, limit in zip(limited, WORD_LIMITS, strict=True)):
+        raise ValueError(f"geometry: expected kernel_h, kernel_w and blocks up to {WORD_LIMITS}, got {limited}")
+    across = _cut(blocks, C, width)
+    parts = [_tiles(across.row, rows, across.column, C, across, taps)]
     if C > 1:
-        parts.append(_cut(blocks.column, columns, blocks.row | shift, blocks, TILE // R))
+        down = _cut(blocks, R, out_features, transposed=True)
+        parts.append(_tiles(down.column, columns, down.row, R, down, taps))
     tiles = max(len(part.tile_row) for part in parts)
     sizes = _sizes(rows, columns, block, tiles)
     flat = torch.zeros(sum(sizes), dtype=torch.int32, device=crow_indices.device)
@@ -90,6 +90,12 @@ def plan(
     for part, view in zip(parts, views(flat, out_features, width, block), strict=False):
         view.tile_row[len(part.tile_row) :] = -1
     return flat
+
+
+def tiled(block: tuple[int, int], transposed: bool = False) -> tuple[int, int]:
+    """Blocks (R, C) as the tiles of a direction list them."""
+    R, C = block
+    return (min(R, TILE), C) if transposed else (R, min(C, TILE))
 
 
 def views(plan: Tensor, out_features: int, width: int, block: tuple[int, int]) -> BlockPlan:
@@ -112,7 +118,7 @@ def _sizes(rows: int, columns: int, block: tuple[int, int], tiles: int) -> list[
     R, C = block
     sizes = []
     for outer, side in ((rows, C), (columns, R))[: 2 if C > 1 else 1]:
-        slots = tiles * (TILE // side)
+        slots = tiles * (TILE // min(side, TILE))
         sizes += [_round_up(outer), _round_up(outer + 1), tiles, slots, slots, slots + TILE]
     return sizes
 
@@ -143,8 +149,25 @@ def _find(crow_indices: Tensor, col_indices: Tensor, block: tuple[int, int], tap
     return blocks
 
 
-def _cut(outer: Tensor, rows: int, word: Tensor, blocks: _Blocks, slots: int) -> Tiles:
-    """Tiles of `slots` blocks that share their `outer`, of `rows`; the number of tiles is a multiple of _ALIGN."""
+def _cut(blocks: _Blocks, side: int, size: int, transposed: bool = False) -> _Blocks:
+    """Blocks `side` wide, of a W `size` wide, as parts that fit into a tile; transposed: `side` and `size` high."""
+    parts = side // TILE
+    if parts < 2:
+        return blocks
+    part = torch.arange(parts, device=blocks.row.device).repeat(blocks.row.numel())
+    row, column, tap, within, step = (each.repeat_interleave(parts) for each in blocks)
+    if transposed:
+        row = row * parts + part
+    else:
+        column, within = column * parts + part, within + part * TILE * step
+    inside = (row if transposed else column) * TILE < size
+    return _Blocks(*(each[inside] for each in (row, column, tap, within, step)))
+
+
+def _tiles(outer: Tensor, rows: int, inner: Tensor, side: int, blocks: _Blocks, taps: tuple[int, int]) -> Tiles:
+    """Tiles of blocks `side` long that share their `outer`, of `rows`; the number of tiles is a multiple of _ALIGN."""
+    slots = TILE // min(side, TILE)
+    word = inner | blocks.tap // taps[1] << 24 | blocks.tap % taps[1] << 16
     by_row = torch.argsort(outer, stable=True)
     counts = torch.bincount(outer, minlength=rows)
     tiles = (counts + slots - 1) // slots

@@ -8,8 +8,6 @@ the samples. What lies beyond the border of W is garbage that `unpack` does not 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,17 +15,19 @@ from torch import Tensor
 
 from ..launch import launch
 from .plan import TILE, Tiles
-from .tile import BUSY, alignment, columns, exact, load_words, precision, readable
+from .shape import Split
+from .tile import alignment, columns, load_words, readable, store_tile
 
 
 @triton.jit
 def _block_sddmm_kernel(
-    x, gy, partial, tile_row, word, batch, x_batch, gy_batch, in_features, out_features, steps,
+    x, gy, partial, tile_row, word, tiles, batch, x_batch, gy_batch, in_features, out_features, steps,
     stride_xm, stride_xk, stride_gm, stride_gn,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, RAGGED: tl.constexpr,
     X_ALIGN: tl.constexpr, GY_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    tile, split = pid % tiles, pid // tiles
     row = tl.load(tile_row + tile)
     if row >= 0:
         column, n = columns(load_words(word, tile, C, K), tile, C, K), row * R + tl.arange(0, R)
@@ -50,43 +50,20 @@ def _block_sddmm_kernel(
             gy += BM * ld_gy
             m += BM
             acc = tl.dot(x_tile, gy_tile, acc, input_precision=PRECISION)
-        at = (split.to(tl.int64) * tl.num_programs(0) + tile) * (K * R)
-        tl.store(partial + at + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+        store_tile(partial, acc, pid, K, R)
 
 
-class Split(NamedTuple):
-    """How a kernel is launched: `splits` of the samples, each `steps` times BM of them."""
-
-    bm: int
-    steps: int
-    splits: int
-    warps: int
-
-
-STAGES = 3
-
-
-def split(samples: int, tiles: int, itemsize: int, on_cuda_cores: bool) -> Split:
-    """For `tiles` tiles of W."""
-    bm = 16 if on_cuda_cores else 64 // (itemsize // 2)
-    total = triton.cdiv(samples, bm)
-    steps = triton.cdiv(total, max(min(triton.cdiv(BUSY, max(tiles, 1)), total), 1))
-    return Split(bm, steps, triton.cdiv(total, max(steps, 1)), 8 if on_cuda_cores else 4)
-
-
-def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int]) -> Tensor:
-    """partial (splits, tiles, 64, R) of x (N, I) and gy (N, O)."""
-    (R, C), count, fp32 = block, tiles.tile_row.numel(), precision()
-    x_align, gy_align = alignment(x), alignment(gy)
-    of = split(len(x), count, x.element_size(), exact(x, fp32))
-    partial = x.new_empty(of.splits, count, TILE, R, dtype=torch.float32)
+def sddmm(x: Tensor, gy: Tensor, tiles: Tiles, block: tuple[int, int], split: Split, precision: str) -> Tensor:
+    """partial (splits, tiles, 64, R) of x (N, I) and gy (N, O), for blocks (R, C) as the tiles have them."""
+    (R, C), count, x_align, gy_align = block, tiles.tile_row.numel(), alignment(x), alignment(gy)
+    partial = x.new_empty(split.splits, count, TILE, R, dtype=torch.float32)
     launch(
-        _block_sddmm_kernel, (count, of.splits), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
-        word=tiles.word, batch=len(x), x_batch=readable(x), gy_batch=readable(gy),
-        in_features=x.shape[1] // x_align, out_features=gy.shape[1] // gy_align, steps=of.steps,
-        stride_xm=x.stride(0) // x_align, stride_xk=x.stride(1), stride_gm=gy.stride(0) // gy_align,
-        stride_gn=gy.stride(1),
-        R=R, C=C, K=TILE, BM=of.bm, RAGGED=x.shape[1] % C + gy.shape[1] % R != 0, X_ALIGN=x_align, GY_ALIGN=gy_align,
-        PRECISION=fp32, num_warps=of.warps, num_stages=STAGES,
+        _block_sddmm_kernel, (count * split.splits,), x=x, gy=gy, partial=partial, tile_row=tiles.tile_row,
+        word=tiles.word, tiles=count, batch=len(x), x_batch=readable(x), gy_batch=readable(gy),
+        in_features=x.shape[1] // x_align, out_features=gy.shape[1] // gy_align,
+        steps=triton.cdiv(len(x), split.bm * split.splits), stride_xm=x.stride(0) // x_align, stride_xk=x.stride(1),
+        stride_gm=gy.stride(0) // gy_align, stride_gn=gy.stride(1),
+        R=R, C=C, K=TILE, BM=split.bm, RAGGED=x.shape[1] % C + gy.shape[1] % R != 0, X_ALIGN=x_align,
+        GY_ALIGN=gy_align, PRECISION=precision, num_warps=split.warps, num_stages=split.stages,
     )  # fmt: skip
     return partial

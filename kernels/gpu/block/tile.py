@@ -1,18 +1,15 @@
-"""What the block kernels share: from the words of a tile to columns, and sizes of tiles."""
+"""What the block kernels share: the loop over the tiles of a row of blocks, and what comes before and after it."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..layout import columns as batch_columns
 from ..layout import is_minor
-
-BUSY = 264  # programs: two for each multiprocessor of a large GPU
 
 
 @triton.jit
@@ -38,6 +35,45 @@ def columns(blocks, tile, RED: tl.constexpr, BK: tl.constexpr):
     return found
 
 
+@triton.jit
+def multiply(
+    read: tl.constexpr, of_x, FLAGS: tl.constexpr, packed, tile_crow, word, row,
+    OUT: tl.constexpr, RED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BM, OUT): x by the blocks of a row, of whose tiles `read(of_x, words, tile, RED, BK, FLAGS)` reads x (BM, BK).
+
+    The words of the next tile are loaded after the tiles of this one: only so does Triton pipeline those.
+    """
+    begin, end = tl.load(tile_crow + row) * (K // BK), tl.load(tile_crow + row + 1) * (K // BK)
+    packed += begin.to(tl.int64) * (OUT * BK) + tl.arange(0, OUT)[None, :] * BK + tl.arange(0, BK)[:, None]
+    acc = tl.zeros([BM, OUT], tl.float32)
+    words = load_words(word, begin, RED, BK)
+    for tile in range(begin, end):
+        x_tile = read(of_x, words, tile, RED, BK, FLAGS)
+        w_tile = tl.load(packed)
+        words = load_words(word, tile + 1, RED, BK)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        packed += OUT * BK
+    return acc
+
+
+@triton.jit
+def with_bias(acc, bias, n, out_features, RELU: tl.constexpr):
+    """act(acc + bias), of columns n; a ReLU keeps NaN."""
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < out_features, other=0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    return acc
+
+
+@triton.jit
+def store_tile(partial, acc, pid, K: tl.constexpr, R: tl.constexpr):
+    """partial[pid] = acc (K, R)."""
+    partial += pid.to(tl.int64) * (K * R)
+    tl.store(partial + tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :], acc)
+
+
 def readable(x: Tensor) -> int:
     """How many samples of x may be read: of batch-minor rows whole vectors. Those from N on are zeros."""
     return batch_columns(x.shape[0]) if is_minor(x) else x.shape[0]
@@ -55,14 +91,3 @@ def clear_padding(x: Tensor) -> None:
     """Zeros where samples N.. of x are `readable`."""
     batch, features = x.shape
     x.as_strided((features, readable(x) - batch), (x.stride(1), 1), x.storage_offset() + batch).zero_()
-
-
-def exact(x: Tensor, precision: str) -> bool:
-    """Are products of x on CUDA cores?"""
-    return x.dtype == torch.float32 and precision == "ieee"
-
-
-def precision(conv: bool = False) -> str:
-    """Of products of fp32: TF32 only where torch may use it itself."""
-    backend = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
-    return "tf32" if backend.fp32_precision == "tf32" else "ieee"

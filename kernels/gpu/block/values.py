@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .plan import TILE, Tiles
+from .plan import TILE, Tiles, tiled
 
 
 @triton.jit
@@ -57,6 +57,22 @@ def _pack_kernel(
 
 
 @triton.jit
+def _scatter_kernel(
+    values, crow_indices, tile_row, within, step, word, dense, out_features, width, R: tl.constexpr, K: tl.constexpr
+):
+    tile = tl.program_id(0)
+    outer = tl.load(tile_row + tile)
+    if outer >= 0:
+        n, k = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
+        position, live = _positions(
+            crow_indices, within, step, word, tile, outer, out_features, width, n, k, R, 1, False, False, K
+        )
+        tile_values = tl.load(values + position, mask=live, other=0)
+        at = (outer * R + n).to(tl.int64) * width + tl.load(word + tile * K + k)
+        tl.store(dense + at, tile_values, mask=live)
+
+
+@triton.jit
 def _unpack_kernel(
     partial, gvalues, crow_indices, tile_row, within, step, word, out_features, width, splits,
     R: tl.constexpr, C: tl.constexpr, CONV: tl.constexpr, K: tl.constexpr,
@@ -67,7 +83,7 @@ def _unpack_kernel(
         at = tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :]
         partial += tile.to(tl.int64) * (K * R)
         total = tl.zeros([K, R], tl.float32)
-        for _ in range(splits):
+        for _ in tl.range(splits, loop_unroll_factor=4):  # four loads on their way
             total += tl.load(partial + at)
             partial += tl.num_programs(0).to(tl.int64) * (K * R)
         n, k = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
@@ -85,20 +101,33 @@ def warps(out: int) -> int:
 def pack(values: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, int], width: int, bk: int,
          transposed: bool = False, conv: bool = False) -> Tensor:  # fmt: skip
     """(nnz,) -> packed, of the same dtype. width: in_features, or channels; tiles: of the direction."""
-    (R, C), count = block, tiles.tile_row.numel()
+    (R, C), count = tiled(block, transposed), tiles.tile_row.numel()
+    if TILE % bk:
+        raise ValueError(f"bk: expected a divisor of {TILE}, got {bk}")
     packed = values.new_empty(count * TILE // bk, C if transposed else R, bk)
     launch(
         _pack_kernel, (count,), values=values, crow_indices=crow_indices, tile_row=tiles.tile_row, within=tiles.within,
         step=tiles.step, word=tiles.word, packed=packed, out_features=crow_indices.numel() - 1, width=width,
-        R=R, C=C, TRANSPOSED=transposed, CONV=conv, K=TILE, BK=bk, num_warps=warps(R),
+        R=R, C=C, TRANSPOSED=transposed, CONV=conv, K=TILE, BK=bk, num_warps=warps(C if transposed else R),
     )  # fmt: skip
     return packed
+
+
+def scatter(values: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, int], width: int) -> Tensor:
+    """(nnz,) -> W (O, I) of columns of weights (R, 1), zero elsewhere."""
+    dense = values.new_zeros(crow_indices.numel() - 1, width)
+    launch(
+        _scatter_kernel, (tiles.tile_row.numel(),), values=values, crow_indices=crow_indices, tile_row=tiles.tile_row,
+        within=tiles.within, step=tiles.step, word=tiles.word, dense=dense, out_features=len(dense), width=width,
+        R=block[0], K=TILE, num_warps=warps(block[0]),
+    )  # fmt: skip
+    return dense
 
 
 def unpack(partial: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, int], width: int, gvalues: Tensor,
            conv: bool = False) -> None:  # fmt: skip
     """Sums partial over its splits into gvalues (nnz,)."""
-    R, C = block
+    R, C = tiled(block)
     launch(
         _unpack_kernel, (tiles.tile_row.numel(),), partial=partial, gvalues=gvalues, crow_indices=crow_indices,
         tile_row=tiles.tile_row, within=tiles.within, step=tiles.step, word=tiles.word,
