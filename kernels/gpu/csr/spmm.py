@@ -26,18 +26,19 @@ from .taps import Taps, feature
 @triton.jit
 def _spmm_kernel(
     x, values, bias, gate, y, order, crow_indices, col_indices, perm,
-    rows, batch, columns, ld_x, ld_y, ld_gate, filters_per_group, columns_per_group,
+    rows, batch, columns, pixels, ld_x, ld_y, ld_gate, filters_per_group, columns_per_group,
     x_height, x_width, out_width, stride_h, stride_w, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, RELU: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tiles, program = tl.cdiv(rows, ROWS), tl.program_id(0)
+    slot = program % tiles * ROWS + tl.arange(0, ROWS)
     row = tl.load(order + slot, mask=slot < rows, other=0)
     begin = tl.load(crow_indices + row)
     end = tl.where(slot < rows, tl.load(crow_indices + row + 1), begin)
-    pixel = tl.program_id(1)
+    pixel = program // tiles % pixels
     shift = pixel // out_width * stride_h * x_width + pixel % out_width * stride_w
-    n = tl.program_id(2) * BN + tl.arange(0, BN)
+    n = program // tiles // pixels * BN + tl.arange(0, BN)
     inside = (n < columns)[None, :]
     first = row // filters_per_group * columns_per_group
     total = tl.zeros([ROWS, BN], tl.float32)
@@ -56,8 +57,8 @@ def _spmm_kernel(
     if bias is not None:
         total += tl.load(bias + row).to(tl.float32)[:, None]
     if RELU:
-        total = tl.maximum(total, 0.0)
-    at = (row * tl.num_programs(1) + pixel).to(tl.int64)
+        total = tl.where(total < 0, 0.0, total)  # NaN stays, as in torch
+    at = (row * pixels + pixel).to(tl.int64)
     mask = (slot < rows)[:, None] & inside
     if gate is not None:
         opened = tl.load(gate + (at * ld_gate)[:, None] + n[None, :], mask=mask, other=0)
@@ -112,11 +113,11 @@ def spmm(
     """
     rows = crow_indices.numel() - 1
     height, bn = tile(batch, x.element_size())
-    grid = triton.cdiv(rows, height), taps.pixels, triton.cdiv(columns(batch), bn)
+    programs = triton.cdiv(rows, height) * taps.pixels * triton.cdiv(columns(batch), bn)
     launch(
-        _spmm_kernel, grid, x=x, values=values, bias=bias, gate=gate, y=y, order=order, crow_indices=crow_indices,
-        col_indices=col_indices, perm=perm, rows=rows, batch=batch, columns=columns(batch), ld_x=x.stride(0),
-        ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.arguments,
+        _spmm_kernel, (programs,), x=x, values=values, bias=bias, gate=gate, y=y, order=order, crow_indices=crow_indices,
+        col_indices=col_indices, perm=perm, rows=rows, batch=batch, columns=columns(batch), pixels=taps.pixels,
+        ld_x=x.stride(0), ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.arguments,
         KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, RELU=relu, ROWS=height, BN=bn, UNROLL=UNROLL, num_warps=WARPS,
     )  # fmt: skip
 
