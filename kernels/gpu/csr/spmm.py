@@ -115,7 +115,8 @@ def spmm(
     height, bn = tile(batch, x.element_size())
     programs = triton.cdiv(rows, height) * taps.pixels * triton.cdiv(columns(batch), bn)
     launch(
-        _spmm_kernel, (programs,), x=x, values=values, bias=bias, gate=gate, y=y, order=order, crow_indices=crow_indices,
+        _spmm_kernel, (programs,),
+        x=x, values=values, bias=bias, gate=gate, y=y, order=order, crow_indices=crow_indices,
         col_indices=col_indices, perm=perm, rows=rows, batch=batch, columns=columns(batch), pixels=taps.pixels,
         ld_x=x.stride(0), ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.arguments,
         KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, RELU=relu, ROWS=height, BN=bn, UNROLL=UNROLL, num_warps=WARPS,
