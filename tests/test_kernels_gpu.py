@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise, product
 
 import convs
+import numpy as np
 import pytest
 import torch
 from blocks import blocky
@@ -15,6 +17,7 @@ from gpus import DEVICE, DTYPES, run_chain, run_conv
 from sparselottery.kernels import gpu, reference
 from sparselottery.kernels.gpu import csr, layout
 from sparselottery.kernels.gpu.csr import plan as csr_plan
+from sparselottery.kernels.gpu.launch import recorded
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -134,6 +137,93 @@ def test_conv_of_nothing_and_of_everything(density):
     convs.assert_exact(run_conv(conv), conv)
 
 
+def ill(x):
+    """x with a NaN and infinities of both signs, in samples of their own."""
+    x = x.clone()
+    x[0, 1], x[1, 2], x[2, 0] = math.nan, math.inf, -math.inf
+    return x
+
+
+def assert_same(got, expected):
+    assert not expected.isfinite().all(), "the test itself: expected NaN or infinity"
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def no_warnings_of_numpy():
+    """The interpreter multiplies by it, and it warns of 0 * infinity."""
+    with np.errstate(invalid="ignore"):
+        yield
+
+
+@pytest.mark.usefixtures("no_warnings_of_numpy")
+@pytest.mark.parametrize("batch", [4, 20])
+def test_nan_and_infinity_go_where_surviving_weights_carry_them(batch):
+    masks = [torch.rand(9, 9) < 0.5, torch.rand(6, 9) < 0.5]
+    masks[0][4] = masks[0][:, 5] = masks[1][2] = False
+    masks[0][3] = masks[1][:, 3] = True
+    chain = of_masks(batch, masks)
+    chain = make_with(chain, x=ill(chain.x), gy=ill(chain.gy.flip(0)).flip(0))
+    weights = [torch.zeros(m.shape).masked_scatter(m, v) for m, v in zip(masks, chain.values, strict=True)]
+    h = torch.where(masks[0], chain.x[:, None] * weights[0], 0).sum(2) + chain.biases[0]
+    h = h.clamp(min=0)  # keeps NaN
+    y = torch.where(masks[1], h[:, None] * weights[1], 0).sum(2) + chain.biases[1]
+    gh = torch.where(masks[1], chain.gy[:, :, None] * weights[1], 0).sum(1)
+    gh = torch.where(h > 0, gh, 0)
+    gx = torch.where(masks[0], gh[:, :, None] * weights[0], 0).sum(1)
+    expected = {"y": y, "gx": gx, "gvalues 0": (gh.t() @ chain.x)[masks[0]], "gvalues 1": (chain.gy.t() @ h)[masks[1]]}
+    got = run_chain(chain)
+    for name in expected:
+        assert_same(got[name], expected[name])
+
+
+@pytest.mark.usefixtures("no_warnings_of_numpy")
+def test_relu_of_a_convolution_keeps_nan():
+    conv = convs.make(convs.geometry(2, (2, 2)), 2, 4, (3, 3), 1.0, relu=True)
+    x, gy = (ill(images.flatten(1)).view(images.shape) for images in (conv.x, conv.gy))
+    wide = make_with(conv, x=x, gy=gy).to(torch.float64)
+    indices = wide.pattern.crow_indices, wide.pattern.col_indices, None, conv.geometry, True, 1
+    y, winners = reference.conv_forward(wide.x, wide.values, wide.bias, *indices)
+    assert y.isnan().any()
+    grads = reference.conv_backward(wide.gy, wide.x, y, winners, wide.values, *indices, True, True, True)
+    got = run_conv(make_with(conv, x=x, gy=gy))
+    for name, expected in zip(("y", "gx", "gvalues", "gbias"), (y, *grads), strict=True):
+        assert_same(got[name], expected)
+
+
+def assert_grids_fit(launches):
+    assert launches
+    for launch in launches:
+        x, *others = launch.grid
+        assert x < 2**31
+        assert all(each <= 65_535 for each in others), (launch.kernel.__name__, launch.grid)
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(2, 256, 257), (5_000_000, 3, 3)])
+def test_grids_of_huge_convolutions_are_possible(batch, height, width):
+    conv, geometry = convs.make(GEOMETRIES["3x3"], 4, 1, (3, 3), 1.0), GEOMETRIES["3x3"]
+    indices = conv.pattern.crow_indices, conv.pattern.col_indices
+    plan = gpu.Plan(gpu.conv_plan(*indices, geometry).words.to("meta"), (1, 1))
+    indices, values = [each.to("meta") for each in indices], conv.values.to("meta")
+    x, gy = (torch.empty(batch, channels, height, width, device="meta") for channels in (3, 4))
+    with recorded() as launches:
+        y, winners = gpu.conv_forward(x, values, None, *indices, plan, geometry, True, 1)
+        gpu.conv_backward(gy, x, y, winners, values, *indices, plan, geometry, True, 1, True, True, True)
+    assert_grids_fit(launches)
+
+
+def test_grids_of_huge_batches_are_possible():
+    chain = make(1, [40, 30], 0.5)
+    (pattern,) = chain.patterns
+    plan = gpu.Plan(gpu.plan(pattern.crow_indices, pattern.col_indices, 40).words.to("meta"), (1, 1))
+    indices = [pattern.crow_indices.to("meta")], [pattern.col_indices.to("meta")], [plan]
+    x, gy = torch.empty(5_000_000, 40, device="meta"), torch.empty(5_000_000, 30, device="meta")
+    with recorded() as launches:
+        _, saved = gpu.chain_forward(x, [chain.values[0].to("meta")], [None], *indices, False, True)
+        gpu.chain_backward(gy, x, saved, [chain.values[0].to("meta")], *indices, True, [True], [True])
+    assert_grids_fit(launches)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_is_as_accurate_as_torch(dtype):
     conv = convs.make(GEOMETRIES["3x3"], 8, 17, (4, 5), 0.4, entries=gaussian, relu=True).to(dtype)
@@ -172,6 +262,15 @@ def test_layout_there_and_back(memory_format):
     back = torch.empty_like(images)
     layout.unpack(rows, back)
     assert torch.equal(back, images)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the memory is only promised")
+def test_offsets_within_images_pass_2_to_the_31():
+    margin, step = 256, 2**31 - 64  # twice of it is -128 in 32 bits, which lies in the margin
+    memory = torch.from_numpy(np.zeros(2 * margin + 2 * step, np.float16))
+    images = memory.as_strided((1, 2, 2, 1), (1, step, step, 1), margin)
+    images[0, 1, 1, 0] = 3
+    assert layout.pack(images, layout.Placing(2, 1))[:, 0].tolist() == [0, 0, 0, 3]
 
 
 def test_dtypes_and_plans_that_are_not_supported_are_refused():

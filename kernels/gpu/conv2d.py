@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import Geometry, image_format, leading_dim
+from ..reference import Geometry, image_format, leading_dim, relu_gradient
 from . import Plan, block
 from .csr import plan as csr_plan
 from .csr import taps
@@ -51,7 +51,7 @@ def conv_backward(
     gy, x, y, winners, values, crow_indices, col_indices, plan, geometry, relu, pool, need_x, need_values, need_bias
 ):
     """As reference.conv_backward, without pooling."""
-    gy = torch.where(y > 0, gy, 0) if relu else gy
+    gy = relu_gradient(gy, y) if relu else gy
     none = gy.new_empty(0)
     gbias = gy.sum((0, 2, 3)) if need_bias else none
     grads = _block_grads if plan.block != (1, 1) else _csr_grads

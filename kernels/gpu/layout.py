@@ -26,9 +26,10 @@ def _layout_kernel(
     rows_height, rows_width, top, left, up_h, up_w,
     PACK: tl.constexpr, CHANNELS_LAST: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    f = tl.program_id(0) * BF + tl.arange(0, BF)  # a feature, in the order in which the images hold them
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
     pixels = height * width
+    tiles, program = tl.cdiv(channels * pixels, BF), tl.program_id(0)  # one dimension: the others end at 65,535
+    f = program % tiles * BF + tl.arange(0, BF)  # a feature, in the order in which the images hold them
+    n = program // tiles * BN + tl.arange(0, BN)
     if CHANNELS_LAST:
         c, pixel = f % channels, f // channels
     else:
@@ -36,7 +37,8 @@ def _layout_kernel(
     h, w = pixel // width, pixel % width
     row_h, row_w = top + h * up_h, left + w * up_w
     inside = (f < channels * pixels) & (row_h >= 0) & (row_h < rows_height) & (row_w >= 0) & (row_w < rows_width)
-    image = n.to(tl.int64)[:, None] * stride_n + (c * stride_c + h * stride_h + w * stride_w)[None, :]
+    offset = c.to(tl.int64) * stride_c + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+    image = n.to(tl.int64)[:, None] * stride_n + offset[None, :]
     row = ((c * rows_height + row_h) * rows_width + row_w).to(tl.int64)
     row = row[:, None] * ld + n[None, :]
     mask = (n < batch)[:, None] & inside[None, :]
@@ -106,10 +108,10 @@ def major(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _move(images: Tensor, rows: Tensor, placing: Placing, pack: bool) -> None:
     batch, channels, height, width = images.shape
-    grid = triton.cdiv(channels * height * width, BF), triton.cdiv(columns(batch), BN)
+    programs = triton.cdiv(channels * height * width, BF) * triton.cdiv(columns(batch), BN)
     last = channels > 1 and images.stride(1) == 1
     launch(
-        _layout_kernel, grid, images=images, rows=rows, batch=batch, columns=columns(batch), channels=channels,
+        _layout_kernel, (programs,), images=images, rows=rows, batch=batch, columns=columns(batch), channels=channels,
         height=height, width=width, **dict(zip(_STRIDES, images.stride(), strict=True)), ld=rows.stride(0),
         rows_height=placing.height, rows_width=placing.width, top=placing.top, left=placing.left,
         up_h=placing.up_h, up_w=placing.up_w, PACK=pack, CHANNELS_LAST=last, BF=BF, BN=BN, num_warps=4,

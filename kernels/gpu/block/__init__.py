@@ -58,7 +58,7 @@ def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
         tiles = _views(plan, gy.shape[1], gx.shape[1]).forward
         torch.mm(gy, scatter(values, crow_indices, tiles, plan.block, gx.shape[1]), out=gx)
         if gate is not None:
-            gx.masked_fill_((gate > 0).logical_not_(), 0)
+            gx.masked_fill_(gate <= 0, 0)
         clear_padding(gx)
         return
     tiles, (red, out), fp32 = _views(plan, gy.shape[1], gx.shape[1]).transposed, tiled(plan.block, True), precision(gy)

@@ -46,7 +46,7 @@ def _block_spmm_kernel(
             gate + m64 * stride_gm + n.to(tl.int64)[None, :] * stride_gn,
             mask=(m < batch)[:, None] & (n < out_features)[None, :], other=0,
         )  # fmt: skip
-        acc = tl.where(gates > 0, acc, 0)
+        acc = tl.where(gates <= 0, 0.0, acc)  # through NaN a gradient passes, as in torch
     acc = tl.where((m < batch)[:, None], acc, 0)
     tl.store(
         y + m64 * stride_ym + n.to(tl.int64)[None, :] * stride_yn, acc.to(y.dtype.element_ty),

@@ -8,45 +8,62 @@ once for all of them, sums stay apart along the batch until the end.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import MULTIPROCESSORS, launch, tuned
 from ..layout import columns
-from .taps import Taps, feature
+from .taps import Taps, feature, first_feature
 
 
 @triton.jit
 def _sddmm_kernel(
-    gy, x, gvalues, order, crow_indices, col_indices, columns, pixels, ld_gy, ld_x, filters_per_group,
-    columns_per_group, x_height, x_width, out_width, stride_h, stride_w, dilation_h, dilation_w,
+    gy, x, gvalues, order, crow_indices, col_indices, columns, pixels, ld_gy, ld_x,
+    x_height, dilation_h, dilation_w, filters_per_group, x_features, x_width, out_width, stride_h, stride_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, NNZ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(order + tl.program_id(0))
     begin, end = tl.load(crow_indices + row), tl.load(crow_indices + row + 1)
-    first = row // filters_per_group * columns_per_group
+    n = tl.arange(0, BN)[None, :]  # with this axis from the start gy's row is not exchanged between threads
     gy += row.to(tl.int64) * pixels * ld_gy
-    n = tl.arange(0, BN)
     for k in range(begin + tl.program_id(1) * NNZ, end, tl.num_programs(1) * NNZ):
         p = k + tl.arange(0, NNZ)
-        column = first + tl.load(col_indices + p, mask=p < end, other=0)
+        column = tl.load(col_indices + p, mask=p < end, other=0)
         at = feature(column, x_height, x_width, dilation_h, dilation_w, KERNEL_H, KERNEL_W)
         total = tl.zeros([NNZ, BN], tl.float32)
         of_gy = gy
         for pixel in range(0, pixels):
-            of_x = x + (at + pixel // out_width * stride_h * x_width + pixel % out_width * stride_w).to(tl.int64) * ld_x
+            first = first_feature(row, pixel, filters_per_group, x_features, x_width, out_width, stride_h, stride_w)
+            of_x = x + ((first + at).to(tl.int64) * ld_x)[:, None]
             for start in range(0, columns, BN):
                 inside = start + n < columns
-                g = tl.load(of_gy + start + n, mask=inside, other=0).to(tl.float32)
-                part = tl.load(of_x[:, None] + (start + n)[None, :], mask=inside[None, :], other=0)
-                total += g[None, :] * part.to(tl.float32)
+                g = tl.load(of_gy + start + n, mask=inside, other=0)
+                part = tl.load(of_x + start + n, mask=inside, other=0)
+                total += g.to(tl.float32) * part.to(tl.float32)
             of_gy += ld_gy
         tl.store(gvalues + p, tl.sum(total, 1).to(gvalues.dtype.element_ty), mask=p < end)
 
 
-WARPS, NNZ = 4, 16
-BUSY = 4096  # programs that keep a large GPU busy
+class Shape(NamedTuple):
+    """A program's survivors at a time, samples at a time, and warps; programs of a row of W."""
+
+    nnz: int
+    bn: int
+    warps: int
+    splits: int
+
+
+def shape(rows: int, nnz: int, batch: int, itemsize: int) -> Shape:
+    """All threads side by side along the batch, 16 bytes each; programs for 8 of 4 warps on each multiprocessor."""
+    bn = min(triton.next_power_of_2(columns(batch)), 2048 // itemsize)
+    splits = min(triton.cdiv(4 * 8 * MULTIPROCESSORS, rows), triton.cdiv(nnz, rows * NNZ))
+    return Shape(NNZ, bn, max(bn * itemsize // 512, 1), splits)
+
+
+NNZ = 8
 
 
 def sddmm(
@@ -55,12 +72,11 @@ def sddmm(
     """(nnz,) of the dtype of x; gy, x: rows (features, ld), zero in columns >= batch of gy; order (O,)."""
     rows, nnz = crow_indices.numel() - 1, col_indices.numel()
     gvalues = x.new_empty(nnz)
-    bn = min(triton.next_power_of_2(columns(batch)), 512 // x.element_size())
-    splits = min(triton.cdiv(BUSY, rows), triton.cdiv(nnz, rows * NNZ))
+    of = tuned("sddmm", shape(rows, nnz, batch, x.element_size()))
     launch(
-        _sddmm_kernel, (rows, splits), gy=gy, x=x, gvalues=gvalues, order=order, crow_indices=crow_indices,
+        _sddmm_kernel, (rows, of.splits), gy=gy, x=x, gvalues=gvalues, order=order, crow_indices=crow_indices,
         col_indices=col_indices, columns=columns(batch), pixels=taps.pixels, ld_gy=gy.stride(0), ld_x=x.stride(0),
-        **taps.arguments,
-        KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, NNZ=NNZ, BN=bn, num_warps=WARPS,
+        **taps.of_column | taps.of_pixel,
+        KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, NNZ=of.nnz, BN=of.bn, num_warps=of.warps,
     )  # fmt: skip
     return gvalues

@@ -13,57 +13,78 @@ each other and walk through the columns at the same pace, so that most of what t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ...reference import LANES
+from ..launch import MULTIPROCESSORS, launch, tuned
 from ..layout import columns
-from .taps import Taps, feature
+from .taps import Taps, first_feature
+from .terms import offset_and_weight, terms
+
+ALIKE = tl.constexpr(64)  # more steps than twice the shortest row are not worth a mask
 
 
 @triton.jit
 def _spmm_kernel(
-    x, values, bias, gate, y, order, crow_indices, col_indices, perm,
-    rows, batch, columns, ld_x, ld_y, ld_gate, filters_per_group, columns_per_group,
-    x_height, x_width, out_width, stride_h, stride_w, dilation_h, dilation_w,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, RELU: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
+    x, terms, bias, gate, y, order, crow_indices, rows, batch, columns, pixels, ld_x, ld_y, ld_gate,
+    filters_per_group, x_features, x_width, out_width, stride_h, stride_w,
+    RELU: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(order + slot, mask=slot < rows, other=0)
-    begin = tl.load(crow_indices + row)
-    end = tl.where(slot < rows, tl.load(crow_indices + row + 1), begin)
-    pixel = tl.program_id(1)
-    shift = pixel // out_width * stride_h * x_width + pixel % out_width * stride_w
-    n = tl.program_id(2) * BN + tl.arange(0, BN)
-    inside = (n < columns)[None, :]
-    first = row // filters_per_group * columns_per_group
+    tiles, program = tl.cdiv(rows, ROWS), tl.program_id(0)
+    slot, pixel = tl.arange(0, ROWS), program // tiles % pixels
+    # Beyond the last row and the last columns the last ones are computed again: nothing needs a mask.
+    row = tl.load(order + tl.minimum(program % tiles * ROWS + slot, rows - 1))
+    start = tl.multiple_of(tl.minimum(program // tiles // pixels * BN, columns - BN), LANES)
+    n = start + tl.arange(0, BN)
+    begin, end = tl.load(crow_indices + row), tl.load(crow_indices + row + 1)
+    feature = first_feature(row, pixel, filters_per_group, x_features, x_width, out_width, stride_h, stride_w)
+    of_x = x + (feature.to(tl.int64) * ld_x)[:, None] + n[None, :]
+    of_terms = terms + begin
+    count = end - begin
+    shortest, longest = tl.min(count, 0), tl.max(count, 0)
     total = tl.zeros([ROWS, BN], tl.float32)
-    for k in range(0, tl.max(end - begin, 0), UNROLL):
+
+    whole = shortest // UNROLL * UNROLL
+    for k in range(0, whole, UNROLL):
         for u in tl.static_range(UNROLL):
-            p = begin + k + u
-            live = p < end
-            column = first + tl.load(col_indices + p, mask=live, other=0)
-            if perm is None:
-                value = tl.load(values + p, mask=live, other=0)
-            else:
-                value = tl.load(values + tl.load(perm + p, mask=live, other=0), mask=live, other=0)
-            at = shift + feature(column, x_height, x_width, dilation_h, dilation_w, KERNEL_H, KERNEL_W)
-            part = tl.load(x + (at.to(tl.int64) * ld_x)[:, None] + n[None, :], mask=live[:, None] & inside, other=0)
-            total += value.to(tl.float32)[:, None] * part.to(tl.float32)
+            offset, weight = offset_and_weight(tl.load(of_terms + k + u), LANES)
+            total += weight[:, None] * tl.load(of_x + offset[:, None]).to(tl.float32)
+
+    alike = tl.minimum(longest, 2 * shortest + ALIKE)
+    for k in range(whole, alike):
+        live = k < count
+        offset, weight = offset_and_weight(tl.load(of_terms + k, mask=live, other=0), LANES)
+        total += weight[:, None] * tl.load(of_x + offset[:, None], mask=live[:, None], other=0).to(tl.float32)
+
+    if alike < longest:  # a few long rows: all slots work on one of them at a time
+        for long in range(0, ROWS):
+            chosen = slot == long
+            p = tl.sum(tl.where(chosen, begin, 0), 0) + alike
+            stop = tl.sum(tl.where(chosen, end, 0), 0)
+            of_row = x + tl.sum(tl.where(chosen, feature, 0), 0).to(tl.int64) * ld_x + n[None, :]
+            part = tl.zeros([ROWS, BN], tl.float32)
+            for k in range(p, stop, ROWS):
+                live = k + slot < stop
+                offset, weight = offset_and_weight(tl.load(terms + k + slot, mask=live, other=0), LANES)
+                part += weight[:, None] * tl.load(of_row + offset[:, None], mask=live[:, None], other=0).to(tl.float32)
+            if p < stop:
+                total += tl.where(chosen[:, None], tl.sum(part, 0)[None, :], 0)
+
     if bias is not None:
         total += tl.load(bias + row).to(tl.float32)[:, None]
     if RELU:
-        total = tl.maximum(total, 0.0)
-    at = (row * tl.num_programs(1) + pixel).to(tl.int64)
-    mask = (slot < rows)[:, None] & inside
+        total = tl.where(total < 0, 0.0, total)  # NaN stays, as in torch
+    at = (row * pixels + pixel).to(tl.int64)
     if gate is not None:
-        opened = tl.load(gate + (at * ld_gate)[:, None] + n[None, :], mask=mask, other=0)
-        total = tl.where(opened > 0, total, 0.0)
+        gates = tl.load(gate + (at * ld_gate)[:, None] + n[None, :])
+        total = tl.where(gates <= 0, 0.0, total)  # through NaN a gradient passes, as in torch
     total = tl.where((n < batch)[None, :], total, 0.0)
-    tl.store(y + (at * ld_y)[:, None] + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + (at * ld_y)[:, None] + n[None, :], total.to(y.dtype.element_ty))
 
 
 @triton.jit
@@ -90,16 +111,29 @@ def _spmm_narrow_kernel(
     tl.store(y + split * stride_split + n * stride_n + row, result.to(y.dtype.element_ty), mask=n < batch)
 
 
-WARPS, UNROLL = 4, 4
+UNROLL = 4
 NARROW = 16  # samples up to which `spmm_narrow` runs
 BUSY = 2048  # programs that keep a large GPU busy
 
 
-def tile(batch: int, itemsize: int) -> tuple[int, int]:
-    """(ROWS, BN): 16 bytes of a row a thread, two rows a warp, or more rows where the batch is smaller."""
-    per_thread = 16 // itemsize
-    bn = min(triton.next_power_of_2(columns(batch)), 16 * per_thread)
-    return 32 * WARPS * per_thread // bn, bn
+class Shape(NamedTuple):
+    """A program's ROWS rows times BN samples, and its warps."""
+
+    rows: int
+    bn: int
+    unroll: int
+    warps: int
+
+
+def shape(rows: int, pixels: int, batch: int, itemsize: int) -> Shape:
+    """16 bytes of a row a thread; as many warps as leave every multiprocessor two programs."""
+    per_thread, samples = 16 // itemsize, columns(batch)
+    bn = min(1 << (max(samples, 1).bit_length() - 1), 64)
+    tiles = pixels * triton.cdiv(samples, bn)
+    warps = 32
+    while warps > 4 and triton.cdiv(rows, 32 * warps * per_thread // bn) * tiles < 2 * MULTIPROCESSORS:
+        warps //= 2
+    return Shape(32 * warps * per_thread // bn, bn, UNROLL, warps)
 
 
 def spmm(
@@ -111,13 +145,13 @@ def spmm(
     x, y, gate: rows (features, ld) of one dtype; values (nnz,), read at `perm` if given; bias (O,); order (O,).
     """
     rows = crow_indices.numel() - 1
-    height, bn = tile(batch, x.element_size())
-    grid = triton.cdiv(rows, height), taps.pixels, triton.cdiv(columns(batch), bn)
+    of = tuned("spmm", shape(rows, taps.pixels, batch, x.element_size()))
+    programs = triton.cdiv(rows, of.rows) * taps.pixels * triton.cdiv(columns(batch), of.bn)
     launch(
-        _spmm_kernel, grid, x=x, values=values, bias=bias, gate=gate, y=y, order=order, crow_indices=crow_indices,
-        col_indices=col_indices, perm=perm, rows=rows, batch=batch, columns=columns(batch), ld_x=x.stride(0),
-        ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.arguments,
-        KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, RELU=relu, ROWS=height, BN=bn, UNROLL=UNROLL, num_warps=WARPS,
+        _spmm_kernel, (programs,), x=x, terms=terms(values, perm, col_indices, x.stride(0), taps), bias=bias, gate=gate,
+        y=y, order=order, crow_indices=crow_indices, rows=rows, batch=batch, columns=columns(batch), pixels=taps.pixels,
+        ld_x=x.stride(0), ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.of_pixel,
+        RELU=relu, ROWS=of.rows, BN=of.bn, UNROLL=of.unroll, LANES=LANES, num_warps=of.warps,
     )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Of a convolution over batch-minor rows: which row of x a weight meets. A linear layer is the case of one pixel."""
+"""Of a convolution over batch-minor rows: which row of x a weight meets, `feature` + `first_feature`.
+
+A linear layer is the case of one pixel.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,17 @@ from ...reference import Geometry
 def feature(
     column, x_height, x_width, dilation_h, dilation_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr
 ):  # fmt: skip
-    """The row of x that column (c, r, s) of W reads for the first pixel."""
+    """The row of x that column (c, r, s) of W reads for the first pixel of the first group."""
     channel, tap = column // (KERNEL_H * KERNEL_W), column % (KERNEL_H * KERNEL_W)
     return (channel * x_height + tap // KERNEL_W * dilation_h) * x_width + tap % KERNEL_W * dilation_w
 
 
-_NOT_ARGUMENTS = "out_height", "kernel_h", "kernel_w"  # `pixels`, and constexprs
+@triton.jit
+def first_feature(row, pixel, filters_per_group, x_features, x_width, out_width, stride_h, stride_w):
+    """The row of x that tap (0, 0) of the first channel of filter `row` reads for a pixel of y."""
+    return (
+        row // filters_per_group * x_features + pixel // out_width * stride_h * x_width + pixel % out_width * stride_w
+    )
 
 
 class Taps(NamedTuple):
@@ -43,9 +51,20 @@ class Taps(NamedTuple):
         return self.out_height * self.out_width
 
     @property
-    def arguments(self) -> dict[str, int]:
-        """What the kernels take of it at run time."""
-        return {name: value for name, value in self._asdict().items() if name not in _NOT_ARGUMENTS}
+    def x_features(self) -> int:
+        """Rows of x that a group has."""
+        return self.columns_per_group // (self.kernel_h * self.kernel_w) * self.x_height * self.x_width
+
+    @property
+    def of_column(self) -> dict[str, int]:
+        """Of the arguments of `feature`, those of run time."""
+        return {name: getattr(self, name) for name in ("x_height", "x_width", "dilation_h", "dilation_w")}
+
+    @property
+    def of_pixel(self) -> dict[str, int]:
+        """Of the arguments of `first_feature`, those of run time."""
+        names = "filters_per_group", "x_features", "x_width", "out_width", "stride_h", "stride_w"
+        return {name: getattr(self, name) for name in names}
 
 
 def linear(rows: int, columns: int) -> Taps:
