@@ -78,11 +78,6 @@ def itemsize(launch: Launch) -> int:
     return next(each.element_size() for each in launch.arguments.values() if isinstance(each, Tensor))
 
 
-def _csr_spmm(launch: Launch) -> Expected:
-    of = launch.arguments  # of a convolution, where a nonzero is read depends on its tap
-    return Expected(WIDE_SHARE, nonzero=NONZERO if of["KERNEL_H"] * of["KERNEL_W"] == 1 else 0)
-
-
 def _block_spmm(launch: Launch) -> Expected:
     of = launch.arguments
     return _block(launch, (of["BM"], of["OUT"]), of["BK"], of["x"].stride(0) == 1)
@@ -105,7 +100,7 @@ def _block(launch: Launch, tile: tuple[int, int], depth: int, transposed: bool) 
 EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_layout_kernel": lambda launch: Expected(),
     "_terms_kernel": lambda launch: Expected(),
-    "_spmm_kernel": _csr_spmm,
+    "_spmm_kernel": lambda launch: Expected(WIDE_SHARE, nonzero=NONZERO),
     "_spmm_narrow_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=0),
     "_pack_kernel": lambda launch: Expected(),
