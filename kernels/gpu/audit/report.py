@@ -88,6 +88,11 @@ def _block_sddmm(launch: Launch) -> Expected:
     return _block(launch, (of["K"], of["R"]), of["BM"], True)
 
 
+def _sddmm_tiles(launch: Launch) -> Expected:
+    of = launch.arguments
+    return Expected(WIDE_SHARE, of["ROWS"], of["COLUMNS"], (of["ROWS"] + of["COLUMNS"]) * of["BM"] * itemsize(launch))
+
+
 def _block(launch: Launch, tile: tuple[int, int], depth: int, transposed: bool) -> Expected:
     size = itemsize(launch)
     if size == 4 and launch.arguments["PRECISION"] == "ieee":
@@ -102,6 +107,8 @@ EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_terms_kernel": lambda launch: Expected(),
     "_spmm_kernel": lambda launch: Expected(WIDE_SHARE, nonzero=NONZERO),
     "_spmm_narrow_kernel": lambda launch: Expected(),
+    "_sddmm_tiles_kernel": _sddmm_tiles,
+    "_take_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=0),
     "_pack_kernel": lambda launch: Expected(),
     "_unpack_kernel": lambda launch: Expected(),

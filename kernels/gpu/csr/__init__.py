@@ -12,6 +12,7 @@ from .plan import CsrPlan, sections
 from .sddmm import sddmm
 from .spmm import spmm, spmm_narrow
 from .taps import linear
+from .tiles import pays, sddmm_tiles
 
 
 def forward(x, values, bias, crow_indices, col_indices, plan, y, relu=False):
@@ -37,6 +38,8 @@ def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
 def grad_values(gy, x, crow_indices, col_indices, plan):
     """(nnz,): gyᵀ x at the pattern."""
     order = _sections(plan, crow_indices, col_indices, x.shape[1]).order
+    if pays(x, col_indices.numel(), gy.shape[1]):
+        return sddmm_tiles(gy.t(), x.t(), crow_indices, col_indices, order, len(x))
     return sddmm(gy.t(), x.t(), crow_indices, col_indices, order, len(x), linear(gy.shape[1], x.shape[1]))
 
 
