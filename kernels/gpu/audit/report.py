@@ -107,6 +107,7 @@ EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_spmm_kernel": _csr_spmm,
     "_spmm_narrow_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=2),
+    "_scatter_kernel": lambda launch: Expected(),
     "_pack_kernel": lambda launch: Expected(),
     "_unpack_kernel": lambda launch: Expected(),
     "_block_spmm_kernel": _block_spmm,
