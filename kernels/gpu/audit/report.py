@@ -129,7 +129,7 @@ def judge(
         faults.append(f"wide loads {share:.0%} < {expected.wide:.0%}")
     if expected.rows:
         opcode = _tensor_cores(target, expected, version or triton_version())
-        split = launch.arguments["PRECISION"] == "tf32x3"  # by way of registers
+        split = launch.arguments.get("PRECISION") == "tf32x3"  # by way of registers
         buffers = launch.options["num_stages"] - (split or opcode not in ASYNCHRONOUS)
         if opcode not in code.tensor_cores:
             faults.append(f"no {opcode}")
