@@ -85,6 +85,7 @@ def test_nan_and_infinity_stay_in_their_row_and_column():
         ((9, 0), torch.float32, 0.1, 255, False),
         ((9, 0), torch.float32, 0.02, 256, False),
         ((8, 0), torch.float32, 0.1, 256, False),
+        ((9, 4), torch.float32, 0.1, 256, False),
         ((8, 0), torch.bfloat16, 0.1, 256, True),
         ((7, 5), torch.float16, 0.1, 256, False),
     ],

@@ -27,7 +27,7 @@ BLOCKS = {
     (32, 1): ("bf16", "fp32", "tf32"),
     (16, 1): ("bf16",),
 }
-CONV_BLOCKS = {(64, 64): ("bf16", "fp32", "tf32"), (16, 16): ("bf16",)}
+CONV_BLOCKS = {(128, 128): ("bf16", "fp32"), (64, 64): ("bf16", "fp32", "tf32"), (16, 16): ("bf16",)}
 
 
 class Problem(NamedTuple):

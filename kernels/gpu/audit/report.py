@@ -110,6 +110,7 @@ EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_sddmm_tiles_kernel": _sddmm_tiles,
     "_take_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=0),
+    "_scatter_kernel": lambda launch: Expected(),
     "_pack_kernel": lambda launch: Expected(),
     "_unpack_kernel": lambda launch: Expected(),
     "_block_spmm_kernel": _block_spmm,
@@ -131,7 +132,7 @@ def judge(
         faults.append(f"wide loads {share:.0%} < {expected.wide:.0%}")
     if expected.rows:
         opcode = _tensor_cores(target, expected, version or triton_version())
-        split = launch.arguments["PRECISION"] == "tf32x3"  # by way of registers
+        split = launch.arguments.get("PRECISION") == "tf32x3"  # by way of registers
         buffers = launch.options["num_stages"] - (split or opcode not in ASYNCHRONOUS)
         if opcode not in code.tensor_cores:
             faults.append(f"no {opcode}")

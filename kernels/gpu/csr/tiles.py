@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..block.shape import split
+from ..block.shape import SPLITTING, split
 from ..device import capability
 from ..launch import launch, tuned
 from ..layout import columns
@@ -76,8 +76,9 @@ NNZ, TAKE_WARPS = 256, 4
 
 
 def pays(x: Tensor, nnz: int, out_features: int) -> bool:
-    """Are tiles the faster way for x (N, I)? Strict fp32 needs three products in TF32, which spill before sm_90."""
-    able = capability(x.device) >= ((9, 0) if x.dtype == torch.float32 else (8, 0))
+    """Are tiles the faster way for x (N, I)? Strict fp32 needs GPUs that multiply it as three products in TF32."""
+    has = capability(x.device)
+    able = has in SPLITTING if x.dtype == torch.float32 else has >= (8, 0)
     return able and len(x) >= SAMPLES and nnz >= DENSITY * out_features * x.shape[1]
 
 
