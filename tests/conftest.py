@@ -21,6 +21,12 @@ def _reproducible():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def _strict(monkeypatch):
+    """On a GPU torch's own convolutions are in TF32 by default: too inexact to compare with."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that nobody writes reads as NaN: the floats that torch.empty and its relatives return from Python."""

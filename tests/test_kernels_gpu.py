@@ -116,6 +116,7 @@ def test_layouts_between_kinds_of_layers(name, batch, batch_minor):
         assert_exact(run_chain(packed, blocks, batch_minor), chain)
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [5, 70])
 def test_chain_is_as_accurate_as_torch(dtype, batch):
@@ -224,6 +225,7 @@ def test_grids_of_huge_batches_are_possible():
     assert_grids_fit(launches)
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_is_as_accurate_as_torch(dtype):
     conv = convs.make(GEOMETRIES["3x3"], 8, 17, (4, 5), 0.4, entries=gaussian, relu=True).to(dtype)

@@ -95,6 +95,7 @@ def reads(shape) -> tuple[str, ...]:
     return ("x",) if shape[1] == 1 else ()
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_whole_blocks(shape, dtype):
@@ -186,6 +187,7 @@ def test_columns_need_batch_minor_activations():
         block.forward(problem.x, problem.values, None, problem.crow, problem.col, problem.plan, problem.empty("y", 32))
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(dtype):
     torch.manual_seed(1)
@@ -236,6 +238,7 @@ def check_conv(of, filters, size, shape, batch=2, dtype=torch.float32, density=0
     canaries.check()
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", [16, 32, 64, 128])
 def test_conv(side, dtype):

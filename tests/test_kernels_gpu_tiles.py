@@ -96,6 +96,7 @@ def test_who_takes_tiles(capability, dtype, density, batch, chosen):
         assert tiles.pays(x, int(density * 1000 * 500), 500) == chosen
 
 
+@pytest.mark.gpu_core
 def test_a_chain_trains_by_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "SAMPLES", 16)
     chain = make(40, [70, 130, 9], 0.3, entries=torch.randn)
