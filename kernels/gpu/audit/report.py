@@ -82,7 +82,7 @@ def _block(launch: Launch, rows: int, stage: int, transposed: bool) -> Expected:
 EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_layout_kernel": lambda launch: Expected(),
     "_spmm_kernel": lambda launch: Expected(WIDE_SHARE),
-    "_spmm_narrow_kernel": lambda launch: Expected(),
+    "_spmm_narrow_kernel": lambda launch: Expected(WIDE_SHARE if launch.arguments["NB"] > 1 else 0.0),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE),
     "_pack_kernel": lambda launch: Expected(),
     "_unpack_kernel": lambda launch: Expected(),
