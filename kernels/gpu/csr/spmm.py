@@ -6,9 +6,9 @@ x (features, ld) and y (features, ld) are batch-minor rows (layout.py): one weig
 convolution a feature is a pixel of a channel; a tap is then a constant offset, for which x carries its padding. For a
 linear layer there is one pixel. The gradient of x is the same over the transpose (plan.py).
 
-Terms (terms.py), made once a call, say where a weight meets x: the loop knows no masks, no permutation and no taps. Rows
-are sorted by their survivors, so that those of a program are of nearly equal length; what one has more than the shortest
-is masked, and where it is far more, all rows of the program share the work on it.
+Terms (terms.py), made once a call, say where a weight meets x: the loop knows no masks, no permutation and no taps.
+Rows are sorted by their survivors, so that those of a program are of nearly equal length. What one has more than the
+shortest is masked; where it is far more, all rows of the program share the work on it.
 
 L1 bounds it. For 128 multiply-adds a warp reads 512 bytes of x in fp32 and a term, 5 clocks at 128 bytes a clock, and
 executes 9.5 instructions in fp32 and 13.9 in bf16 (sm_90, Triton 3.9), 2.4 and 3.5 clocks. A program has up to 32 warps
