@@ -48,6 +48,13 @@ def test_chain_of_nothing_and_of_everything(density, batch):
     assert_exact(run_chain(chain), chain)
 
 
+def test_a_row_much_longer_than_others():
+    masks = [torch.rand(5, 200) < 0.02, torch.rand(200, 5) < 0.02]
+    masks[0][1] = masks[1][:, 2] = True  # long also in the transpose
+    chain = of_masks(70, masks)
+    assert_exact(run_chain(chain), chain)
+
+
 @pytest.mark.parametrize("batch", [2, 20])
 def test_rows_of_every_weight(batch):
     mask = torch.zeros(6, 50, dtype=torch.bool)

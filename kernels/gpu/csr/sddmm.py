@@ -63,11 +63,10 @@ class Shape(NamedTuple):
 def shape(rows: int, nnz: int, batch: int, itemsize: int) -> Shape:
     """All threads side by side along the batch, 16 bytes each; programs for 8 of 4 warps on each multiprocessor."""
     bn = min(triton.next_power_of_2(columns(batch)), 2048 // itemsize)
-    splits = min(triton.cdiv(4 * 8 * MULTIPROCESSORS, rows), triton.cdiv(nnz, rows * NNZ))
-    return Shape(NNZ, bn, max(bn * itemsize // 512, 1), splits)
-
-
-NNZ = 8
+    warps = max(bn * itemsize // 512, 1)
+    at_once = 8 * 512 * warps // (bn * itemsize)
+    splits = min(triton.cdiv(32 * MULTIPROCESSORS, rows), triton.cdiv(nnz, rows * at_once))
+    return Shape(at_once, bn, warps, splits)
 
 
 def sddmm(
