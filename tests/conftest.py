@@ -21,6 +21,13 @@ def _reproducible():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def strict_convolutions(monkeypatch):
+    """cuDNN multiplies fp32 as fp32, as products do: torch's default is TF32, for our blocks as well."""
+    # by the old name: under the new one, whoever reads or sets the old one raises
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that nobody writes reads as NaN: the floats that torch.empty and its relatives return from Python."""

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from test_benchmarks_gpu_run import SUITE
+from test_benchmarks_gpu_tests import SUITE
 
 from benchmarks import results
 from benchmarks.gpu import bars, rows, summary

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -131,79 +130,6 @@ def test_a_worker_survives_what_it_runs(monkeypatch):
         assert worker._pool is None
     finally:
         worker.stop()
-
-
-SUITE = """
-import os, time
-import pytest
-
-pytestmark = pytest.mark.gpu_core
-CUDA = RuntimeError("CUDA error: an illegal memory access was encountered")
-
-def test_fine():
-    pass
-
-def test_dies():
-    os._exit(7)
-
-def test_hangs():
-    time.sleep(60)
-
-def test_breaks_the_gpu(monkeypatch):
-    import benchmarks.gpu.shard as shard
-    shard.synchronize = lambda: (_ for _ in ()).throw(CUDA)
-
-def test_wrong():
-    assert 1 == 2, "one is not \\x00 two"
-
-@pytest.mark.parametrize("n", range(3))
-def test_after_all_that(n):
-    import warnings
-    warnings.warn("harmless")
-"""
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
-    (folder / "test_gpu_only.py").write_text(SUITE)
-    (folder / "test_kernels_gpu_audit.py").write_text("def test_needs_no_gpu(): assert False")
-    return folder
-
-
-def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite, tmp_path):
-    told = []
-    verdict = tests.run(tests.files(suite), tests.CORE, 100.0, 2, told.append, limit=5.0)
-    outcomes = {each.test.rpartition("::")[2]: each.outcome for each in verdict.results}
-    passed = ["test_fine", *(f"test_after_all_that[{n}]" for n in range(3))]
-    bad = {"test_dies": "ended with 7", "test_hangs": "did not finish in 5 s", "test_breaks_the_gpu": "GPU was lost"}
-    assert verdict.left == []
-    assert [name for name in passed if outcomes.get(name) != "passed"] == []
-    reasons = {each.test.rpartition("::")[2]: each.text for each in verdict.failed}
-    assert reasons.keys() == {*bad, "test_wrong"}
-    assert all(why in reasons[name] for name, why in bad.items())
-    assert len(told) == 4
-    tests.write_junit(tmp_path / "junit.xml", verdict.results)
-    again = tests.Verdict(tests.read_junit(tmp_path / "junit.xml"))
-    assert Counter(each.test for each in again.failed) == Counter(each.test for each in verdict.failed)
-    (line,) = (line for line in again.lines() if "test_wrong" in line)
-    assert "AssertionError: one is not" in line
-
-
-def test_tests_end_in_time_and_a_broken_suite_is_told(suite, tmp_path):
-    verdict = tests.run(tests.files(suite), tests.CORE, 0.0, 1, [].append)
-    assert not verdict.fine
-    assert verdict.left == ["out of time in 1 of 1 processes"]
-    (tmp_path / "test_gpu_only.py").write_text("import nothing_of_that_name")
-    verdict = tests.run(tests.files(tmp_path), tests.CORE, 60.0, 1, [].append)
-    assert "pytest ended with 2" in verdict.left[0]
-    assert tests.run([], tests.CORE, 60.0, 1, [].append).fine
-
-
-def test_the_device_gets_our_tests():
-    names = {path.name for path in tests.files()}
-    assert {"test_gpu_only.py", "test_kernels_gpu.py", "test_nn_gpu.py", "test_ops_gpu.py"} <= names
-    assert not [name for name in names if "audit" in name]
 
 
 def test_the_summary_reads_the_files_alone(folder):

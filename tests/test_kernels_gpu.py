@@ -49,6 +49,7 @@ def test_chain_of_nothing_and_of_everything(density, batch):
     assert_exact(run_chain(chain), chain)
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("batch", [2, 20])
 def test_rows_of_every_weight(batch):
     mask = torch.zeros(6, 50, dtype=torch.bool)
@@ -57,6 +58,7 @@ def test_rows_of_every_weight(batch):
     assert_exact(run_chain(chain), chain)
 
 
+@pytest.mark.gpu_core
 def test_long_rows_of_few_samples_are_split():
     chain = make(2, [3000, 3], 0.9)
     assert_exact(run_chain(chain), chain)
@@ -116,6 +118,7 @@ def test_layouts_between_kinds_of_layers(name, batch, batch_minor):
         assert_exact(run_chain(packed, blocks, batch_minor), chain)
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [5, 70])
 def test_chain_is_as_accurate_as_torch(dtype, batch):
@@ -224,6 +227,7 @@ def test_grids_of_huge_batches_are_possible():
     assert_grids_fit(launches)
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_is_as_accurate_as_torch(dtype):
     conv = convs.make(GEOMETRIES["3x3"], 8, 17, (4, 5), 0.4, entries=gaussian, relu=True).to(dtype)

@@ -97,6 +97,7 @@ def reads(shape) -> tuple[str, ...]:
     return ("x",) if shape[1] == 1 else ()
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_whole_blocks(shape, dtype):
@@ -223,6 +224,7 @@ def check_conv(of, filters, size, shape, batch=2, dtype=torch.float32, density=0
     canaries.check()
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", [16, 32, 64])
 def test_conv(side, dtype):

@@ -64,6 +64,7 @@ def test_executions_by_default(name):
     assert [row["execution"] for row in layers] == expected
 
 
+@pytest.mark.gpu_core
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_dense_model(name):
     model, x = masked(name)

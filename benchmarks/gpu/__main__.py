@@ -63,7 +63,7 @@ class Run:
         return run_jobs(name, import_module(f"benchmarks.gpu.{name}"), self.smoke, seconds, self.worker, self.folder)
 
     def _test(self, marks: str, seconds: float) -> bool:
-        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit)
+        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit, self.results)
         self.results += verdict.results
         self.folder.save("junit.xml", lambda path: tests.write_junit(path, self.results))
         for why in verdict.left:
