@@ -15,6 +15,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bars, prepare, rows, runner, summary, tests
 from benchmarks.gpu.cases import Conv, Linear, label, planned
 from benchmarks.gpu.measure import Outcome
+from benchmarks.gpu.timing import CaptureError
+from benchmarks.gpu.worker import LIMIT, FailedError, LateError, Worker
 
 HEAD = {"machine": "NVIDIA H200, 132 multiprocessors", "date": "2026-01-01"}
 LAYER = Linear("forward+backward", 4096, 4096, 4096, "1x1", 0.1, "fp32")
@@ -99,37 +101,62 @@ class Jobs:
             time.sleep(60)
         if job == "raises":
             raise ValueError("no\nmore")
+        os.write(1, b"said in a worker\n")
         return [{"part": "tune", "kernel": "k", "case": "c", "config": "x", "us": 1.0, "detail": str(device)}]
 
 
-def test_a_job_that_dies_or_hangs_leaves_the_others_their_turn(folder, monkeypatch):
-    monkeypatch.setattr(runner, "_limit", lambda end: 15.0 if len(folder.rows["kernels"]) == 0 else 3.0)
-    worker = runner.Worker("cpu")
-    try:
-        assert not runner.run_jobs("tune", Jobs, True, 60.0, worker, folder)
-    finally:
-        worker.stop()
+@pytest.fixture
+def worker(folder):
+    worker = Worker("cpu", lambda line: folder.tell(line, aloud=False))
+    yield worker
+    worker.stop()
+
+
+def test_a_job_that_dies_or_hangs_leaves_the_others_their_turn(folder, worker, monkeypatch):
+    monkeypatch.setattr(runner, "LIMIT", 8)
+    monkeypatch.setattr(runner, "_limit", lambda end: 30 if len(folder.rows["missing"]) != 1 else 8)
+    assert not runner.run_jobs("tune", Jobs, True, 90.0, worker, folder)
     assert [each["detail"] for each in read(folder, "kernels")] == ["cpu", "cpu"]
     reasons = {each["case"]: each["why"] for each in read(folder, "missing")}
     assert reasons == {
-        "dies": "the process died",
-        "hangs": "did not finish in time",
+        "dies": "the process ended with 1",
+        "hangs": "did not finish in 8 s",
         "raises": "ValueError: no",
     }
+    log = (folder.path / "log.txt").read_text()
+    assert "said in a worker" in log
+    assert "more\n" in log  # all of the error
 
 
-def test_a_worker_survives_what_it_runs(monkeypatch):
-    worker = runner.Worker("cpu")
-    try:
-        assert worker.run(os.getpid) != os.getpid()
-        for error, why in ((runner.TimeoutError, "did not finish"), (runner.BrokenProcessPool, "died")):
-            monkeypatch.setattr(worker, "run", lambda *args, error=error, **limits: (_ for _ in ()).throw(error()))
-            assert why in worker.measure(LAYER, 0.0, frozenset()).missing[""]
-        monkeypatch.setattr(worker, "run", lambda *args, **limits: Outcome(lost=True))
-        assert worker.measure(LAYER, 0.0, frozenset()).lost
-        assert worker._pool is None
-    finally:
-        worker.stop()
+def captures():
+    raise CaptureError("step", "no")
+
+
+def test_a_worker_that_is_of_no_more_use_is_replaced(worker):
+    before = worker.run(os.getpid)
+    assert before != os.getpid()
+    with pytest.raises(FailedError, match="step cannot be captured"):
+        worker.run(captures)
+    assert worker.run(os.getpid) != before
+    pid = worker._process.pid
+    worker.stop()
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize(("limit", "fine"), [(LIMIT, False), (LIMIT - 1, True)])
+def test_a_case_that_its_part_cuts_off_is_no_failure(folder, monkeypatch, limit, fine):
+    class Late:
+        device = "cpu"
+
+        def run(self, *args, limit):
+            raise LateError(f"did not finish in {limit} s")
+
+    monkeypatch.setattr(runner, "_limit", lambda end: limit)
+    late = SimpleNamespace(jobs=lambda smoke: ["any"], measure=None)
+    assert runner.run_jobs("tune", late, True, 60.0, Late(), folder) == fine
+    assert runner.run_cases("bars", LINEARS[:1], 60.0, runner.Runner(Late()).measure, folder) == fine
+    whys = [each["why"] for each in read(folder, "missing")]
+    assert whys == 2 * [runner.NOT_REACHED if fine else "did not finish in 60 s"]
 
 
 def test_the_summary_reads_the_files_alone(folder):
@@ -142,7 +169,7 @@ def test_the_summary_reads_the_files_alone(folder):
     folder.miss("rest", "all", "", "3 of 9 not reached: out of time")
     folder.miss("bars", label(LAYER), "torch_csr", "RuntimeError: no")
     folder.miss("bars", label(LAYER), "", "the process died")
-    lines = summary.whole(folder.path).splitlines()
+    lines = summary.whole(folder.texts).splitlines()
     (line,) = (line for line in lines if line.startswith("forward+backward 4096 4096 4096 1x1 fp32"))
     assert line.split()[-6:] == ["3.00x", "50", "%", "~1.00x", "50", "%"]
     verdicts = {line[:70].strip(): line.split()[-1] for line in lines if line[70:77].strip().endswith("x")}
@@ -162,8 +189,8 @@ def test_the_tail_is_short_whatever_there_is_and_ends_with_the_bars(folder):
         folder.add("linear", [row(case, bars.OURS, 1.0), row(case, "nn_linear", 3.0)])
         folder.miss("rest", label(case), "", "x" * 200)
     failed = [tests.Result(f"tests/test_a.py::test_{n}", "failed", 1.0, "E   " + "y" * 300) for n in range(50)]
-    folder.save("junit.xml", lambda path: tests.write_junit(path, failed))
-    told = summary.tail(folder.path)
+    folder.save("junit.xml", tests.junit(failed))
+    told = summary.tail(folder.texts)
     assert len(told) <= summary.TAIL
     lines = told.splitlines()
     names = [bar.what for bar in bars.BARS]
@@ -188,11 +215,20 @@ def test_a_disk_that_fills_up_is_told_once_and_stops_nothing(folder, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "write", full)
-    for _ in range(3):
-        folder.add("linear", [row(LAYER, bars.OURS, 1.0)])
+    monkeypatch.setattr(results, "replace", full)
+    for impl in (bars.OURS, "masked_dense", "nn_linear"):
+        folder.add("linear", [row(LAYER, impl, 3.0)])
     assert capsys.readouterr().out.count("cannot be written") == 1
-    assert len(folder.rows["linear"]) == 3
+    assert read(folder, "linear") == []
+    assert "1.00x" in summary.tail(folder.texts)  # the output has it all
+
+
+def test_a_summary_that_raises_is_one_line(folder, monkeypatch):
+    folder.add("kernels", [dict.fromkeys(rows.KERNEL_COLUMNS, "") | {"part": "tune"}])
+    monkeypatch.setattr("benchmarks.gpu.tune.summary", lambda rows: 1 / 0)
+    lines = summary.whole(folder.texts).splitlines()
+    assert "no summary: ZeroDivisionError: division by zero" in lines
+    assert lines[-1].startswith(bars.BARS[-1].what)
 
 
 def test_launches_are_recorded_without_a_run(monkeypatch):

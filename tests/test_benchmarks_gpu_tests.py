@@ -46,7 +46,7 @@ def suite(tmp_path_factory):
     return folder
 
 
-def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite, tmp_path):
+def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite):
     told = []
     verdict = tests.run(tests.files(suite), tests.CORE, 100.0, 2, told.append, limit=5.0)
     outcomes = {each.test.rpartition("::")[2]: each.outcome for each in verdict.results}
@@ -60,8 +60,7 @@ def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite, tmp_pat
     assert all(why in reasons[name] for name, why in bad.items())
     assert "test_gpu_only.py:15: KeyboardInterrupt" in reasons["test_hangs"]  # pytest was asked where it was
     assert len(told) == 4
-    tests.write_junit(tmp_path / "junit.xml", verdict.results)
-    again = tests.Verdict(tests.read_junit(tmp_path / "junit.xml"))
+    again = tests.Verdict(tests.read_junit(tests.junit(verdict.results)))
     assert Counter(each.test for each in again.failed) == Counter(each.test for each in verdict.failed)
     (line,) = (line for line in again.lines() if "test_wrong" in line)
     assert "AssertionError: one is not" in line
