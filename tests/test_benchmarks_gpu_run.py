@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +21,7 @@ from benchmarks.gpu.measure import Outcome
 from benchmarks.gpu.timing import CaptureError
 from benchmarks.gpu.worker import LIMIT, FailedError, LateError, Worker
 
+ROOT = Path(__file__).parents[1]
 HEAD = {"machine": "NVIDIA H200, 132 multiprocessors", "date": "2026-01-01"}
 LAYER = Linear("forward+backward", 4096, 4096, 4096, "1x1", 0.1, "fp32")
 LINEARS = [Linear("forward", 1, 2, 3, "1x1", density, "fp32") for density in (0.1, 0.2, 0.5)]
@@ -141,6 +145,24 @@ def test_a_worker_that_is_of_no_more_use_is_replaced(worker):
     pid = worker._process.pid
     worker.stop()
     assert not os.path.exists(f"/proc/{pid}")
+
+
+ORPHAN = """
+import os, signal, time
+from benchmarks.gpu.worker import Worker
+worker = Worker("cpu", print)
+os.write(1, str(worker.run(os.getpid)).encode())
+worker._calls.send((time.sleep, (600,)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_busy_worker_ends_with_whoever_started_it():
+    process = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=False)
+    worker, end = f"/proc/{int(process.stdout)}/exe", time.monotonic() + 30
+    while os.path.exists(worker) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not os.path.exists(worker)
 
 
 @pytest.mark.parametrize(("limit", "fine"), [(LIMIT, False), (LIMIT - 1, True)])
