@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from blocks import blocky
-from canaries import Canaries
 from chains import assert_accurate, assert_exact, make, of_masks
 from gpus import DEVICE, DTYPES, run_chain, run_conv
 
 from sparselottery.kernels import gpu, reference
-from sparselottery.kernels.gpu import csr, layout
+from sparselottery.kernels.gpu import layout
 from sparselottery.kernels.gpu.csr import plan as csr_plan
 from sparselottery.kernels.gpu.launch import recorded
 
@@ -49,33 +48,19 @@ def test_chain_of_nothing_and_of_everything(density, batch):
     assert_exact(run_chain(chain), chain)
 
 
-@pytest.mark.gpu_core
+def test_a_row_much_longer_than_others():
+    masks = [torch.rand(5, 200) < 0.02, torch.rand(200, 5) < 0.02]
+    masks[0][1] = masks[1][:, 2] = True  # long also in the transpose
+    chain = of_masks(70, masks)
+    assert_exact(run_chain(chain), chain)
+
+
 @pytest.mark.parametrize("batch", [2, 20])
 def test_rows_of_every_weight(batch):
     mask = torch.zeros(6, 50, dtype=torch.bool)
     mask[1], mask[4, 3], mask[:, 7] = True, True, True  # a full row, a single weight, a full column
     chain = of_masks(batch, [mask])
     assert_exact(run_chain(chain), chain)
-
-
-@pytest.mark.gpu_core
-def test_long_rows_of_few_samples_are_split():
-    chain = make(2, [3000, 3], 0.9)
-    assert_exact(run_chain(chain), chain)
-
-
-@pytest.mark.parametrize(("in_features", "narrow"), [(csr_plan.MAX_NARROW, True), (csr_plan.MAX_NARROW + 9, False)])
-def test_indices_of_16_bits_and_of_more(in_features, narrow):
-    mask = torch.zeros(2, in_features, dtype=torch.bool)
-    mask[0, [0, 32767, 32768, 65535, in_features - 1]], mask[1, :3] = True, True
-    chain = of_masks(2, [mask])
-    (pattern,) = chain.patterns
-    plan = gpu.plan(pattern.crow_indices.to(DEVICE), pattern.col_indices.to(DEVICE), in_features)
-    sections = csr_plan.sections(plan.words, 2, in_features, pattern.nnz)
-    assert bool(sections.narrow.numel()) == narrow
-    operands = chain.x, chain.values[0], chain.biases[0], pattern.crow_indices, pattern.col_indices
-    y = csr.forward_narrow(*map(Canaries(DEVICE).copy, operands), plan)
-    assert_exact({"y": y.cpu()}, chain)
 
 
 @pytest.mark.parametrize("batch", [16, 17, 32])

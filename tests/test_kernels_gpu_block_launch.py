@@ -213,6 +213,7 @@ def backends():
     [
         (((9, 0), 227 << 10), False, "tf32x3"),
         (AMPERE, False, "ieee"),
+        (((9, 4), 64 << 10), False, "ieee"),
         (AMPERE, True, "tf32"),
         (((9, 0), 227 << 10), True, "tf32"),
     ],

@@ -33,7 +33,6 @@ def leaves(chain):
     return [t.to(DEVICE).requires_grad_() for t in tensors]
 
 
-@pytest.mark.gpu_core
 @pytest.mark.parametrize("batch_minor", [False, True])
 @pytest.mark.parametrize("batch", [0, 2, 20])
 def test_chain(batch, batch_minor):

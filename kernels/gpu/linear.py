@@ -11,7 +11,6 @@ from torch import Tensor
 from ..reference import is_packed, leading_dim, unpack
 from . import Plan, block, csr
 from .csr import plan as csr_plan
-from .csr.spmm import NARROW
 from .layout import is_minor, major, minor
 
 
@@ -31,27 +30,17 @@ def saved_features(x: Tensor, crow_indices: list[Tensor], plans: list[Plan]) -> 
 def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
     """As reference.chain_forward; saved is the input of each layer as the layer reads it."""
     x, values, size = _readable(x), [v.contiguous() for v in values], leading_dim(len(x))
-    elements = sum(saved_features(x, crow_indices, plans)) * size
-    narrow = len(plans) == 1 and plans[0].block == (1, 1) and len(x) <= NARROW
-    narrow = narrow and not (batch_minor or is_packed(x))
-    kept = x.new_empty(elements if save or not narrow else 0)
-    if narrow:
-        if save:
-            minor(x, kept)
-        return csr.forward_narrow(x, values[0], biases[0], crow_indices[0], col_indices[0], plans[0]), kept
-    inputs = _inputs(x, kept, crow_indices, plans)
+    kept = x.new_empty(sum(saved_features(x, crow_indices, plans)) * size)
+    single = len(x) == 1 and not save
+    inputs = _inputs(x, kept, crow_indices, plans, single)
+    if single and plans[0].block == (1, 1):
+        inputs[0] = x
     if inputs[0] is not x:
         minor(x, kept[: x.shape[1] * size])
-    for layer, (h, bias) in enumerate(zip(inputs, biases, strict=True)):
-        last = layer + 1 == len(plans)
-        y = _empty(x, crow_indices[-1].shape[0] - 1, batch_minor) if last else inputs[layer + 1]
+    y = _empty(x, crow_indices[-1].shape[0] - 1, batch_minor)
+    for layer, (h, out, bias) in enumerate(zip(inputs, [*inputs[1:], y], biases, strict=True)):
         args = values[layer], bias, crow_indices[layer], col_indices[layer], plans[layer]
-        if plans[layer].block == (1, 1) and not is_minor(y):
-            rows = _empty(x, y.shape[1], True)
-            csr.forward(h, *args, rows, not last)
-            major(rows, y)
-        else:
-            _kernels(plans[layer]).forward(h, *args, y, not last)
+        _kernels(plans[layer]).forward(h, *args, out, out is not y)
     return y, kept if save else x.new_empty(0)
 
 
@@ -103,13 +92,18 @@ def _empty(like: Tensor, features: int, batch_minor: bool) -> Tensor:
     )
 
 
-def _inputs(x: Tensor, kept: Tensor, crow_indices: list[Tensor], plans: list[Plan]) -> list[Tensor]:
-    """The input (N, F) of each layer, as the layer reads it: x, or its part of what is kept."""
+def _inputs(x: Tensor, kept: Tensor, crow_indices: list[Tensor], plans: list[Plan], single=False) -> list[Tensor]:
+    """The input (N, F) of each layer, as the layer reads it: x, or its part of what is kept.
+
+    single: of one sample, which single weights (1, 1) then read row-major.
+    """
     (batch, _), size, features = x.shape, leading_dim(len(x)), saved_features(x, crow_indices, plans)
     parts = kept.split([size * each for each in features])
     readers = plans[len(plans) - len(parts) :]
     found = [
-        unpack(part.view(-1, size), batch) if _reads_minor(plan) else part[: len(part) // size * batch].view(batch, -1)
+        unpack(part.view(-1, size), batch)
+        if _reads_minor(plan) and not (single and plan.block == (1, 1))
+        else part[: len(part) // size * batch].view(batch, -1)
         for part, plan in zip(parts, readers, strict=True)
     ]
     return [x] * (len(plans) - len(found)) + found

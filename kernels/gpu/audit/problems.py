@@ -27,7 +27,7 @@ BLOCKS = {
     (32, 1): ("bf16", "fp32", "tf32"),
     (16, 1): ("bf16",),
 }
-CONV_BLOCKS = {(64, 64): ("bf16", "fp32", "tf32"), (16, 16): ("bf16",)}
+CONV_BLOCKS = {(128, 128): ("bf16", "fp32"), (64, 64): ("bf16", "fp32", "tf32"), (16, 16): ("bf16",)}
 
 
 class Problem(NamedTuple):
@@ -107,6 +107,9 @@ def _csr_problems() -> Iterator[Problem]:
     fp32, bf16 = torch.float32, torch.bfloat16
     yield Problem("linear 784-300-10 x60 fp32", partial(_linear, 60, [784, 300, 10], (1, 1), fp32))
     yield Problem("linear 1024 x16 fp32", partial(_linear, 16, [1024, 1024], (1, 1), fp32, False))
+    for batch in (1, 16, 64):
+        name, widths = f"linear 4096-11008-64 x{batch} bf16", [4096, 11008, 64]
+        yield Problem(name, partial(_linear, batch, widths, (1, 1), bf16, False))
     yield Problem("conv3/2 64 x128 fp32", partial(_conv, 128, 16, 64, _square(64, 3, 1, 2), (1, 1), fp32))
     for name, dtype in (("fp32", fp32), ("bf16", bf16)):
         yield Problem(f"linear 1024 x1024 {name}", partial(_linear, 1024, [1024, 1024], (1, 1), dtype))

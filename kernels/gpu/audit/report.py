@@ -78,11 +78,6 @@ def itemsize(launch: Launch) -> int:
     return next(each.element_size() for each in launch.arguments.values() if isinstance(each, Tensor))
 
 
-def _csr_spmm(launch: Launch) -> Expected:
-    of = launch.arguments  # of a convolution, where a nonzero is read depends on its tap
-    return Expected(WIDE_SHARE, nonzero=NONZERO if of["KERNEL_H"] * of["KERNEL_W"] == 1 else 0)
-
-
 def _block_spmm(launch: Launch) -> Expected:
     of = launch.arguments
     return _block(launch, (of["BM"], of["OUT"]), of["BK"], of["x"].stride(0) == 1)
@@ -91,6 +86,11 @@ def _block_spmm(launch: Launch) -> Expected:
 def _block_sddmm(launch: Launch) -> Expected:
     of = launch.arguments
     return _block(launch, (of["K"], of["R"]), of["BM"], True)
+
+
+def _sddmm_tiles(launch: Launch) -> Expected:
+    of = launch.arguments
+    return Expected(WIDE_SHARE, of["ROWS"], of["COLUMNS"], (of["ROWS"] + of["COLUMNS"]) * of["BM"] * itemsize(launch))
 
 
 def _block(launch: Launch, tile: tuple[int, int], depth: int, transposed: bool) -> Expected:
@@ -105,9 +105,12 @@ def _block(launch: Launch, tile: tuple[int, int], depth: int, transposed: bool) 
 EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_layout_kernel": lambda launch: Expected(),
     "_terms_kernel": lambda launch: Expected(),
-    "_spmm_kernel": _csr_spmm,
-    "_spmm_narrow_kernel": lambda launch: Expected(),
+    "_spmm_kernel": lambda launch: Expected(WIDE_SHARE, nonzero=NONZERO),
+    "_spmm_narrow_kernel": lambda launch: Expected(WIDE_SHARE if launch.arguments["NB"] > 1 else 0.0),
+    "_sddmm_tiles_kernel": _sddmm_tiles,
+    "_take_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=0),
+    "_scatter_kernel": lambda launch: Expected(),
     "_pack_kernel": lambda launch: Expected(),
     "_unpack_kernel": lambda launch: Expected(),
     "_block_spmm_kernel": _block_spmm,
@@ -129,7 +132,7 @@ def judge(
         faults.append(f"wide loads {share:.0%} < {expected.wide:.0%}")
     if expected.rows:
         opcode = _tensor_cores(target, expected, version or triton_version())
-        split = launch.arguments["PRECISION"] == "tf32x3"  # by way of registers
+        split = launch.arguments.get("PRECISION") == "tf32x3"  # by way of registers
         buffers = launch.options["num_stages"] - (split or opcode not in ASYNCHRONOUS)
         if opcode not in code.tensor_cores:
             faults.append(f"no {opcode}")

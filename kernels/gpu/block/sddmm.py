@@ -4,6 +4,9 @@
 
 x (N, I) and gy (N, O) are row-major or batch-minor. A program owns a tile of W, 64 columns by R rows, for one split of
 the samples. What lies beyond the border of W is garbage that `unpack` does not read.
+
+x and gy from L2 are the bound: 2 * 64 R / ((64 + R) itemsize) FLOP/B; of bf16 21 for R = 32, 32 for R = 64, 43 for
+R = 128. Of sm_90's registers a thread has 56, 79 and 74, and 138 for R = 64 in fp32.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def _scatter_kernel(
             crow_indices, within, step, word, tile, outer, out_features, width, n, k, R, 1, False, False, K
         )
         tile_values = tl.load(values + position, mask=live, other=0)
-        at = (outer * R + n).to(tl.int64) * width + tl.load(word + tile * K + k)
-        tl.store(dense + at, tile_values, mask=live)
+        dense += (outer * R).to(tl.int64) * width
+        tl.store(dense + n * width + tl.load(word + tile * K + k), tile_values, mask=live)
 
 
 @triton.jit

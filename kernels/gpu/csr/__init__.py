@@ -1,30 +1,35 @@
 """A linear layer of single surviving weights (1, 1): the CSR kernels, on activations in batch-minor layout.
 
-The functions of block. Every activation here is a view (N, F), strides (1, ld), of rows (F, ld).
+The functions of block. Activations here are views (N, F), strides (1, ld), of rows (F, ld).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ...reference import leading_dim, unpack
 from .. import Plan
+from ..layout import is_minor, major
+from .narrow import NARROW, spmm_narrow
 from .plan import CsrPlan, sections
 from .sddmm import sddmm
-from .spmm import spmm, spmm_narrow
+from .spmm import spmm
 from .taps import linear
+from .tiles import pays, sddmm_tiles
 
 
 def forward(x, values, bias, crow_indices, col_indices, plan, y, relu=False):
-    """y = x Wᵀ + bias, then a ReLU if `relu`."""
-    order = _sections(plan, crow_indices, col_indices, x.shape[1]).order
+    """y = x Wᵀ + bias, then a ReLU if `relu`; y may be row-major, and so may x be if it is one sample."""
+    of = _sections(plan, crow_indices, col_indices, x.shape[1])
+    if len(x) <= NARROW:
+        columns = of.narrow if of.narrow.numel() else col_indices
+        spmm_narrow(x, values, bias, crow_indices, columns, of.order, y, relu)
+        return
+    out = y if is_minor(y) else unpack(y.new_empty(y.shape[1], leading_dim(len(y))), len(y))
     taps = linear(y.shape[1], x.shape[1])
-    spmm(x.t(), values, bias, crow_indices, col_indices, order, None, y.t(), len(x), taps, relu)
-
-
-def forward_narrow(x, values, bias, crow_indices, col_indices, plan):
-    """x Wᵀ + bias, row-major, for row-major x of few samples."""
-    narrow = _sections(plan, crow_indices, col_indices, x.shape[1]).narrow
-    return spmm_narrow(x, values, bias, crow_indices, narrow if narrow.numel() else col_indices)
+    spmm(x.t(), values, bias, crow_indices, col_indices, of.order, None, out.t(), len(x), taps, relu)
+    if out is not y:
+        major(out, y)
 
 
 def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
@@ -37,6 +42,8 @@ def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
 def grad_values(gy, x, crow_indices, col_indices, plan):
     """(nnz,): gyᵀ x at the pattern."""
     order = _sections(plan, crow_indices, col_indices, x.shape[1]).order
+    if pays(x, col_indices.numel(), gy.shape[1]):
+        return sddmm_tiles(gy.t(), x.t(), crow_indices, col_indices, order, len(x))
     return sddmm(gy.t(), x.t(), crow_indices, col_indices, order, len(x), linear(gy.shape[1], x.shape[1]))
 
 

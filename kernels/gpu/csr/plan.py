@@ -30,13 +30,13 @@ class CsrPlan(NamedTuple):
     t_crow: Tensor  # (T + 1,)
     t_cols: Tensor  # (nnz,)
     perm: Tensor  # (nnz,)
-    narrow: Tensor  # (nnz rounded up to 2,) int16: the low halves of col_indices; (0,) where they need more
+    narrow: Tensor  # (nnz rounded up to 2,) uint16: col_indices; (0,) where they need more bits
 
 
 def sections(words: Tensor, rows: int, t_rows: int, nnz: int) -> CsrPlan:
     """The views, from sizes known on the host."""
     *parts, narrow = words.split([rows, t_rows, t_rows + 1, nnz, nnz, words.numel() - rows - 2 * t_rows - 1 - 2 * nnz])
-    return CsrPlan(*parts, narrow.view(torch.int16))
+    return CsrPlan(*parts, narrow.view(torch.uint16))
 
 
 def compile(crow_indices: Tensor, col_indices: Tensor, in_features: int, geometry: Geometry | None = None) -> Tensor:
