@@ -69,21 +69,39 @@ def header() -> dict[str, str]:
 
 
 def write(path: Path, rows: list[dict], columns: list[str] | None = None, head: dict[str, str] | None = None) -> None:
-    """Replace the file at `path`, atomically; columns None: those of the first row; head None: `header`."""
-    text = io.StringIO()
-    text.writelines(f"# {key}: {value}\n" for key, value in (head or header()).items())
-    table = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
+    """Replace the file at `path` by `text` of the same arguments, atomically."""
+    replace(path, text(rows, columns, head))
+
+
+def text(rows: list[dict], columns: list[str] | None = None, head: dict[str, str] | None = None) -> str:
+    """Of a file. columns None: those of the first row; head None: `header`."""
+    written = io.StringIO()
+    written.writelines(f"# {key}: {value}\n" for key, value in (head or header()).items())
+    table = csv.DictWriter(written, columns or list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
+    return written.getvalue()
+
+
+def replace(path: Path, text: str) -> None:
+    """Whoever reads the file finds all of the old text or all of the new one. A failure leaves nothing beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(text.getvalue())
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, str], list[dict]]:
+    """`parsed` of a file."""
+    return parsed(path.read_text())
+
+
+def parsed(text: str) -> tuple[dict[str, str], list[dict]]:
     """The header and the rows of a file; cells that look like numbers are numbers."""
-    lines = path.read_text().splitlines()
+    lines = text.splitlines()
     head = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     return {key: value for key, _, value in head}, [{k: _number(v) for k, v in row.items()} for row in rows]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
-from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,10 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bars, prepare, rows, runner, summary, tests
 from benchmarks.gpu.cases import Conv, Linear, label, planned
 from benchmarks.gpu.measure import Outcome
+from benchmarks.gpu.timing import CaptureError
+from benchmarks.gpu.worker import LIMIT, FailedError, LateError, Worker
 
+ROOT = Path(__file__).parents[1]
 HEAD = {"machine": "NVIDIA H200, 132 multiprocessors", "date": "2026-01-01"}
 LAYER = Linear("forward+backward", 4096, 4096, 4096, "1x1", 0.1, "fp32")
 LINEARS = [Linear("forward", 1, 2, 3, "1x1", density, "fp32") for density in (0.1, 0.2, 0.5)]
@@ -100,110 +105,80 @@ class Jobs:
             time.sleep(60)
         if job == "raises":
             raise ValueError("no\nmore")
+        os.write(1, b"said in a worker\n")
         return [{"part": "tune", "kernel": "k", "case": "c", "config": "x", "us": 1.0, "detail": str(device)}]
 
 
-def test_a_job_that_dies_or_hangs_leaves_the_others_their_turn(folder, monkeypatch):
-    monkeypatch.setattr(runner, "_limit", lambda end: 15.0 if len(folder.rows["kernels"]) == 0 else 3.0)
-    worker = runner.Worker("cpu")
-    try:
-        assert not runner.run_jobs("tune", Jobs, True, 60.0, worker, folder)
-    finally:
-        worker.stop()
+@pytest.fixture
+def worker(folder):
+    worker = Worker("cpu", lambda line: folder.tell(line, aloud=False))
+    yield worker
+    worker.stop()
+
+
+def test_a_job_that_dies_or_hangs_leaves_the_others_their_turn(folder, worker, monkeypatch):
+    monkeypatch.setattr(runner, "LIMIT", 8)
+    monkeypatch.setattr(runner, "_limit", lambda end: 30 if len(folder.rows["missing"]) != 1 else 8)
+    assert not runner.run_jobs("tune", Jobs, True, 90.0, worker, folder)
     assert [each["detail"] for each in read(folder, "kernels")] == ["cpu", "cpu"]
     reasons = {each["case"]: each["why"] for each in read(folder, "missing")}
     assert reasons == {
-        "dies": "the process died",
-        "hangs": "did not finish in time",
+        "dies": "the process ended with 1",
+        "hangs": "did not finish in 8 s",
         "raises": "ValueError: no",
     }
+    log = (folder.path / "log.txt").read_text()
+    assert "said in a worker" in log
+    assert "more\n" in log  # all of the error
 
 
-def test_a_worker_survives_what_it_runs(monkeypatch):
-    worker = runner.Worker("cpu")
-    try:
-        assert worker.run(os.getpid) != os.getpid()
-        for error, why in ((runner.TimeoutError, "did not finish"), (runner.BrokenProcessPool, "died")):
-            monkeypatch.setattr(worker, "run", lambda *args, error=error, **limits: (_ for _ in ()).throw(error()))
-            assert why in worker.measure(LAYER, 0.0, frozenset()).missing[""]
-        monkeypatch.setattr(worker, "run", lambda *args, **limits: Outcome(lost=True))
-        assert worker.measure(LAYER, 0.0, frozenset()).lost
-        assert worker._pool is None
-    finally:
-        worker.stop()
+def captures():
+    raise CaptureError("step", "no")
 
 
-SUITE = """
-import os, time
-import pytest
+def test_a_worker_that_is_of_no_more_use_is_replaced(worker):
+    before = worker.run(os.getpid)
+    assert before != os.getpid()
+    with pytest.raises(FailedError, match="step cannot be captured"):
+        worker.run(captures)
+    assert worker.run(os.getpid) != before
+    pid = worker._process.pid
+    worker.stop()
+    assert not os.path.exists(f"/proc/{pid}")
 
-pytestmark = pytest.mark.gpu_core
-CUDA = RuntimeError("CUDA error: an illegal memory access was encountered")
 
-def test_fine():
-    pass
-
-def test_dies():
-    os._exit(7)
-
-def test_hangs():
-    time.sleep(60)
-
-def test_breaks_the_gpu(monkeypatch):
-    import benchmarks.gpu.shard as shard
-    shard.synchronize = lambda: (_ for _ in ()).throw(CUDA)
-
-def test_wrong():
-    assert 1 == 2, "one is not \\x00 two"
-
-@pytest.mark.parametrize("n", range(3))
-def test_after_all_that(n):
-    import warnings
-    warnings.warn("harmless")
+ORPHAN = """
+import os, signal, time
+from benchmarks.gpu.worker import Worker
+worker = Worker("cpu", print)
+os.write(1, str(worker.run(os.getpid)).encode())
+worker._calls.send((time.sleep, (600,)))
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
-    (folder / "test_gpu_only.py").write_text(SUITE)
-    (folder / "test_kernels_gpu_audit.py").write_text("def test_needs_no_gpu(): assert False")
-    return folder
+def test_a_busy_worker_ends_with_whoever_started_it():
+    process = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=False)
+    worker, end = f"/proc/{int(process.stdout)}/exe", time.monotonic() + 30
+    while os.path.exists(worker) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not os.path.exists(worker)
 
 
-def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite, tmp_path):
-    told = []
-    verdict = tests.run(tests.files(suite), tests.CORE, 100.0, 2, told.append, limit=5.0)
-    outcomes = {each.test.rpartition("::")[2]: each.outcome for each in verdict.results}
-    passed = ["test_fine", *(f"test_after_all_that[{n}]" for n in range(3))]
-    bad = {"test_dies": "ended with 7", "test_hangs": "did not finish in 5 s", "test_breaks_the_gpu": "GPU was lost"}
-    assert verdict.left == []
-    assert [name for name in passed if outcomes.get(name) != "passed"] == []
-    reasons = {each.test.rpartition("::")[2]: each.text for each in verdict.failed}
-    assert reasons.keys() == {*bad, "test_wrong"}
-    assert all(why in reasons[name] for name, why in bad.items())
-    assert len(told) == 4
-    tests.write_junit(tmp_path / "junit.xml", verdict.results)
-    again = tests.Verdict(tests.read_junit(tmp_path / "junit.xml"))
-    assert Counter(each.test for each in again.failed) == Counter(each.test for each in verdict.failed)
-    (line,) = (line for line in again.lines() if "test_wrong" in line)
-    assert "AssertionError: one is not" in line
+@pytest.mark.parametrize(("limit", "fine"), [(LIMIT, False), (LIMIT - 1, True)])
+def test_a_case_that_its_part_cuts_off_is_no_failure(folder, monkeypatch, limit, fine):
+    class Late:
+        device = "cpu"
 
+        def run(self, *args, limit):
+            raise LateError(f"did not finish in {limit} s")
 
-def test_tests_end_in_time_and_a_broken_suite_is_told(suite, tmp_path):
-    verdict = tests.run(tests.files(suite), tests.CORE, 0.0, 1, [].append)
-    assert not verdict.fine
-    assert verdict.left == ["out of time in 1 of 1 processes"]
-    (tmp_path / "test_gpu_only.py").write_text("import nothing_of_that_name")
-    verdict = tests.run(tests.files(tmp_path), tests.CORE, 60.0, 1, [].append)
-    assert "pytest ended with 2" in verdict.left[0]
-    assert tests.run([], tests.CORE, 60.0, 1, [].append).fine
-
-
-def test_the_device_gets_our_tests():
-    names = {path.name for path in tests.files()}
-    assert {"test_gpu_only.py", "test_kernels_gpu.py", "test_nn_gpu.py", "test_ops_gpu.py"} <= names
-    assert not [name for name in names if "audit" in name]
+    monkeypatch.setattr(runner, "_limit", lambda end: limit)
+    late = SimpleNamespace(jobs=lambda smoke: ["any"], measure=None)
+    assert runner.run_jobs("tune", late, True, 60.0, Late(), folder) == fine
+    assert runner.run_cases("bars", LINEARS[:1], 60.0, runner.Runner(Late()).measure, folder) == fine
+    whys = [each["why"] for each in read(folder, "missing")]
+    assert whys == 2 * [runner.NOT_REACHED if fine else "did not finish in 60 s"]
 
 
 def test_the_summary_reads_the_files_alone(folder):
@@ -216,7 +191,7 @@ def test_the_summary_reads_the_files_alone(folder):
     folder.miss("rest", "all", "", "3 of 9 not reached: out of time")
     folder.miss("bars", label(LAYER), "torch_csr", "RuntimeError: no")
     folder.miss("bars", label(LAYER), "", "the process died")
-    lines = summary.whole(folder.path).splitlines()
+    lines = summary.whole(folder.texts).splitlines()
     (line,) = (line for line in lines if line.startswith("forward+backward 4096 4096 4096 1x1 fp32"))
     assert line.split()[-6:] == ["3.00x", "50", "%", "~1.00x", "50", "%"]
     verdicts = {line[:70].strip(): line.split()[-1] for line in lines if line[70:77].strip().endswith("x")}
@@ -236,8 +211,8 @@ def test_the_tail_is_short_whatever_there_is_and_ends_with_the_bars(folder):
         folder.add("linear", [row(case, bars.OURS, 1.0), row(case, "nn_linear", 3.0)])
         folder.miss("rest", label(case), "", "x" * 200)
     failed = [tests.Result(f"tests/test_a.py::test_{n}", "failed", 1.0, "E   " + "y" * 300) for n in range(50)]
-    folder.save("junit.xml", lambda path: tests.write_junit(path, failed))
-    told = summary.tail(folder.path)
+    folder.save("junit.xml", tests.junit(failed))
+    told = summary.tail(folder.texts)
     assert len(told) <= summary.TAIL
     lines = told.splitlines()
     names = [bar.what for bar in bars.BARS]
@@ -262,11 +237,20 @@ def test_a_disk_that_fills_up_is_told_once_and_stops_nothing(folder, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "write", full)
-    for _ in range(3):
-        folder.add("linear", [row(LAYER, bars.OURS, 1.0)])
+    monkeypatch.setattr(results, "replace", full)
+    for impl in (bars.OURS, "masked_dense", "nn_linear"):
+        folder.add("linear", [row(LAYER, impl, 3.0)])
     assert capsys.readouterr().out.count("cannot be written") == 1
-    assert len(folder.rows["linear"]) == 3
+    assert read(folder, "linear") == []
+    assert "1.00x" in summary.tail(folder.texts)  # the output has it all
+
+
+def test_a_summary_that_raises_is_one_line(folder, monkeypatch):
+    folder.add("kernels", [dict.fromkeys(rows.KERNEL_COLUMNS, "") | {"part": "tune"}])
+    monkeypatch.setattr("benchmarks.gpu.tune.summary", lambda rows: 1 / 0)
+    lines = summary.whole(folder.texts).splitlines()
+    assert "no summary: ZeroDivisionError: division by zero" in lines
+    assert lines[-1].startswith(bars.BARS[-1].what)
 
 
 def test_launches_are_recorded_without_a_run(monkeypatch):

@@ -27,6 +27,11 @@ def test_poison_leaves_integers(poison):
     assert torch.empty(3, dtype=torch.int32).dtype == torch.int32
 
 
+def test_convolutions_are_strict_and_can_be_asked(strict_convolutions):
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("_repeat", range(2))
 def test_seeded(_repeat):
     expected = torch.rand(2, generator=torch.Generator().manual_seed(0))

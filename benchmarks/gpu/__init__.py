@@ -4,7 +4,8 @@
     problems   one masked layer with its truth       nets       whole training steps
     baselines  ours and what it is measured against  timing     checks, CUDA graphs, medians
     roofline   what the GPU could do                 prepare    kernels compiled ahead
-    runner     budgets, processes that may die       tests      the tests of the kernels, by shard, likewise
+    runner     budgets of seconds                    worker     a process that may die
+    tests      the tests of the kernels, by shard    shard      what pytest does in one
     tune       launch shapes around the defaults     profile    what a call is made of
     probe      would a 2:4 cover pay?                calls      one op of a layer, which these three run
     rows       the files of a run                    summary    the tables and bars of those files

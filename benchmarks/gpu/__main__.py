@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -27,7 +28,8 @@ from benchmarks.gpu.cases import planned
 from benchmarks.gpu.prepare import prepare
 from benchmarks.gpu.roofline import described, peaks
 from benchmarks.gpu.rows import Folder, facts, folder_name, opened
-from benchmarks.gpu.runner import Worker, run_cases, run_jobs
+from benchmarks.gpu.runner import Runner, run_cases, run_jobs
+from benchmarks.gpu.worker import Worker
 
 # Seconds of 540; what a part leaves, the next have.
 PLAN = {
@@ -35,7 +37,6 @@ PLAN = {
     "small batches": 60, "steps": 60, "rest": 55, "other tests": 50,
 }  # fmt: skip
 MAX_JOBS = 8
-PEAKS_LIMIT = 60  # seconds, for a process to start in as well
 
 
 class Run:
@@ -43,7 +44,8 @@ class Run:
 
     def __init__(self, folder: Folder, device: str, smoke: bool, test_folder: Path, test_limit: float) -> None:
         self.folder, self.device, self.smoke = folder, device, smoke
-        self.worker, self.jobs = Worker(device), min(MAX_JOBS, os.cpu_count() or 1)
+        self.worker, self.jobs = Worker(device, self._log), min(MAX_JOBS, os.cpu_count() or 1)
+        self.runner = Runner(self.worker)
         self.test_files, self.test_limit = tests.files(test_folder), test_limit
         self.results: list[tests.Result] = []
         self.cases = planned(smoke)
@@ -59,13 +61,13 @@ class Run:
         if name in parts:
             return parts[name](seconds)
         if name in self.cases:
-            return run_cases(name, self.cases[name], seconds, self.worker.measure, self.folder)
+            return run_cases(name, self.cases[name], seconds, self.runner.measure, self.folder)
         return run_jobs(name, import_module(f"benchmarks.gpu.{name}"), self.smoke, seconds, self.worker, self.folder)
 
     def _test(self, marks: str, seconds: float) -> bool:
-        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit)
+        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit, self.results)
         self.results += verdict.results
-        self.folder.save("junit.xml", lambda path: tests.write_junit(path, self.results))
+        self.folder.save("junit.xml", tests.junit(self.results))
         for why in verdict.left:
             self.folder.miss("tests", marks, "", f"{marks}: {why}")
         self.folder.tell("\n".join(verdict.lines()))
@@ -75,8 +77,8 @@ class Run:
         self.folder.tell(text, aloud=False)
 
     def _measure_peaks(self, seconds: float) -> bool:
-        self.worker.peaks = self.worker.run(peaks, self.device, limit=PEAKS_LIMIT)
-        self.folder.head["peaks"] = described(self.worker.peaks)
+        self.runner.peaks = self.worker.run(peaks, self.device)
+        self.folder.head["peaks"] = described(self.runner.peaks)
         self.folder.tell(f"peaks: {self.folder.head['peaks']}")
         return True
 
@@ -97,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.dry_run or torch.cuda.is_available()):
         parser.error("expected a GPU, but torch sees none")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early still gets the tail
     device, smoke = "cpu" if args.dry_run else "cuda", args.smoke or args.dry_run
     end, head = time.monotonic() + args.seconds, facts(device)
     if args.results is None:
@@ -108,11 +111,15 @@ def main(argv: list[str] | None = None) -> int:
         for number, name in enumerate(args.parts):
             share = PLAN[name] / sum(PLAN[each] for each in args.parts[number:])
             fine &= _attempt(run, name, share * max(0.0, end - time.monotonic()))
-            folder.save("summary.txt", lambda path: path.write_text(summary.whole(folder.path) + "\n"))
+            folder.save("summary.txt", summary.whole(folder.texts) + "\n")
+    except KeyboardInterrupt:
+        folder.tell("interrupted")
+        fine = False
     finally:
         run.worker.stop()
-    print(summary.tail(folder.path))
-    print("all fine" if fine else "FAILED: tests, or cases of ours; see above and log.txt", flush=True)
+    folder.save("summary.txt", summary.whole(folder.texts) + "\n")
+    last = "all fine" if fine else "FAILED: tests, or cases of ours; see above and log.txt"
+    folder.tell(f"{summary.tail(folder.texts, summary.TAIL - len(last) - 2)}\n{last}")
     return 0 if fine else 1
 
 

@@ -13,6 +13,7 @@ from benchmarks.gpu.cases import Case, Step
 from benchmarks.gpu.problems import TOLERANCE, precision, problem
 from benchmarks.gpu.roofline import Peaks, least_seconds, peaks
 from benchmarks.gpu.timing import CaptureError, DeviceLostError, Race, clock, race
+from benchmarks.gpu.worker import alive
 
 
 @dataclass
@@ -43,7 +44,7 @@ def measure(
         except DeviceLostError as error:
             return Outcome(missing={"": f"the GPU was lost: {error}"}, lost=True)
         except Exception as error:  # of the case itself: reported, and the next one is tried
-            return Outcome(missing={"": f"{type(error).__name__}: {error}"}, lost=not _alive(device))
+            return Outcome(missing={"": f"{type(error).__name__}: {error}"}, lost=not alive(device))
         finally:
             gc.collect()
 
@@ -82,11 +83,3 @@ def _measure(case: Case, seconds: float, device: str, eager: frozenset[str], lim
 def _speedup(result: Race, name: str) -> str:
     """Its time over ours; nothing where ours has none."""
     return f"{result.seconds[name] / result.seconds[OURS]:.3g}" if OURS in result.seconds else ""
-
-
-def _alive(device: str) -> bool:
-    try:
-        clock(device).wait()
-    except RuntimeError:
-        return False
-    return True

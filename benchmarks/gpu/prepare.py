@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.gpu.cases import Case, Conv, Linear, Step, block, random_mask
 from benchmarks.gpu.problems import TORCH_DTYPE, precision
-from benchmarks.gpu.runner import take_tensors_of
+from benchmarks.gpu.worker import take_tensors_of
 from sparselottery import convert
 from sparselottery.kernels.gpu.launch import Launch, recorded
 

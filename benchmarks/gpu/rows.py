@@ -7,8 +7,8 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -56,12 +56,13 @@ class Folder:
     """What a run leaves, from its first second on: log.txt, summary.txt, junit.xml and gpu-<table>.csv of TABLES.
 
     Each call replaces a file, atomically, so that what was measured stays whatever happens next. A disk that refuses is
-    told and stops nothing.
+    told and stops nothing: texts has all files but the log, by name, for the end of the output.
     """
 
     def __init__(self, path: Path, head: dict[str, str]) -> None:
         self.path, self.head = path, head
         self.rows: dict[str, list[dict]] = {name: [] for name in TABLES}
+        self.texts: dict[str, str] = {}
         self._told: set[str] = set()
         for name in TABLES:
             self._write(name)
@@ -69,7 +70,8 @@ class Folder:
     def tell(self, text: str, aloud: bool = True) -> None:
         """Into the log and, if aloud, to the terminal."""
         if aloud:
-            print(text, flush=True)
+            with suppress(OSError):  # nobody reads it any more
+                print(text, flush=True)
         with self._forgiving("log.txt"), (self.path / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
@@ -82,14 +84,14 @@ class Folder:
     def miss(self, part: str, case: str, impl: str, why: str) -> None:
         self.add("missing", [dict(zip(MISSING_COLUMNS, (part, case, impl, why), strict=True))])
 
-    def save(self, name: str, write: Callable[[Path], object]) -> None:
-        """write(path) of another file."""
+    def save(self, name: str, text: str) -> None:
+        """Another file."""
+        self.texts[name] = text
         with self._forgiving(name):
-            write(self.path / name)
+            results.replace(self.path / name, text)
 
     def _write(self, name: str) -> None:
-        with self._forgiving(f"gpu-{name}.csv"):
-            results.write(self.path / f"gpu-{name}.csv", self.rows[name], list(TABLES[name]), self.head)
+        self.save(f"gpu-{name}.csv", results.text(self.rows[name], list(TABLES[name]), self.head))
 
     @contextmanager
     def _forgiving(self, name: str) -> Iterator[None]:

@@ -33,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items[index::count] if item.nodeid not in done]
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed and os.environ["SHARD"].startswith("0/"):  # the others find the same
+        _tell("result", report.nodeid, outcome="error", seconds=0, text=report.longreprtext)
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     _tell("begin", nodeid)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -31,37 +32,37 @@ class Section(NamedTuple):
 
 def main(folder: Path) -> None:
     """Prints everything about a folder."""
-    print(whole(folder))
+    print(folder, whole({path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".csv", ".xml")}))
 
 
-def whole(folder: Path) -> str:
-    return "\n".join(line for section in sections(folder) for line in section.lines)
+def whole(texts: Mapping[str, str]) -> str:
+    """Of the texts of a run's files, by name."""
+    return "\n".join(line for section in sections(texts) for line in section.lines)
 
 
-def tail(folder: Path, limit: int = TAIL) -> str:
+def tail(texts: Mapping[str, str], limit: int = TAIL) -> str:
     """The summary in at most `limit` characters, the bars whole and last; what was cut is counted."""
-    found = sections(folder)
+    found = sections(texts)
     fixed = [_cut(section, section.most) for section in found[1:]]
     room = limit - len("\n".join(line for lines in fixed for line in lines)) - 1
     text = "\n".join(line for lines in [_cut(found[0], max(room, 1)), *fixed] for line in lines)
     return text[-limit:]
 
 
-def sections(folder: Path) -> list[Section]:
+def sections(texts: Mapping[str, str]) -> list[Section]:
     """The tables, which may be cut to any size, then everything else; the bars last."""
-    measured = {part: results.read(path) for part in DENSE if (path := folder / f"gpu-{part}.csv").exists()}
-    missing = _rows(folder / "gpu-missing.csv")
-    tables = [f"{folder}: times as fast as the best dense baseline, share of the roofline (~ ours chose dense)"]
+    measured = {part: results.parsed(texts.get(f"gpu-{part}.csv", "")) for part in DENSE}
+    missing, kernels = (results.parsed(texts.get(f"gpu-{name}.csv", ""))[1] for name in ("missing", "kernels"))
+    tables = ["times as fast as the best dense baseline, share of the roofline (~ ours chose dense)"]
     for part, (head, rows) in measured.items():
         if rows:
             tables += ["", f"{part}: {'; '.join(head.values())}", *_table(part, rows)]
-    kernels = _rows(folder / "gpu-kernels.csv")
     found = [Section(tables)]
     for part, most in zip(PARTS_OF_KERNELS, (1500, 1000, 500), strict=True):
-        lines = import_module(f"benchmarks.gpu.{part}").summary([row for row in kernels if row["part"] == part])
+        lines = _explained(part, [row for row in kernels if row["part"] == part])
         found.append(Section(["", f"{part}:", *lines] if lines else [], most))
     found.append(Section(["", *_missing(missing)], 900))
-    found.append(Section(["", *_tests(folder, missing)], 1500))
+    found.append(Section(["", *_tests(texts.get("junit.xml", ""), missing)], 1500))
     return [*found, Section(["", *_bars({part: rows for part, (_, rows) in measured.items()})])]
 
 
@@ -75,8 +76,11 @@ def _cut(section: Section, most: int) -> list[str]:
     return lines
 
 
-def _rows(path: Path) -> list[dict]:
-    return results.read(path)[1] if path.exists() else []
+def _explained(part: str, rows: list[dict]) -> list[str]:
+    try:
+        return import_module(f"benchmarks.gpu.{part}").summary(rows)
+    except Exception as error:  # of rows that nobody thought of: the bars are worth more
+        return [f"no summary: {type(error).__name__}: {error}"]
 
 
 def _bars(measured: dict[str, list[dict]]) -> list[str]:
@@ -106,11 +110,11 @@ def _missing(rows: list[dict]) -> list[str]:
     return lines + [f"no row: {impl} in {count} cases (gpu-missing.csv)" for impl, count in notes.items()]
 
 
-def _tests(folder: Path, missing: list[dict]) -> list[str]:
-    if not (path := folder / "junit.xml").exists():
+def _tests(junit: str, missing: list[dict]) -> list[str]:
+    if not junit:
         return ["tests: none has run"]
     left = [str(row["why"]) for row in missing if row["part"] == "tests"]
-    return tests.Verdict(tests.read_junit(path), left).lines()
+    return tests.Verdict(tests.read_junit(junit), left).lines()
 
 
 def speedups_of(part: str, rows: list[dict]) -> list[tuple[dict, float]]:

@@ -1,6 +1,7 @@
 """The tests that have GPU kernels, in several processes that may die, hang or lose the GPU; nothing else stops them.
 
-No plugin of the machine runs but pytest's own and `shard`, and no warning is an error: those are CI's.
+No plugin of the machine runs but `shard`, and no warning is an error: those are CI's. A file that cannot be imported
+is a test that failed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests"
 PATTERNS = ("test_gpu_only.py", "test_kernels_gpu*.py", "test_ops_gpu.py", "test_nn_gpu*.py", "test_lab_graph.py")
 NO_DEVICE = ("audit", "launch", "device")  # words in the names of files whose tests need no GPU
-CORE, OTHERS = "gpu_core", "not gpu_core and not slow"
+CORE, OTHERS = "gpu_core", "not slow"  # of which those that have run are left out
 LIMIT = 60.0  # seconds of one test
 RESTARTS = 20  # of a process whose test died, hung or lost the GPU
 POLL = 0.05
-PLAIN = ("-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:randomly",
-         "-o", "addopts=", "-o", "filterwarnings=default", "--tb=short", "-q")  # fmt: skip
+PATIENCE = 10.0  # seconds for pytest to say where it hangs
+PLAIN = ("-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=default", "--tb=short", "-q",
+         "--continue-on-collection-errors")  # fmt: skip
+PLAIN_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+LATE = "out of time"
 BAD = ("failed", "error")
 
 
@@ -51,7 +55,7 @@ class Verdict:
 
     @property
     def fine(self) -> bool:
-        return not self.left and not self.failed
+        return not self.failed and all(why.startswith(LATE) for why in self.left)
 
     @property
     def failed(self) -> list[Result]:
@@ -71,12 +75,14 @@ def files(folder: Path = FOLDER) -> list[Path]:
 
 
 def run(
-    paths: Sequence[Path], marks: str, seconds: float, jobs: int, tell: Callable[[str], None], limit: float = LIMIT
-) -> Verdict:
-    """The tests of `paths` with these marks, for at most `seconds`, in `jobs` processes."""
+    paths: Sequence[Path], marks: str, seconds: float, jobs: int, tell: Callable[[str], None], limit: float = LIMIT,
+    done: Sequence[Result] = (),
+) -> Verdict:  # fmt: skip
+    """The tests of `paths` with these marks that are not done, for at most `seconds`, in `jobs` processes."""
     end, verdict = time.monotonic() + seconds, Verdict()
     with tempfile.TemporaryDirectory() as folder:
-        shards = [_Shard(Path(folder), index, jobs, paths, marks, limit) for index in range(jobs if paths else 0)]
+        ran = [each.test for each in done]
+        shards = [_Shard(Path(folder), i, jobs, paths, marks, limit, ran) for i in range(jobs if paths else 0)]
         try:
             while any(not shard.over for shard in shards) and time.monotonic() < end:
                 for shard in shards:
@@ -86,13 +92,13 @@ def run(
             for shard in shards:
                 shard.stop()
     late = sum(not shard.over for shard in shards)
-    verdict.left += [f"out of time in {late} of {jobs} processes"] if late else []
+    verdict.left += [f"{LATE} in {late} of {jobs} processes"] if late else []
     verdict.left += [shard.why for shard in shards if shard.why]
     return verdict
 
 
-def write_junit(path: Path, results: Sequence[Result]) -> None:
-    """Replace the file at `path`, atomically."""
+def junit(results: Sequence[Result]) -> str:
+    """As XML."""
     counts = {"tests": len(results), "failures": sum(each.outcome in BAD for each in results)}
     suite = ElementTree.Element("testsuite", name="gpu", **{name: str(count) for name, count in counts.items()})
     for test, outcome, seconds, text in results:
@@ -102,15 +108,13 @@ def write_junit(path: Path, results: Sequence[Result]) -> None:
             ElementTree.SubElement(case, "failure", message=_reason(text)).text = _printable(text)
         elif outcome == "skipped":
             ElementTree.SubElement(case, "skipped")
-    temporary = path.with_name(path.name + ".tmp")
-    ElementTree.ElementTree(suite).write(temporary, encoding="unicode")
-    os.replace(temporary, path)
+    return ElementTree.tostring(suite, "unicode") + "\n"
 
 
-def read_junit(path: Path) -> list[Result]:
-    """The results in a file of `write_junit`."""
+def read_junit(text: str) -> list[Result]:
+    """The results in a text of `junit`."""
     found = []
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in ElementTree.fromstring(text).iter("testcase"):
         failure = case.find("failure")
         outcome = "failed" if failure is not None else "skipped" if case.find("skipped") is not None else "passed"
         name = f"{case.get('classname')}::{case.get('name')}"
@@ -141,14 +145,14 @@ class _Shard:
     """A share of the tests, and the process that is at it."""
 
     def __init__(
-        self, folder: Path, index: int, count: int, paths: Sequence[Path], marks: str, limit: float
+        self, folder: Path, index: int, count: int, paths: Sequence[Path], marks: str, limit: float, done: list[str]
     ) -> None:  # fmt: skip
         self._events, self._done = folder / f"{index}.jsonl", folder / f"{index}.done"
         self._output = folder / f"{index}.out"
         self._events.touch()
-        self._done.touch()
+        self._done.write_text("".join(f"{test}\n" for test in done))
         self._environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "SHARD": f"{index}/{count}", "SHARD_FILE": str(self._events),
+            **os.environ, **PLAIN_ENVIRONMENT, "SHARD": f"{index}/{count}", "SHARD_FILE": str(self._events),
             "SHARD_DONE": str(self._done),
         }  # fmt: skip
         self._command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.shard", *PLAIN, "-m", marks]
@@ -178,7 +182,7 @@ class _Shard:
             self._again()
             return found + lost
         if self._running and time.monotonic() - self._since > self._limit:
-            self._kill()
+            self._interrupt()
             found += self._take()
             found += [self._blame(f"did not finish in {self._limit:g} s")] if self._running else []
             self._again()
@@ -198,9 +202,7 @@ class _Shard:
             if each["event"] == "begin":
                 self._running, self._since, self._begun = each["id"], time.monotonic(), True
             elif each["event"] == "end":
-                self.over = True
-                if each["outcome"] not in (0, 1, 5):  # passed, some failed, nothing to do
-                    self.why = f"pytest ended with {each['outcome']}: {self._last_words()}"
+                self.over = each["outcome"] in (0, 1, 5)  # passed, some failed, nothing to do; else tests are left
             else:
                 found.append(Result(each["id"], each["outcome"], each["seconds"], each["text"]))
                 self._finish(each["id"])
@@ -227,6 +229,13 @@ class _Shard:
     def _last_words(self) -> str:
         lines = self._output.read_text(errors="replace").splitlines()
         return " | ".join(line.strip() for line in lines[-3:])[-300:]
+
+    def _interrupt(self) -> None:
+        """The end of what hangs, with a word of where if it can be had."""
+        self._process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE)
+        self._kill()
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
