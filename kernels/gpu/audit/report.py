@@ -106,7 +106,7 @@ EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_layout_kernel": lambda launch: Expected(),
     "_terms_kernel": lambda launch: Expected(),
     "_spmm_kernel": lambda launch: Expected(WIDE_SHARE, nonzero=NONZERO),
-    "_spmm_narrow_kernel": lambda launch: Expected(WIDE_SHARE if launch.arguments["NB"] > 1 else 0.0),
+    "_spmm_narrow_kernel": lambda launch: Expected(WIDE_SHARE if launch.arguments["NB"] > 1 else 0.0, barriers=0),
     "_sddmm_tiles_kernel": _sddmm_tiles,
     "_take_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=0),

@@ -131,7 +131,8 @@ def shape(rows: int, nnz: int, samples: int, itemsize: int) -> Shape:
     step = lanes(samples, itemsize) * unroll
     useful = min(triton.cdiv(BUSY, rows), nnz // (rows * step), MAX_SPLIT)
     split = 1 << max(useful, 1).bit_length() - 1  # a power of two
-    return Shape(max(WARPS // split, 1), split, unroll)
+    # Several rows of single samples Triton 3.6 moves between threads, with barriers at every weight.
+    return Shape(1 if samples == 1 else max(WARPS // split, 1), split, unroll)
 
 
 def lanes(samples: int, itemsize: int) -> int:
