@@ -235,4 +235,5 @@ def test_a_kernel_compiles_to_what_the_table_says(tmp_path):
     assert [row["target"] for row in rows] == list(TARGETS)
     here = ".".join(map(str, aot.triton_version()))
     if here in table.VERSIONS and table.triton_of(here) == triton.__version__:
+        rows = [row for row in rows if row["target"] in table.VERSIONS[here]]
         assert rows == [row for row in table.rows(here) if (row["problem"], row["kernel"]) == (problem, kernel)]
