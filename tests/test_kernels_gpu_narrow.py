@@ -66,6 +66,13 @@ def test_equals_the_truth(batch, minor_y):
         assert_exact({"y": forward(chain, minor_x, minor_y)}, chain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_neighbours_of_16_bits_are_kept_apart(dtype):
+    """Small integers and their sums are exact in 16 bits: one sample's bits in another's would show."""
+    chain = make(16, [20, 9], 0.5)
+    assert_exact({"y": forward(chain.to(dtype), True, False)}, chain)
+
+
 def test_the_single_sample_in_both_layouts():
     chain = make(1, [40, 9], 0.4)
     y = forward(chain, False, False)

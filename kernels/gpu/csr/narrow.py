@@ -11,20 +11,20 @@ the 4.5 million weights of 4096 -> 11008 at 10 %, for which the dense product re
     1         4 a weight     10 a weight                        2                   6.0 HBM, 1.5 issue
     16        4              26 x 2 threads                     32                  6.0 HBM, 7.9 issue, 4.9 L1
     32        4              26 x 4                             64                  16 issue, 9.8 L1
-    64        4              26 x 8                             128                 31 issue, 20 L1
+    64        4              26 x 8                             128                 32 issue, 20 L1
 
-Instructions are those of the loop for sm_90 by Triton 3.9, 40 registers. So 64 samples are a tie at 10 %, and win at
-5 %. Of bf16, 16 of the 26 unpack and multiply 8 samples: pairs are read as words, for a shift and a mask are cheaper
-than the conversions; a product of packed bf16 would round. A bitmap costs about 8 operations for each of 45 million
-positions, on half of the lanes: no less.
+Instructions are those of the loop for sm_90 by Triton 3.9, 40 registers. So 64 samples gain nothing at 10 %, where
+their 0.5 MB of x do not stay in L1 either, and up to 2x at 5 %. Of the 26, 16 unpack and multiply 8 samples: pairs of
+bf16 are read as words, for a shift and a mask are cheaper than conversions; packed products would be rounded. A bitmap
+costs about 8 operations for each of 45 million positions, of integers at half the rate: 24 us for any batch.
 
 Transposing x first is one launch, and 0.13 MB for 16 samples; without it each weight would read a sector of 32 bytes
 for every sample, 16 times the L1.
 
-Weights and columns are read 2 bytes a thread. Eight neighbours a thread would be fewer instructions, of which there
-are enough, but would spread the 32 columns that a warp reads at once from about 5 lines of L1 over all of 32, at 10 %.
-Columns as 8-bit differences, 3 bytes a weight instead of 4, take 4.5 us of HBM, but prefix sums: 26 instructions a
-weight instead of 10, 6 of them shuffles, which take the path of the loads: 8 clocks more for 32 weights, that is 5 us.
+Weights and columns are read 2 bytes a thread. Eight neighbours a thread would be fewer loads, but the 32 columns that
+a warp reads at once of a single sample would lie in 32 lines of L1 rather than, at 10 %, in 6: at a line a clock 20 us
+instead of 4.6. Columns as 8-bit differences, 3 bytes a weight instead of 4, take 4.5 us of HBM, but prefix sums: 26
+instructions a weight instead of 10, 6 of them shuffles, which take the path of the loads: 8 us there instead of 4.6.
 With 4 bits a fifth of the weights, 0.9 ** 15, would need padding beside that.
 """
 
@@ -60,8 +60,8 @@ def _add(
     for u in tl.static_range(UNROLL):
         at = k + u * BK + tl.arange(0, BK)[None, :]
         live = at < length[:, None] if MASKED else None
-        column = tl.load(col_indices + at, mask=live, other=other, eviction_policy="evict_first").to(tl.int64)
-        value = tl.load(values + at, mask=live, other=other, eviction_policy="evict_first").to(tl.float32)
+        column = tl.load(col_indices + at, mask=live, other=other).to(tl.int64)
+        value = tl.load(values + at, mask=live, other=other).to(tl.float32)
         mask = live[:, :, None] if MASKED else inside
         if MASKED and inside is not None:
             mask = mask & inside
