@@ -44,6 +44,8 @@ TILE = {"rows": 64, "columns": 16}
         ("sm_90", FINE, Expected(0.9, **TILE, stage=1000), "ok"),
         ("sm_90", FINE._replace(code=FINE.code._replace(stack=8)), Expected(), "spills"),
         ("sm_90", FINE._replace(code=FINE.code._replace(spills=1)), Expected(), "spills"),
+        ("sm_90", FINE._replace(code=FINE.code._replace(spills=2, stack=8)), Expected(spills=2), "ok"),
+        ("sm_90", FINE._replace(code=FINE.code._replace(spills=3, stack=8)), Expected(spills=2), "spills"),
         ("sm_90", FINE._replace(code=FINE.code._replace(loads={64: 16})), Expected(0.5), "wide loads 0% < 50%"),
         ("gfx942", FINE._replace(code=FINE.code._replace(loads={64: 16})), Expected(0.5), "ok"),
         ("sm_100", FINE, Expected(0.9, **TILE, stage=1000), "no UTCHMMA"),
@@ -237,3 +239,18 @@ def test_a_kernel_compiles_to_what_the_table_says(tmp_path):
     if here in table.VERSIONS and table.triton_of(here) == triton.__version__:
         rows = [row for row in rows if row["target"] in table.VERSIONS[here]]
         assert rows == [row for row in table.rows(here) if (row["problem"], row["kernel"]) == (problem, kernel)]
+
+
+ONE_TILE = """
+from functools import partial
+import torch
+from sparselottery.kernels.gpu.audit import problems, report
+run = partial(problems._linear, 256, [64, 128], (1, 1), torch.float32)
+print([row.verdict for row in report.audit([problems.Problem("one tile", run)], "sm_90", "take")])
+"""
+
+
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an integer argument that is 1; the interpreter does not."""
+    done = process("-c", ONE_TILE)
+    assert done.stdout.strip() == "['ok']", done.stdout + done.stderr

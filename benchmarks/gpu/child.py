@@ -27,3 +27,7 @@ def run(command: Sequence[object], limit: float, environment: Mapping[str, str] 
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         return None, process.communicate()[0]
+    except BaseException:  # an interrupt: what was started is not to use the GPU beside what comes next
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise

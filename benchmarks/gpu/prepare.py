@@ -39,7 +39,7 @@ def prepare(cases: Iterable[Case], seconds: float, device: str, jobs: int) -> No
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         process.kill()
-        process.join()
+        process.join(1)
 
 
 def launches(case: Linear | Conv, device: str) -> list[Launch]:

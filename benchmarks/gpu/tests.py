@@ -29,7 +29,7 @@ CORE, OTHERS = "gpu_core", "not slow"  # of which those that have run are left o
 LIMIT = 60.0  # seconds of one test
 RESTARTS = 20  # of a process whose test died, hung or lost the GPU
 POLL = 0.05
-PATIENCE = 10.0  # seconds for pytest to say where it hangs
+PATIENCE = 3.0  # seconds for pytest to say where it hangs
 PLAIN = ("-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=default", "--tb=short", "-q",
          "--continue-on-collection-errors")  # fmt: skip
 PLAIN_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
@@ -240,4 +240,5 @@ class _Shard:
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a process that is stuck in the driver does not end
+            self._process.wait(PATIENCE)

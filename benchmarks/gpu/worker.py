@@ -17,6 +17,7 @@ from sparselottery.kernels import gpu
 
 LIMIT = 60  # seconds after which a call, the compilation of its kernels included, is stopped
 PATIENCE = 1.0  # seconds for a process that hangs to end what it has started
+REAP = 3.0  # seconds for a killed process to end
 LOST = (timing.CaptureError, timing.DeviceLostError)  # errors after which a process is of no more use
 
 
@@ -74,7 +75,7 @@ class Worker:
         if self._process is not None:
             self._process.join(patience)
             self._process.kill()
-            self._process.join()
+            self._process.join(REAP)  # a process that is stuck in the driver does not end
             self._calls.close()
             self._process = None
 

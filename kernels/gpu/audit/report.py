@@ -53,14 +53,15 @@ ASYNCHRONOUS = {"HGMMA", "UTCHMMA"}  # read a stage while the next is loaded: on
 
 
 class Expected(NamedTuple):
-    """What the code of a launch must have, besides no stack, no spills and shared memory that the target has."""
+    """What the code of a launch must have, besides shared memory that the target has."""
 
     wide: float = 0.0  # share of the bytes loaded in its loops that wide loads bring
     rows: int = 0  # of the matrix products on tensor cores; 0: there are none
     columns: int = 0  # of these
     stage: int = 0  # bytes of what a step of the loop multiplies
     nonzero: float = 0.0  # most instructions a nonzero, of NVIDIA's; 0: any
-    barriers: int | None = None  # most of them; None: any
+    barriers: int | None = None  # most of them, of NVIDIA's; None: any
+    spills: int = 0  # most instructions that spill
 
 
 class Row(NamedTuple):
@@ -80,7 +81,8 @@ def itemsize(launch: Launch) -> int:
 
 def _block_spmm(launch: Launch) -> Expected:
     of = launch.arguments
-    return _block(launch, (of["BM"], of["OUT"]), of["BK"], of["x"].stride(0) == 1)
+    expected = _block(launch, (of["BM"], of["OUT"]), of["BK"], of["x"].stride(0) == 1)
+    return expected._replace(spills=2) if of["OUT"] == 8 else expected  # sm_80, which keeps two addresses on the stack
 
 
 def _block_sddmm(launch: Launch) -> Expected:
@@ -111,7 +113,7 @@ EXPECTATIONS: dict[str, Callable[[Launch], Expected]] = {
     "_take_kernel": lambda launch: Expected(),
     "_sddmm_kernel": lambda launch: Expected(WIDE_SHARE, barriers=0),
     "_scatter_kernel": lambda launch: Expected(),
-    "_pack_kernel": lambda launch: Expected(),
+    "_pack_kernel": lambda launch: Expected(spills=16),  # a few registers, once a call: it has no loop
     "_unpack_kernel": lambda launch: Expected(),
     "_block_spmm_kernel": _block_spmm,
     "_block_conv_kernel": _block_spmm,
@@ -125,7 +127,7 @@ def judge(
 ) -> str:
     """ "ok", or what is not as expected of the target `name` and of a version of Triton, the one here by default."""
     code, target, faults = compiled.code, TARGETS[name], []
-    if code.stack or code.spills:
+    if code.spills > expected.spills or (code.stack and not expected.spills):
         faults.append("spills")
     excused = launch.kernel.__name__ in NARROW.get(name, ())
     if not excused and (share := code.share(target.wide)) < expected.wide:
@@ -140,7 +142,7 @@ def judge(
             faults.append(f"shared < {buffers} stages of {expected.stage}")
     if target.backend == "cuda" and 0 < expected.nonzero < code.nonzero:
         faults.append(f"a nonzero {code.nonzero:.1f} > {expected.nonzero:g}")
-    if expected.barriers is not None and code.barriers > expected.barriers:
+    if target.backend == "cuda" and expected.barriers is not None and code.barriers > expected.barriers:
         faults.append(f"barriers {code.barriers} > {expected.barriers}")
     if compiled.shared > target.shared:
         faults.append(f"shared > {target.shared}")

@@ -68,7 +68,7 @@ def _take_kernel(
         total = tl.zeros([NNZ], tl.float32)
         for _ in range(splits):
             total += tl.load(from_partial, mask=p < end, other=0)
-            from_partial += tiles.to(tl.int64) * (ROWS * COLUMNS)
+            from_partial += tl.cast(tiles, tl.int64) * (ROWS * COLUMNS)  # of one tile a Python int
         tl.store(gvalues + p, total.to(gvalues.dtype.element_ty), mask=p < end)
 
 
