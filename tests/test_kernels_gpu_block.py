@@ -170,12 +170,12 @@ def test_relu_keeps_nan():
 def test_gradients_keep_nan_but_where_the_relu_is_shut(shape):
     problem = Problem(torch.ones(16, 16, dtype=torch.bool), shape, 16, minor=reads(shape))
     problem.gy[3], problem.gate[:8], problem.gate[8:] = torch.nan, 1, 0
-    problem.gate[3, 5] = torch.nan  # of a ReLU's result: torch's gradient is 0 there
+    problem.gate[2, 5] = torch.nan  # of a ReLU's result: a gradient passes, as in torch
+    problem.gy[2], problem.values[:] = 1, 1
     gx, args = problem.empty("gx", 16), (problem.crow, problem.col, problem.plan)
     block.grad_x(problem.gy, problem.values, *args, gx, problem.gate)
-    assert gx[3, :5].isnan().all()
-    assert gx[3, 6:].isnan().all()
-    assert gx[3, 5] == 0
+    assert gx[3].isnan().all()
+    assert (gx[2] == 16).all()
     assert not gx[8:].any()
     assert gx[:3].isfinite().all()
     assert block.grad_values(problem.gy, problem.x, *args).isnan().all()
