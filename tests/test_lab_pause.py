@@ -59,8 +59,8 @@ def interrupted(factory, data, path, evaluations: list[int], **how) -> tuple[nn.
 def test_it_ends_in_the_same_bits(tmp_path, data, name, graphed):
     with pytest.MonkeyPatch.context() as stand_in:
         if graphed:
-            stand_in.setattr(graph, "_on_another_stream", lambda work, device: work())
-            stand_in.setattr(graph, "_captured", lambda work, device: work)
+            stand_in.setattr(graph, "on_another_stream", lambda work, device: work())
+            stand_in.setattr(graph, "captured", lambda work, device: work)
             stand_in.setattr(training, "_on_gpu", lambda parameters: True)
         factory, settings = NETS[name]
         how, whole = HOW | settings, net(factory)

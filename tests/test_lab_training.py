@@ -116,8 +116,8 @@ def test_every_step_has_its_rate(data, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_on_a_gpu_steps_are_graphed(data, optimizer, monkeypatch):
     """With a captured step that is one in eager mode, on whatever the buffers then hold."""
-    monkeypatch.setattr(graph, "_on_another_stream", lambda work, device: work())
-    monkeypatch.setattr(graph, "_captured", lambda work, device: work)
+    monkeypatch.setattr(graph, "on_another_stream", lambda work, device: work())
+    monkeypatch.setattr(graph, "captured", lambda work, device: work)
     how = {"iterations": 12, "batch": 20, "lr": 0.1, "optimizer": optimizer, "weight_decay": 0.1, "eval_every": 5}
     how |= {"drops": (0.5,), "warmup": 3}
     ours, plain = reinit(factory, 0), reinit(factory, 0)
