@@ -191,11 +191,12 @@ def test_replicas_make_their_own_weight(writes):
 
 
 class Graph:
-    """As if calls were captured: a stand-in for CUDA, in which a capture writes nothing and a replay does."""
+    """As if calls were captured, on a stream of its own: a stand-in for CUDA, where only a replay writes."""
 
     def __init__(self, monkeypatch):
         self.capturing, self.writes, write = False, [], torch.Tensor.scatter_
         monkeypatch.setattr(module, "_capturing", lambda values: self.capturing)
+        monkeypatch.setattr(module, "_stream", lambda values: int(self.capturing))
         monkeypatch.setattr(
             torch.Tensor,
             "scatter_",
@@ -243,11 +244,24 @@ def test_after_a_capture_nothing_is_taken_on_trust(graph):
             assert_right(layer)
 
 
-def test_a_capture_of_frozen_values_writes_nothing_unless_they_changed(graph):
-    layer = linear().requires_grad_(False)
+@pytest.mark.parametrize("execution", ["dense", "compact"])
+def test_a_capture_of_frozen_values_writes_nothing_unless_they_changed(execution, graph, writes):
+    layer = linear(execution).requires_grad_(False)
     layer(X)
     assert graph.capture(lambda: layer(X)) == 0
+    writes.forget()
+    layer(X)
+    assert writes["written"] == 0  # nor does a call after it
     in_place(layer)
+    assert graph.capture(lambda: layer(X)) == 1
+    assert_right(layer)  # what was captured was not done
+
+
+def test_a_capture_of_values_that_were_just_frozen_writes(graph):
+    """A step, or a replay of one, may have changed them unseen."""
+    layer = linear()
+    layer(X)
+    layer.requires_grad_(False)
     assert graph.capture(lambda: layer(X)) == 1
 
 

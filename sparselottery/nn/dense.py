@@ -84,8 +84,11 @@ class DenseWeight:
         same = version is not None and (version, values.data_ptr()) == (state.version, state.address)
         stream = _stream(values)
         learning = values.requires_grad and torch.is_grad_enabled()
-        # A replay must see the values of its time, unless they are frozen.
-        if same and state.stream == stream and not learning and not (capturing and values.requires_grad):
+        if capturing:  # a replay must see the values of its time, unless they are frozen
+            written = state.stream is not None and not values.requires_grad  # on any stream: a capture waits for all
+        else:
+            written = state.stream == stream and not learning
+        if same and written:
             return state.weight
         flat = state.weight.view(-1)
         with torch.autograd._unsafe_preserve_version_counter(flat) if same else nullcontext():
