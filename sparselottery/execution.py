@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .graphs import WARM_UP, captured, on_another_stream
+from .graphs import WARM_UP, BrokenCaptureError, captured, on_another_stream
 from .nn import MaskedLayer, MaskedSequential, Measured, native_runs
 from .nn.compact import live_shape
 from .random_state import random_state_kept
@@ -43,7 +43,8 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
     What masked layers with other elementwise modules between them save by leaving activations batch-minor is not
     measured. Layers that the run does not call, or calls on no numbers, are left as they are. So is everything else:
     random state, buffers, gradients.
-    Raises TypeError if `example_input` is neither a tensor nor a tuple, and whatever the model raises on it.
+    Raises TypeError if `example_input` is neither a tensor nor a tuple, whatever the model raises on it, and
+    BrokenCaptureError (graphs.py) if a capture that failed took the device from this process.
     """
     if not isinstance(example_input, (Tensor, tuple)):
         raise TypeError(f"example_input: expected a tensor or a tuple, got {type(example_input).__name__}")
@@ -170,5 +171,7 @@ def _replayed(call: Callable[[], None], device: torch.device) -> tuple[Callable[
         on_another_stream(call, device)
     try:
         return captured(call, device), ""
+    except BrokenCaptureError:  # nothing can be called any more
+        raise
     except RuntimeError as error:  # of CUDA, or of an operator that waits for the device
         return call, str(error).partition("\n")[0]

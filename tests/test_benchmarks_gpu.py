@@ -15,10 +15,12 @@ from benchmarks.gpu import bars, cases, measure, nets, problems, roofline, timin
 from benchmarks.gpu.cases import Conv, Linear, Step
 from benchmarks.gpu.timing import Entry
 from benchmarks.timing import Candidate
+from sparselottery.graphs import BrokenCaptureError
 from sparselottery.kernels import gpu
 
 TRUTH = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
 LAYER = Linear("forward+backward", 4096, 4096, 4096, "1x1", 0.1, "fp32")
+SMALL = Linear("forward", 1, 32, 16, "1x1", 0.2, "fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +37,13 @@ def _on_gpu(monkeypatch):
 class StubClock(timing.CpuClock):
     """Seconds by name of the run's result; captures where it is told to."""
 
-    def __init__(self, captures=True, lost=False):
-        self.captures, self.lost = captures, lost
+    def __init__(self, captures=True):
+        self.captures = captures
 
     def capture(self, run):
         if not self.captures:
             raise RuntimeError("operation not permitted when stream is capturing")
         return run
-
-    def wait(self):
-        if self.lost:
-            raise RuntimeError("an illegal memory access was encountered")
 
     def seconds(self, run, calls):
         return run()
@@ -197,9 +195,41 @@ def test_what_cannot_be_captured_says_so_and_runs_without_a_graph():
     assert captured.graphed == {"step"}
 
 
+@pytest.fixture
+def _broken(monkeypatch):
+    """Waiting for the device raises nothing, but it draws no numbers: as after a capture that failed."""
+
+    def rand(*args, **kwargs):
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+@pytest.mark.usefixtures("_broken")
 def test_a_lost_gpu_ends_the_race():
     with pytest.raises(timing.DeviceLostError, match="out of bounds"):
-        timing.race({"bad": failing(RuntimeError("out of bounds"))}, TRUTH, [1e-5], 0.0, StubClock(lost=True))
+        timing.race({"bad": failing(RuntimeError("out of bounds"))}, TRUTH, [1e-5], 0.0, StubClock())
+
+
+def test_a_candidate_whose_own_capture_breaks_the_device_ends_the_race():
+    step = failing(BrokenCaptureError("cuda does no further work"))._replace(captured=True)
+    with pytest.raises(BrokenCaptureError, match="step: cuda does no further work"):
+        timing.race({"step": step, "right": entry()}, TRUTH, [1e-5], 0.0, StubClock())
+
+
+def test_a_choice_whose_capture_breaks_the_device_loses_the_case_and_the_process(monkeypatch):
+    def choose(*args):
+        raise BrokenCaptureError("cuda does no further work")
+
+    monkeypatch.setattr("benchmarks.gpu.baselines.choose_execution", choose)
+    outcome = measure.measure(SMALL, 0.0, DEVICE)
+    assert outcome == measure.Outcome(missing={"": "CaptureError: cuda does no further work"}, lost=True)
+
+
+@pytest.mark.usefixtures("_broken")
+def test_a_case_that_fails_on_a_broken_device_loses_the_process(monkeypatch):
+    monkeypatch.setattr(measure, "_measure", lambda *args: 1 / 0)
+    assert measure.measure(SMALL, 0.0, DEVICE).lost
 
 
 def test_copies_share_the_time():

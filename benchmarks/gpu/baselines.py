@@ -26,6 +26,7 @@ from benchmarks.gpu.timing import Entry, clock
 from benchmarks.timing import Candidate
 from sparselottery import convert
 from sparselottery.execution import choose_execution
+from sparselottery.graphs import BrokenCaptureError
 
 LEARNING_RATE = 1e-9  # the weights hardly move, so that results stay alike
 L2_BYTES = 60e6  # an H200's, for GPUs that do not tell
@@ -71,6 +72,8 @@ def _ours(problem: Problem, op: str) -> dict[str, Entry]:
         found[f"{OURS}_{execution}"] = _masked(problem, op, forced)
     try:
         choose_execution(layer, example)
+    except BrokenCaptureError:
+        raise
     except Exception as error:  # then this one alone is missing
         return {OURS: Entry(partial(_raise, error), False), **found}
     return {OURS: _masked(problem, op, layer), **found}

@@ -13,7 +13,7 @@ from benchmarks.gpu.cases import Case, Step
 from benchmarks.gpu.problems import TOLERANCE, precision, problem
 from benchmarks.gpu.roofline import Peaks, least_seconds, peaks
 from benchmarks.gpu.timing import CaptureError, DeviceLostError, Race, clock, race
-from benchmarks.gpu.worker import alive
+from sparselottery.graphs import BrokenCaptureError, works
 
 
 @dataclass
@@ -41,10 +41,12 @@ def measure(
             return _measure(case, seconds, device, eager, given or peaks(device))
         except CaptureError as error:
             return Outcome(missing={"": str(error)}, lost=True, retry=error.name)
+        except BrokenCaptureError as error:  # of a choice, or of a whole step: there is nothing to leave uncaptured
+            return Outcome(missing={"": f"CaptureError: {error}"}, lost=True)
         except DeviceLostError as error:
             return Outcome(missing={"": f"the GPU was lost: {error}"}, lost=True)
         except Exception as error:  # of the case itself: reported, and the next one is tried
-            return Outcome(missing={"": f"{type(error).__name__}: {error}"}, lost=not alive(device))
+            return Outcome(missing={"": f"{type(error).__name__}: {error}"}, lost=not works(clock(device).device))
         finally:
             gc.collect()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import MIN_ROUNDS, Candidate, check, clean_samples
+from sparselottery.graphs import BrokenCaptureError, captured, works
 
 MIN_SAMPLE = 1e-3  # seconds; shorter calls are repeated within a sample
 WARM_UP = 4  # calls before a capture: kernels are compiled, autotuned and tried; a GraphedStep captures itself in them
@@ -30,7 +31,7 @@ class DeviceLostError(RuntimeError):
 
 
 class CaptureError(RuntimeError):
-    """The candidate `name` cannot be captured: torch's allocator and random state may still think they are in it."""
+    """The candidate `name` cannot be captured: nothing more is measured in a process that may be broken by it."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name} cannot be captured: {why}")
@@ -64,6 +65,7 @@ class CpuClock:
     """Times what has ended when it returns."""
 
     capture = None  # there are no graphs
+    device = torch.device("cpu")
 
     def warm(self, run: Callable[[], object]) -> None:
         run()
@@ -83,12 +85,11 @@ class CpuClock:
 class CudaClock:
     """Times what the GPU does between two events of the current stream."""
 
+    device = torch.device("cuda")
+
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         """What repeats the run, in one launch."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return captured(run, self.device)
 
     def warm(self, run: Callable[[], object]) -> None:
         """On a stream of its own, as PyTorch asks for before a capture."""
@@ -132,8 +133,8 @@ def race(
 
     copies: so many of each run one after the other, each with weights of its own, which then come from memory and not
     from a cache; the time is that of one. eager: names that are not to be captured.
-    Raises DeviceLostError if a candidate takes the GPU down, CaptureError if one cannot be captured: the process is of
-    no more use then.
+    Raises DeviceLostError if a candidate takes the GPU down, CaptureError if one cannot be captured, BrokenCaptureError
+    if one that captures itself breaks the device in it: the process is of no more use then.
     """
     result = Race()
     runs: dict[str, Callable[[], object]] = {}
@@ -151,6 +152,8 @@ def race(
                 check(f"{name}, result {index}", [got], [right], tolerance)
         except CaptureError:
             raise
+        except BrokenCaptureError as error:  # of a candidate that captures itself
+            raise BrokenCaptureError(f"{name}: {error}") from error
         except Exception as error:  # whatever is wrong with it, the others count
             result.failures[name] = _first_line(error)
             _still_alive(clock, result.failures[name])
@@ -210,7 +213,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _still_alive(clock: CpuClock | CudaClock, why: str) -> None:
-    try:
-        clock.wait()
-    except RuntimeError as error:
-        raise DeviceLostError(why) from error
+    if not works(clock.device):
+        raise DeviceLostError(why)

@@ -13,12 +13,17 @@ from multiprocessing.connection import Connection
 
 from benchmarks.gpu import timing
 from sparselottery import execution
+from sparselottery.graphs import BrokenCaptureError, works
 from sparselottery.kernels import gpu
 
 LIMIT = 60  # seconds after which a call, the compilation of its kernels included, is stopped
 PATIENCE = 1.0  # seconds for a process that hangs to end what it has started
 REAP = 3.0  # seconds for a killed process to end
-LOST = (timing.CaptureError, timing.DeviceLostError)  # errors after which a process is of no more use
+LOST = (
+    BrokenCaptureError,
+    timing.CaptureError,
+    timing.DeviceLostError,
+)  # errors after which a process is of no more use
 
 
 def take_tensors_of(device: str) -> None:
@@ -96,15 +101,6 @@ class Worker:
                 self._log(line.rstrip("\n"))
 
 
-def alive(device: str) -> bool:
-    """Does the GPU still work for this process?"""
-    try:
-        timing.clock(device).wait()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _serve(device: str, calls: Connection, printed: Connection) -> None:
     """In the new process, which ends with the one that started it. SIGTERM lets it end what it has started itself."""
     for descriptor in (1, 2):
@@ -125,7 +121,7 @@ def _attempt(device: str, function: Callable, args: tuple) -> tuple[object, str,
     except Exception as error:  # of any kind: others count
         traceback.print_exc()
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return None, why, isinstance(error, LOST) or not alive(device)
+        return None, why, isinstance(error, LOST) or not works(timing.clock(device).device)
 
 
 def _end_with_parent() -> None:
