@@ -111,13 +111,35 @@ def rows_of_toy(monkeypatch, seconds=lambda shape: 1.0, **behaviour):
 
 
 def test_launch_shapes_are_varied_around_the_default():
-    fields = tune.neighbours(Toy(8, 4, 3), 20)
+    fields = tune.neighbours(Toy(8, 4, 3))
     assert fields[:6] == [{"rows": 16}, {"rows": 4}, {"warps": 8}, {"warps": 2}, {"stages": 4}, {"stages": 2}]
     assert {"rows": 16, "warps": 8} in fields
     assert {"rows": 4, "stages": 2} in fields
     assert len(fields) == 12
-    assert {"warps": 0} not in tune.neighbours(Toy(8, 1, 1), 20)
-    assert len(tune.neighbours(Toy(8, 4, 3), 2)) == 2
+    assert {"warps": 0} not in tune.neighbours(Toy(8, 1, 1))
+    assert len(tune.vary([toy()], 1e-4, "cpu", "toy", 2)) == 3
+
+
+class Sized(NamedTuple):
+    rows: int
+    split: int
+
+
+@pytest.mark.parametrize(("shape", "warps"), [
+    (Toy(8, 32, 1), lambda shape: shape.warps), (Sized(4, 8), lambda shape: shape.rows * shape.split),
+])  # fmt: skip
+def test_no_launch_shape_has_more_warps_than_a_gpu_starts(shape, warps):
+    started = []
+
+    def call():
+        of = launch.tuned("toy", shape)
+        launch.launch({(1,): lambda **_: started.append(warps(of))}, (1,), x=torch.ones(1), num_warps=warps(of))
+        return torch.ones(4)
+
+    rows = tune.vary([call], 1e-4, "cpu", "toy", 20)
+    assert max(started) == 32
+    assert len(rows) > 2
+    assert all(row["us"] for row in rows)
 
 
 def test_the_fastest_launch_shape_wins(monkeypatch):

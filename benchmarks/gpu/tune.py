@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from typing import NamedTuple
 
 import torch
@@ -27,9 +27,10 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.problems import TOLERANCE
 from benchmarks.gpu.timing import CaptureError, Entry, clock, race
 from benchmarks.timing import Candidate
-from sparselottery.kernels.gpu.launch import overridden, recorded, shapes
+from sparselottery.kernels.gpu.launch import Launch, overridden, recorded, shapes
 
 MOST, MOST_SMOKE = 12, 1  # launch shapes of a kernel beside the default
+MAX_WARPS = 32  # of a program: CUDA starts no more than 1,024 threads
 SAMPLE = 1e-3  # seconds that a graph of calls takes at least, so that its own launch does not count
 SECONDS = 0.3  # of timing a kernel's shapes, all together
 WORTH = 1.02  # a gain below it is noise: the default stays
@@ -63,9 +64,9 @@ def vary(many: list[Callable[[], Tensor]], tolerance: float, device: str, case: 
     rounds = max(1, math.ceil(SAMPLE / clock(device).seconds(many[0], 1) / len(many))) if device == "cuda" else 1
     rows = []
     for kernel, default in defaults.items():
-        tried = [default, *(default._replace(**fields) for fields in neighbours(default, most))]
+        tried = _launchable(many[0], kernel, default, most)
         if device == "cuda":
-            _compile(many[0], kernel, tried)
+            _compile(chain.from_iterable(tried.values()))
         entries = {
             _config(shape): Entry(partial(_candidate, many * rounds, kernel, shape, device), False, captured=True)
             for shape in tried
@@ -75,7 +76,7 @@ def vary(many: list[Callable[[], Tensor]], tolerance: float, device: str, case: 
         for shape in tried:
             config = _config(shape)
             seconds = result.seconds.get(config)
-            gain = DEFAULT if shape is default else f"{first / seconds:.3g}x" if seconds else ""
+            gain = DEFAULT if shape == default else f"{first / seconds:.3g}x" if seconds else ""
             rows.append({
                 "part": "tune",
                 "kernel": kernel,
@@ -87,14 +88,14 @@ def vary(many: list[Callable[[], Tensor]], tolerance: float, device: str, case: 
     return rows
 
 
-def neighbours(shape: NamedTuple, most: int) -> list[dict[str, int]]:
+def neighbours(shape: NamedTuple) -> list[dict[str, int]]:
     """Fields to replace: one halved or doubled (stages: one less, one more), then two of them alike."""
     down, up = {}, {}
     for field, value in shape._asdict().items():
         down[field], up[field] = (value - 1, value + 1) if field == "stages" else (value // 2, 2 * value)
     ones = [{field: way[field]} for field in up for way in (up, down)]
     twos = [{field: way[field] for field in pair} for way in (up, down) for pair in combinations(up, 2)]
-    return [fields for fields in ones + twos if all(fields.values())][:most]
+    return [fields for fields in ones + twos if all(fields.values())]
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -152,15 +153,32 @@ def _captured(run: Callable[[], None], name: str) -> Callable[[], None]:
     return graph.replay
 
 
-def _compile(call: Callable[[], Tensor], kernel: str, tried: list[NamedTuple]) -> None:
-    """The launches of all shapes, at once in threads: ptxas is a process, and most of Triton leaves Python's lock."""
-    launches = []
-    for shape in tried:
-        with suppress(Exception), overridden(kernel, **shape._asdict()), recorded() as found:
-            call()
-        launches += found
+def _launchable(
+    call: Callable[[], Tensor], kernel: str, default: NamedTuple, most: int
+) -> dict[NamedTuple, list[Launch]]:
+    """The default and up to `most` of its neighbours that a GPU can start, with all launches of the call."""
+    found = {default: _launches(call, kernel, default)}
+    for fields in neighbours(default):
+        if len(found) > most:
+            break
+        shape = default._replace(**fields)
+        launches = _launches(call, kernel, shape)
+        if all(each.options["num_warps"] <= MAX_WARPS for each in launches):
+            found[shape] = launches
+    return found
 
-    def warm(launch) -> None:
+
+def _launches(call: Callable[[], Tensor], kernel: str, shape: NamedTuple) -> list[Launch]:
+    """What the call starts with that launch shape, without starting it."""
+    with suppress(Exception), overridden(kernel, **shape._asdict()), recorded() as found:  # told when it is measured
+        call()
+    return found
+
+
+def _compile(launches: Iterable[Launch]) -> None:
+    """At once in threads: ptxas is a process, and most of Triton leaves Python's lock."""
+
+    def warm(launch: Launch) -> None:
         with suppress(Exception):  # told when it is measured
             launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
 
