@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
+import gpu_lab
 import grids
 import pytest
 import torch
@@ -16,7 +20,7 @@ import torch
 from benchmarks import results
 from benchmarks.gpu import lab, lab_archive
 from benchmarks.gpu.lab_archive import Archive
-from sparselottery.lab import controls
+from sparselottery.lab import controls, executors, grid
 from sparselottery.lab.grid import Grid
 from sparselottery.ticket import Ticket
 
@@ -32,12 +36,29 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
+def in_a_thread(work, take, place):
+    """An executor that starts no process."""
+    events = SimpleQueue()
+
+    def tried(job):
+        events.put(executors._tried(work, job, lambda payload: events.put(("progress", payload))))
+
+    while (job := take()) is not None:
+        Thread(target=tried, args=(job,), daemon=True).start()
+        kind = "progress"
+        while kind == "progress":
+            kind, payload = events.get()
+            yield executors.Event(job, kind, payload)
+
+
 def call(folder: Path, *options: str) -> str:
-    done = subprocess.run(
-        command(folder, *options), env=environment(), capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """The lab in this process; returns its log."""
+    with pytest.MonkeyPatch.context() as patch:
+        gpu_lab.stand_in(patch.setattr)
+        patch.setitem(executors.EXECUTORS, "processes", in_a_thread)
+        patch.setattr(grid, "_data", cache(gpu_lab.load))
+        assert lab.main(command(folder, *options)[2:]) == 0
+    return (folder / "results/log.txt").read_text()
 
 
 def rows(folder: Path, experiment: str) -> list[dict]:
@@ -62,7 +83,6 @@ def test_a_row_for_each_training_and_few_files(whole):
     assert "iterations 6 in place of 20000" in head["settings"]
     names = sorted(path.name for path in (whole / "results").rglob("*"))
     assert names == ["gpu-lab-conv-2.csv", "gpu-lab-resnet-18.csv", "gpu-lab-runs-0.part", "log.txt"]
-    assert "random numbers; images by no decoder" in (whole / "results/log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -83,6 +103,7 @@ def test_stopped_killed_and_moved_it_ends_with_the_same_rows(whole, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert 0 < len(list(here.rglob("round-*.json"))) < 10
+    assert "random numbers; images by no decoder" in (here / "results/log.txt").read_text()
     shutil.copytree(here / "results", there / "results")  # and nothing else
     assert "files out of the archive" in call(there, "--experiments", "conv-2", "--seconds", "500")
     assert rows(there, "conv-2") == rows(whole, "conv-2")
