@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
+from multiprocessing import Pipe
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +17,9 @@ from benchmarks.gpu import bars, prepare, rows, runner, summary, tests
 from benchmarks.gpu.cases import Conv, Linear, label, planned
 from benchmarks.gpu.measure import Outcome
 from benchmarks.gpu.timing import CaptureError
-from benchmarks.gpu.worker import LIMIT, FailedError, LateError, Worker
+from benchmarks.gpu.worker import LIMIT, FailedError, LateError, Worker, _attempt
+from sparselottery.graphs import BrokenCaptureError
 
-ROOT = Path(__file__).parents[1]
 HEAD = {"machine": "NVIDIA H200, 132 multiprocessors", "date": "2026-01-01"}
 LAYER = Linear("forward+backward", 4096, 4096, 4096, "1x1", 0.1, "fp32")
 LINEARS = [Linear("forward", 1, 2, 3, "1x1", density, "fp32") for density in (0.1, 0.2, 0.5)]
@@ -76,7 +74,7 @@ def test_the_budget_lists_what_it_skips(folder):
 
 def test_no_seconds_reach_nothing(folder):
     runner.run_cases("bars", LINEARS, 0.0, fake_measure, folder)
-    assert read(folder, "linear") == []
+    assert not (folder.path / "gpu-linear.csv").exists()
     assert len(read(folder, "missing")) == 4
 
 
@@ -95,7 +93,7 @@ class Jobs:
 
     @staticmethod
     def jobs(smoke):
-        return ["dies", "fine", "hangs", "raises", "fine"]
+        return ["fine", "hangs", "raises", "dies", "fine"]
 
     @staticmethod
     def measure(job, device, smoke):
@@ -117,14 +115,16 @@ def worker(folder):
 
 
 def test_a_job_that_dies_or_hangs_leaves_the_others_their_turn(folder, worker, monkeypatch):
-    monkeypatch.setattr(runner, "LIMIT", 8)
-    monkeypatch.setattr(runner, "_limit", lambda end: 30 if len(folder.rows["missing"]) != 1 else 8)
+    monkeypatch.setattr(runner, "LIMIT", 1)
+    limits = iter([60, 1, 60, 60, 60])  # the one that hangs starts no process
+    monkeypatch.setattr(runner, "_limit", lambda end: next(limits))
     assert not runner.run_jobs("tune", Jobs, True, 90.0, worker, folder)
+    worker.stop()
     assert [each["detail"] for each in read(folder, "kernels")] == ["cpu", "cpu"]
     reasons = {each["case"]: each["why"] for each in read(folder, "missing")}
     assert reasons == {
         "dies": "the process ended with 1",
-        "hangs": "did not finish in 8 s",
+        "hangs": "did not finish in 1 s",
         "raises": "ValueError: no",
     }
     log = (folder.path / "log.txt").read_text()
@@ -136,33 +136,43 @@ def captures():
     raise CaptureError("step", "no")
 
 
-def test_a_worker_that_is_of_no_more_use_is_replaced(worker):
-    before = worker.run(os.getpid)
-    assert before != os.getpid()
+def breaks():
+    raise BrokenCaptureError("no")
+
+
+def raises():
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize(
+    ("function", "works", "lost"), [(captures, True, True), (breaks, True, True), (raises, True, False),
+                                    (raises, False, True), (time.monotonic, True, False)]
+)  # fmt: skip
+def test_a_process_is_of_no_more_use_after_a_failed_capture_or_without_the_gpu(function, works, lost, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.worker.works", lambda device: works)
+    assert _attempt("cpu", function, ())[2] == lost
+
+
+class Pretend:
+    """A process that answers, and that ends when it is killed."""
+
+    def __init__(self, worker, lost, monkeypatch):
+        self.answer, self.killed = (None, "step cannot be captured", lost), False
+        self.send = self.poll = self.join = lambda *args: True
+        self.recv, self.close = lambda: self.answer, lambda: None
+        monkeypatch.setattr(worker, "_start", lambda: None)
+        worker._process = worker._calls = worker._follower = self
+
+    def kill(self):
+        self.killed = True
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_worker_that_is_of_no_more_use_is_replaced(worker, lost, monkeypatch):
+    process = Pretend(worker, lost, monkeypatch)
     with pytest.raises(FailedError, match="step cannot be captured"):
         worker.run(captures)
-    assert worker.run(os.getpid) != before
-    pid = worker._process.pid
-    worker.stop()
-    assert not os.path.exists(f"/proc/{pid}")
-
-
-ORPHAN = """
-import os, signal, time
-from benchmarks.gpu.worker import Worker
-worker = Worker("cpu", print)
-os.write(1, str(worker.run(os.getpid)).encode())
-worker._calls.send((time.sleep, (600,)))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_busy_worker_ends_with_whoever_started_it():
-    process = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=False)
-    worker, end = f"/proc/{int(process.stdout)}/exe", time.monotonic() + 30
-    while os.path.exists(worker) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not os.path.exists(worker)
+    assert (process.killed, worker._process is None) == (lost, lost)
 
 
 @pytest.mark.parametrize(("limit", "fine"), [(LIMIT, False), (LIMIT - 1, True)])
@@ -230,7 +240,7 @@ def test_a_folder_that_refuses_is_replaced(tmp_path, capsys):
     for refusing in (wanted, wanted / "below", "/proc/gpu-results"):
         found = rows.opened(type(tmp_path)(refusing), dict(HEAD))
         assert str(refusing) in capsys.readouterr().out
-        assert (found.path / "gpu-linear.csv").exists()
+        assert (found.path / "gpu-missing.csv").exists()
 
 
 def test_a_disk_that_fills_up_is_told_once_and_stops_nothing(folder, monkeypatch, capsys):
@@ -241,7 +251,7 @@ def test_a_disk_that_fills_up_is_told_once_and_stops_nothing(folder, monkeypatch
     for impl in (bars.OURS, "masked_dense", "nn_linear"):
         folder.add("linear", [row(LAYER, impl, 3.0)])
     assert capsys.readouterr().out.count("cannot be written") == 1
-    assert read(folder, "linear") == []
+    assert not (folder.path / "gpu-linear.csv").exists()
     assert "1.00x" in summary.tail(folder.texts)  # the output has it all
 
 
@@ -261,12 +271,97 @@ def test_launches_are_recorded_without_a_run(monkeypatch):
         assert any("sddmm" in name for name in names)
 
 
+def test_a_run_replaces_the_files_of_its_parts_alone(tmp_path, monkeypatch):
+    """Others may be those of a whole run, committed."""
+    monkeypatch.setattr(command.signal, "signal", lambda *args: None)
+    old = {name: f"{name} of an older run\n" for name in ("gpu-linear.csv", "gpu-kernels.csv", "junit.xml", "log.txt")}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    assert command.main(["--dry-run", "--results", str(tmp_path), "--parts", "tune", "--seconds", "0"]) == 0
+    new = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert new.keys() == {*old, "summary.txt", "gpu-missing.csv"}
+    kept = {name for name, text in old.items() if new[name] == text}
+    assert kept == {"gpu-linear.csv", "junit.xml"}
+    assert "older" not in new["log.txt"] + new["gpu-kernels.csv"]
+    assert f"# machine: {rows.facts('cpu')['machine']}\n" in new["gpu-kernels.csv"]
+
+
+def test_the_folder_is_there_before_the_gpu_is_opened(tmp_path, monkeypatch):
+    seen = []
+
+    def opens(index):
+        seen.extend(path.name for path in tmp_path.iterdir())
+        seen.append((tmp_path / "log.txt").read_text())
+        raise RuntimeError("CUDA unknown error\nand more")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", opens)
+    folder = command._opened(tmp_path, "cuda", smoke=False)
+    assert {"gpu-missing.csv", "log.txt"} <= set(seen)
+    assert seen[-1].endswith("opening the device cuda\n")
+    assert folder.head["machine"] == "unknown, RuntimeError: CUDA unknown error"
+    assert "# machine: unknown, Runtime" in (tmp_path / "gpu-missing.csv").read_text()
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "all")
+    assert command._opened(None, "cuda", smoke=False).path == tmp_path / "all" / "unknown"
+
+
+def test_tests_are_saved_as_they_end(folder, monkeypatch):
+    def interrupted(*args):
+        args[-1]([tests.Result("tests/test_a.py::test_1", "passed", 1.0)])
+        raise KeyboardInterrupt
+
+    run = command.Run(folder, "cpu", True, folder.path, 1.0)
+    run.results = [tests.Result("tests/test_a.py::test_0", "passed", 1.0)]
+    monkeypatch.setattr(tests, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.part("other tests", 1.0)
+    names = [each.test for each in tests.read_junit((folder.path / "junit.xml").read_text())]
+    assert names == ["tests/test_a.py::test_0", "tests/test_a.py::test_1"]
+
+
+def test_kernels_that_cannot_be_compiled_are_named(folder, monkeypatch):
+    monkeypatch.setattr("sparselottery.kernels.gpu.DEVICES", ("cpu",))
+    monkeypatch.setattr(prepare, "_compile", lambda launch: "RuntimeError: PTX" * ("sddmm" in launch.kernel.__name__))
+    wrong = Linear("", 32, 32, 64, "1x1", 0.2, "fp99")
+    found = list(prepare.compiled([wrong, LINEARS[0], Linear("", 32, 32, 64, "1x1", 0.2, "fp32")], "cpu"))
+    assert found[0] == (label(wrong), "", "KeyError: 'fp99'")
+    assert {kernel for _, kernel, _ in found[1:]} == {"_sddmm_kernel"}
+    assert {why for _, _, why in found[1:]} == {"RuntimeError: PTX"}
+
+
+def test_what_is_not_prepared_has_a_row(folder, monkeypatch):
+    case = label(LINEARS[0])
+    run = command.Run(folder, "cpu", True, folder.path, 1.0)
+    for kernel, fine in (("_sddmm_kernel", False), ("", True)):
+        monkeypatch.setattr(
+            command, "prepare", lambda *args, kernel=kernel: iter([(case, kernel, "RuntimeError: PTX")])
+        )
+        assert run.part("prepare", 1.0) == fine
+    assert [(each["part"], each["case"], each["impl"]) for each in read(folder, "missing")] == [
+        ("prepare", case, "_sddmm_kernel"), ("prepare", case, "")
+    ]  # fmt: skip
+    assert f"no row: prepare {case} _sddmm_kernel: RuntimeError: PTX" in summary.whole(folder.texts)
+
+
+def test_failures_come_out_of_the_processes_that_prepare():
+    wrong = [Linear("", 32, 32, 64, "1x1", density, "fp99") for density in (0.1, 0.2)]
+    wrong.append(replace(wrong[0], batch=16))
+    assert list(prepare.prepare(wrong, 60.0, "cpu", 1)) == [(label(wrong[0]), "", "KeyError: 'fp99'")]
+
+
+def test_a_process_that_ends_while_it_prepares_is_told():
+    reader, writer = Pipe(duplex=False)
+    writer.close()
+    ended = SimpleNamespace(exitcode=-11, join=lambda seconds: None, kill=lambda: None)
+    assert prepare._received(reader, {reader: ended}) == ("all", "", "a process ended with -11")
+
+
 def test_every_case_has_one_part():
-    for smoke in (True, False):
-        cases = [case for part in planned(smoke).values() for case in part]
+    plan = planned()
+    for parts in (plan, planned(smoke=True)):
+        cases = [case for part in parts.values() for case in part]
         assert len(cases) == len(set(cases))
-    assert planned()["bars"]
-    assert planned().keys() | set(rows.PARTS_OF_KERNELS) <= command.PLAN.keys()
+    assert plan["bars"]
+    assert plan.keys() | set(rows.PARTS_OF_KERNELS) <= command.PLAN.keys()
 
 
 def test_the_command_needs_a_gpu(monkeypatch, capsys):

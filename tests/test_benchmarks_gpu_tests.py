@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
-from benchmarks.gpu import tests
+from benchmarks.gpu import shard, tests
 
 SUITE = """
 import os, time
@@ -26,7 +27,7 @@ def test_hangs():
 
 def test_breaks_the_gpu(monkeypatch):
     import benchmarks.gpu.shard as shard
-    shard.synchronize = lambda: (_ for _ in ()).throw(CUDA)
+    shard.settle = lambda: (_ for _ in ()).throw(CUDA)
 
 def test_wrong():
     assert 1 == 2, "one is not \\x00 two"
@@ -47,8 +48,8 @@ def suite(tmp_path_factory):
 
 
 def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite):
-    told = []
-    verdict = tests.run(tests.files(suite), tests.CORE, 100.0, 2, told.append, limit=5.0)
+    told, saved = [], []
+    verdict = tests.run(tests.files(suite), tests.CORE, 100.0, 2, told.append, 5.0, save=lambda r: saved.append(len(r)))
     outcomes = {each.test.rpartition("::")[2]: each.outcome for each in verdict.results}
     passed = ["test_fine", *(f"test_after_all_that[{n}]" for n in range(3))]
     bad = {"test_dies": "ended with 7", "test_breaks_the_gpu": "GPU was lost"}
@@ -60,6 +61,8 @@ def test_tests_that_die_hang_or_break_the_gpu_take_no_other_along(suite):
     assert all(why in reasons[name] for name, why in bad.items())
     assert "test_gpu_only.py:15: KeyboardInterrupt" in reasons["test_hangs"]  # pytest was asked where it was
     assert len(told) == 4
+    assert saved == sorted(saved)
+    assert 0 < saved[0] < saved[-1] == len(verdict.results)  # long before the end, too
     again = tests.Verdict(tests.read_junit(tests.junit(verdict.results)))
     assert Counter(each.test for each in again.failed) == Counter(each.test for each in verdict.failed)
     (line,) = (line for line in again.lines() if "test_wrong" in line)
@@ -114,6 +117,17 @@ def test_pytest_that_breaks_goes_on_behind_the_test_that_broke_it(tmp_path):
         "test_leaves": "error", "test_next": "passed"
     }  # fmt: skip
     assert "no more" in verdict.failed[0].text
+
+
+def test_a_shard_gives_back_its_memory_after_each_test_and_has_a_limit(monkeypatch):
+    happened = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "empty_cache", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: happened.append((name, *args)))
+    shard.pytest_collection_finish()
+    shard.pytest_runtest_logfinish("tests/test_a.py::test_a")
+    assert happened == [("set_per_process_memory_fraction", shard.MEMORY), ("synchronize",), ("empty_cache",)]
+    assert 25 < shard.MEMORY * 80 < 80  # of an H100: more than the largest test takes
 
 
 def test_the_device_gets_our_tests():

@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu [--parts PART ...] [--seconds S] [--results DIR] [--smoke] [--dry-run]`.
 
 Tests the GPU kernels and measures them, in the order of what is worth most, then prints what the files say. Whatever a
-part does, the others have their turn. Exits with 1 if a test failed or ours was wrong or raised somewhere; bars that
-are short are no error.
+part does, the others have their turn. Files that only parts write which are not asked for stay as they are in DIR.
+Exits with 1 if a test failed or ours was wrong or raised somewhere; bars that are short are no error.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ class Run:
         if name in parts:
             return parts[name](seconds)
         if name in self.cases:
+            self.folder.begin(*{case.part for case in self.cases[name]})
             return run_cases(name, self.cases[name], seconds, self.runner.measure, self.folder)
+        self.folder.begin("kernels")
         return run_jobs(name, import_module(f"benchmarks.gpu.{name}"), self.smoke, seconds, self.worker, self.folder)
 
     def _test(self, marks: str, seconds: float) -> bool:
-        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit, self.results)
+        def save(found: list[tests.Result]) -> None:
+            self.folder.save("junit.xml", tests.junit([*self.results, *found]))
+
+        done = self.results
+        verdict = tests.run(self.test_files, marks, seconds, self.jobs, self._log, self.test_limit, done, save)
         self.results += verdict.results
-        self.folder.save("junit.xml", tests.junit(self.results))
         for why in verdict.left:
             self.folder.miss("tests", marks, "", f"{marks}: {why}")
         self.folder.tell("\n".join(verdict.lines()))
@@ -78,13 +83,17 @@ class Run:
 
     def _measure_peaks(self, seconds: float) -> bool:
         self.runner.peaks = self.worker.run(peaks, self.device)
-        self.folder.head["peaks"] = described(self.runner.peaks)
+        self.folder.describe({"peaks": described(self.runner.peaks)})
         self.folder.tell(f"peaks: {self.folder.head['peaks']}")
         return True
 
     def _prepare(self, seconds: float) -> bool:
-        prepare([case for cases in self.cases.values() for case in cases], seconds, self.device, self.jobs)
-        return True
+        fine, cases = True, [case for cases in self.cases.values() for case in cases]
+        for case, kernel, why in prepare(cases, seconds, self.device, self.jobs):
+            self.folder.miss("prepare", case, kernel, why)
+            self.folder.tell(f"{'FAILED' if kernel else 'note'}: prepare {case} {kernel}: {why}")
+            fine &= not kernel
+        return fine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,11 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("expected a GPU, but torch sees none")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early still gets the tail
     device, smoke = "cpu" if args.dry_run else "cuda", args.smoke or args.dry_run
-    end, head = time.monotonic() + args.seconds, facts(device)
-    if args.results is None:
-        here = results.RESULTS / folder_name(head["machine"])
-        args.results = Path(tempfile.mkdtemp(prefix="gpu-")) if smoke else here
-    folder = opened(args.results, head)
+    end, folder = time.monotonic() + args.seconds, _opened(args.results, device, smoke)
     run, fine = Run(folder, device, smoke, args.tests, args.test_limit), True
     try:
         for number, name in enumerate(args.parts):
@@ -121,6 +126,19 @@ def main(argv: list[str] | None = None) -> int:
     last = "all fine" if fine else "FAILED: tests, or cases of ours; see above and log.txt"
     folder.tell(f"{summary.tail(folder.texts, summary.TAIL - len(last) - 2)}\n{last}")
     return 0 if fine else 1
+
+
+def _opened(wanted: Path | None, device: str, smoke: bool) -> Folder:
+    """The folder, with its first line before the GPU is opened, which may fail or never end."""
+    if wanted is None and not smoke:
+        print("opening the GPU, whose name is that of the folder", flush=True)
+        head = facts(device)
+        return opened(results.RESULTS / folder_name(head["machine"]), head)
+    folder = opened(wanted or Path(tempfile.mkdtemp(prefix="gpu-")))
+    folder.tell(f"opening the device {device}")
+    folder.describe(facts(device))
+    folder.tell("; ".join(folder.head.values()))
+    return folder
 
 
 def _attempt(run: Run, name: str, seconds: float) -> bool:

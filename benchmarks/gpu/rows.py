@@ -7,11 +7,12 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,19 +23,21 @@ from benchmarks.gpu.cases import PARTS
 
 
 def facts(device: str) -> dict[str, str]:
-    """What measures, and with which versions."""
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        machine += f", {properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+    """What measures, and with which versions. Opens the GPU; what it raises is told in place of its name."""
+    try:
+        machine = _gpu() if device == "cuda" else platform.machine()
+    except Exception as error:  # the tests may say more
+        machine = f"unknown, {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     versions = {"torch": torch.__version__, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
     versions |= {"triton": metadata.version("triton"), "sparselottery": sparselottery.__version__}
     versions["python"] = platform.python_version()
-    return {
-        "machine": machine,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "date": datetime.date.today().isoformat(),
-    }
+    return {"machine": machine, "versions": ", ".join(f"{name} {version}" for name, version in versions.items())}
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties(0)
+    counts = f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+    return f"{properties.name}, {counts}"
 
 
 def folder_name(machine: str) -> str:
@@ -52,20 +55,37 @@ TABLES = {
 }
 
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
 class Folder:
     """What a run leaves, from its first second on: log.txt, summary.txt, junit.xml and gpu-<table>.csv of TABLES.
 
     Each call replaces a file, atomically, so that what was measured stays whatever happens next. A disk that refuses is
     told and stops nothing: texts has all files but the log, by name, for the end of the output.
+
+    Of an older run in the same folder log.txt, summary.txt and gpu-missing.csv end here. Other files stay until this
+    run begins a part that writes them; then they are this run's alone.
     """
 
-    def __init__(self, path: Path, head: dict[str, str]) -> None:
-        self.path, self.head = path, head
+    def __init__(self, path: Path, head: Mapping[str, str]) -> None:
+        self.path, self.head = path, {"date": datetime.date.today().isoformat(), **head}
         self.rows: dict[str, list[dict]] = {name: [] for name in TABLES}
         self.texts: dict[str, str] = {}
         self._told: set[str] = set()
-        for name in TABLES:
+        with self._forgiving("log.txt"):
+            results.replace(path / "log.txt", "")
+        self.begin("missing")
+
+    def begin(self, *tables: str) -> None:
+        """A part runs whose rows are for these tables."""
+        for name in tables:
             self._write(name)
+
+    def describe(self, facts: dict[str, str]) -> None:
+        """More for the head of every table that has begun and of all that will."""
+        self.head |= facts
+        self.begin(*(name for name in TABLES if f"gpu-{name}.csv" in self.texts))
 
     def tell(self, text: str, aloud: bool = True) -> None:
         """Into the log and, if aloud, to the terminal."""
@@ -103,7 +123,7 @@ class Folder:
                 print(f"{self.path / name} cannot be written: {error}", flush=True)
 
 
-def opened(wanted: Path, head: dict[str, str]) -> Folder:
+def opened(wanted: Path, head: Mapping[str, str] = _NOTHING) -> Folder:
     """The folder `wanted`, or a new one where nothing can be written there: a GPU's minutes are not to be lost."""
     try:
         wanted.mkdir(parents=True, exist_ok=True)

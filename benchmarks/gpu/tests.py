@@ -29,6 +29,7 @@ CORE, OTHERS = "gpu_core", "not slow"  # of which those that have run are left o
 LIMIT = 60.0  # seconds of one test
 RESTARTS = 20  # of a process whose test died, hung or lost the GPU
 POLL = 0.05
+SAVE = 3.0  # seconds from one `save` to the next
 PATIENCE = 3.0  # seconds for pytest to say where it hangs
 PLAIN = ("-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=default", "--tb=short", "-q",
          "--continue-on-collection-errors")  # fmt: skip
@@ -76,10 +77,13 @@ def files(folder: Path = FOLDER) -> list[Path]:
 
 def run(
     paths: Sequence[Path], marks: str, seconds: float, jobs: int, tell: Callable[[str], None], limit: float = LIMIT,
-    done: Sequence[Result] = (),
+    done: Sequence[Result] = (), save: Callable[[list[Result]], None] = lambda results: None,
 ) -> Verdict:  # fmt: skip
-    """The tests of `paths` with these marks that are not done, for at most `seconds`, in `jobs` processes."""
-    end, verdict = time.monotonic() + seconds, Verdict()
+    """The tests of `paths` with these marks that are not done, for at most `seconds`, in `jobs` processes.
+
+    save: gets all results every SAVE seconds as tests end, and at the end, which may be an interrupt.
+    """
+    end, verdict, saved, due = time.monotonic() + seconds, Verdict(), 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         ran = [each.test for each in done]
         shards = [_Shard(Path(folder), i, jobs, paths, marks, limit, ran) for i in range(jobs if paths else 0)]
@@ -87,8 +91,12 @@ def run(
             while any(not shard.over for shard in shards) and time.monotonic() < end:
                 for shard in shards:
                     _add(verdict, shard.poll(), tell)
+                if len(verdict.results) > saved and time.monotonic() >= due:
+                    saved, due = len(verdict.results), time.monotonic() + SAVE
+                    save(verdict.results)
                 time.sleep(POLL)
         finally:
+            save(verdict.results)
             for shard in shards:
                 shard.stop()
     late = sum(not shard.over for shard in shards)

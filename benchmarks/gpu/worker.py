@@ -19,11 +19,7 @@ from sparselottery.kernels import gpu
 LIMIT = 60  # seconds after which a call, the compilation of its kernels included, is stopped
 PATIENCE = 1.0  # seconds for a process that hangs to end what it has started
 REAP = 3.0  # seconds for a killed process to end
-LOST = (
-    BrokenCaptureError,
-    timing.CaptureError,
-    timing.DeviceLostError,
-)  # errors after which a process is of no more use
+LOST = (BrokenCaptureError, timing.CaptureError, timing.DeviceLostError)  # after which a process is of no more use
 
 
 def take_tensors_of(device: str) -> None:
@@ -81,6 +77,7 @@ class Worker:
             self._process.join(patience)
             self._process.kill()
             self._process.join(REAP)  # a process that is stuck in the driver does not end
+            self._follower.join(REAP)  # its last lines
             self._calls.close()
             self._process = None
 
@@ -89,11 +86,12 @@ class Worker:
         self._calls, calls = context.Pipe()
         lines, printed = context.Pipe(duplex=False)
         process = context.Process(target=_serve, args=(self.device, calls, printed), daemon=True)
+        self._follower = threading.Thread(target=self._follow, args=(lines,), daemon=True)
+        self._follower.start()
         process.start()
         self._process = process  # not before: an interrupt may have come between
         calls.close()
         printed.close()
-        threading.Thread(target=self._follow, args=(lines,), daemon=True).start()
 
     def _follow(self, lines: Connection) -> None:
         with lines, open(os.dup(lines.fileno()), errors="replace") as text:
