@@ -68,7 +68,9 @@ def shape(samples: int, rows: int, out: int, x: Tensor, precision: str, conv: bo
     bk = 16 if on_cuda_cores else 32 if bm == 256 else 128 // x.element_size()
     # Of a thread's registers the accumulator has at most 64, and 32 on CUDA cores and where a convolution splits x.
     crowded = on_cuda_cores or (conv and precision == "tf32x3")
-    warps = 8 if bm == 256 or (bm == 128 and out > (32 if crowded else 64)) else 4
+    # So have, where there are only 8 columns, the pointers to x.
+    wide = bm == 256 or (bm == 128 and (out > (32 if crowded else 64) or out == 8))
+    warps = 8 if wide else 4
     return Shape(bm, bk, warps, stages((bm + out) * bk * x.element_size(), x.device))
 
 
