@@ -234,7 +234,7 @@ def test_only_what_is_needed_is_computed():
 def test_plan_of_the_miniature():
     mask = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
     (pattern,) = of_masks(1, [mask]).patterns
-    words = csr_plan.compile(pattern.crow_indices, pattern.col_indices, 4)
+    words = csr_plan.build(pattern.crow_indices, pattern.col_indices, 4)
     plan = csr_plan.sections(words, 3, 4, 4)
     assert plan.order.tolist() == [0, 2, 1]
     assert plan.t_crow.tolist() == [0, 1, 2, 3, 4]
@@ -248,7 +248,7 @@ def test_layout_there_and_back(memory_format):
     images = torch.randn(5, 3, 4, 6, device=DEVICE).to(memory_format=convs.FORMATS[memory_format])
     rows = layout.pack(images, layout.Placing(4, 6))
     assert torch.equal(rows[:, :5], images.permute(1, 2, 3, 0).reshape(72, 5))
-    assert not rows[:, 5 : layout.columns(5)].any()
+    assert not rows[:, 5 : layout.whole_lanes(5)].any()
     back = torch.empty_like(images)
     layout.unpack(rows, back)
     assert torch.equal(back, images)

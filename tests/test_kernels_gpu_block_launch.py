@@ -29,7 +29,7 @@ def planned(mask: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype = tor
     """(values, indices, plan) of a layer."""
     pattern = Pattern.from_mask(mask.flatten(1))
     indices = pattern.crow_indices, pattern.col_indices
-    words = block.plan(*indices, pattern.shape[1], shape, of)
+    words = block.plan.build(*indices, pattern.shape[1], shape, of)
     return torch.zeros(pattern.nnz, dtype=dtype), indices, Plan(words, shape)
 
 

@@ -39,7 +39,7 @@ def sections(words: Tensor, rows: int, t_rows: int, nnz: int) -> CsrPlan:
     return CsrPlan(*parts, narrow.view(torch.uint16))
 
 
-def compile(crow_indices: Tensor, col_indices: Tensor, in_features: int, geometry: Geometry | None = None) -> Tensor:
+def build(crow_indices: Tensor, col_indices: Tensor, in_features: int, geometry: Geometry | None = None) -> Tensor:
     """The plan of a valid pattern, on its device; of a convolution if there is a geometry. Waits for the device."""
     rows, nnz = crow_indices.numel() - 1, col_indices.numel()
     row, code = row_indices(crow_indices, nnz), col_indices.long()

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import MULTIPROCESSORS, launch, tuned
-from ..layout import columns
+from ..layout import whole_lanes
 from .taps import Taps, feature, first_feature
 
 
@@ -65,7 +65,7 @@ def shape(rows: int, nnz: int, batch: int, itemsize: int) -> Shape:
 
     A warp for 1024 bytes: if warps of 64 threads had less of a row, they would exchange gy's for those of others.
     """
-    bn = min(triton.next_power_of_2(columns(batch)), 4096 // itemsize)
+    bn = min(triton.next_power_of_2(whole_lanes(batch)), 4096 // itemsize)
     warps = max(bn * itemsize // 1024, 1)
     at_once = 32 * 32 * warps // bn  # sums: 32 a thread of 32 a warp
     splits = min(triton.cdiv(32 * MULTIPROCESSORS, rows), triton.cdiv(nnz, rows * at_once))
@@ -81,7 +81,7 @@ def sddmm(
     of = tuned("sddmm", shape(rows, nnz, batch, x.element_size()))
     launch(
         _sddmm_kernel, (rows, of.splits), gy=gy, x=x, gvalues=gvalues, order=order, crow_indices=crow_indices,
-        col_indices=col_indices, columns=columns(batch), pixels=taps.pixels, ld_gy=gy.stride(0), ld_x=x.stride(0),
+        col_indices=col_indices, columns=whole_lanes(batch), pixels=taps.pixels, ld_gy=gy.stride(0), ld_x=x.stride(0),
         **taps.of_column | taps.of_pixel,
         KERNEL_H=taps.kernel_h, KERNEL_W=taps.kernel_w, NNZ=of.nnz, BN=of.bn, num_warps=of.warps,
     )  # fmt: skip
