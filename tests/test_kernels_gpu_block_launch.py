@@ -104,7 +104,10 @@ def test_status_says_what_an_old_gpu_lacks(monkeypatch):
     with assumed(*ADA):
         assert gpu.status().endswith(", a card")
     with assumed(*TURING):
-        assert "a card (bf16 on the torch reference and no blocks: they need compute capability 8.0)" in gpu.status()
+        assert (
+            "a card (bf16 on the torch reference and no blocks: expected compute capability 8.0, got 7.5)"
+            in gpu.status()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -248,8 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             file = files.enter_context(table.replacing())
         elif args.csv:
             file = files.enter_context(open(args.csv, "w"))
-        all_targets = table.targets(".".join(map(str, triton_version())))
-        return run(problems, args.target or (all_targets if args.table else TARGETS), file, args.kernel)
+        return run(problems, args.target or TARGETS, file, args.kernel)
 
 
 def run(

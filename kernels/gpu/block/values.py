@@ -72,7 +72,7 @@ def _scatter_kernel(
         tl.store(dense + n * width + tl.load(word + tile * K + k), tile_values, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _unpack_kernel(
     partial, gvalues, crow_indices, tile_row, within, step, word, out_features, width, splits,
     R: tl.constexpr, C: tl.constexpr, CONV: tl.constexpr, K: tl.constexpr,
