@@ -60,7 +60,8 @@ def precision(x: Tensor, conv: bool = False) -> str:
 def shape(samples: int, rows: int, out: int, x: Tensor, precision: str, conv: bool = False) -> Shape:
     """For y of `samples` by `rows` rows of blocks, `out` columns each, of products of x."""
     on_cuda_cores = x.dtype == torch.float32 and precision == "ieee"
-    most = 256 if x.element_size() == 2 and out in (32, 64) else 128
+    # For 8 columns 64: of 128 samples, the pointers to x would not fit a thread's registers.
+    most = 256 if x.element_size() == 2 and out in (32, 64) else 64 if out == 8 else 128
     bm = min(max(triton.next_power_of_2(samples), 16), most)
     while bm > 64 and triton.cdiv(samples, bm) * rows < 2 * MULTIPROCESSORS:
         bm //= 2
@@ -68,9 +69,7 @@ def shape(samples: int, rows: int, out: int, x: Tensor, precision: str, conv: bo
     bk = 16 if on_cuda_cores else 32 if bm == 256 else 128 // x.element_size()
     # Of a thread's registers the accumulator has at most 64, and 32 on CUDA cores and where a convolution splits x.
     crowded = on_cuda_cores or (conv and precision == "tf32x3")
-    # So have, where there are only 8 columns, the pointers to x.
-    wide = bm == 256 or (bm == 128 and (out > (32 if crowded else 64) or out == 8))
-    warps = 8 if wide else 4
+    warps = 8 if bm == 256 or (bm == 128 and out > (32 if crowded else 64)) else 4
     return Shape(bm, bk, warps, stages((bm + out) * bk * x.element_size(), x.device))
 
 
