@@ -17,7 +17,7 @@ from sparselottery.kernels import gpu, reference
 from sparselottery.kernels.gpu import layout
 from sparselottery.kernels.gpu.csr import plan as csr_plan
 from sparselottery.kernels.gpu.device import assumed
-from sparselottery.kernels.gpu.launch import recorded
+from sparselottery.kernels.gpu.launch import overridden, recorded
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -234,7 +234,7 @@ def test_only_what_is_needed_is_computed():
 def test_plan_of_the_miniature():
     mask = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
     (pattern,) = of_masks(1, [mask]).patterns
-    words = csr_plan.compile(pattern.crow_indices, pattern.col_indices, 4)
+    words = csr_plan.build(pattern.crow_indices, pattern.col_indices, 4)
     plan = csr_plan.sections(words, 3, 4, 4)
     assert plan.order.tolist() == [0, 2, 1]
     assert plan.t_crow.tolist() == [0, 1, 2, 3, 4]
@@ -248,7 +248,7 @@ def test_layout_there_and_back(memory_format):
     images = torch.randn(5, 3, 4, 6, device=DEVICE).to(memory_format=convs.FORMATS[memory_format])
     rows = layout.pack(images, layout.Placing(4, 6))
     assert torch.equal(rows[:, :5], images.permute(1, 2, 3, 0).reshape(72, 5))
-    assert not rows[:, 5 : layout.columns(5)].any()
+    assert not rows[:, 5 : layout.whole_lanes(5)].any()
     back = torch.empty_like(images)
     layout.unpack(rows, back)
     assert torch.equal(back, images)
@@ -261,6 +261,37 @@ def test_offsets_within_images_pass_2_to_the_31():
     images = memory.as_strided((1, 2, 2, 1), (1, step, step, 1), margin)
     images[0, 1, 1, 0] = 3
     assert layout.pack(images, layout.Placing(2, 1))[:, 0].tolist() == [0, 0, 0, 3]
+
+
+def test_a_tile_has_no_more_samples_than_there_are():
+    with (
+        overridden("spmm", bn=32),
+        pytest.raises(ValueError, match=r"bn: expected at most 16, .* of 3 samples, got 32"),
+    ):
+        run_conv(convs.make(GEOMETRIES["1x1"], 4, 3, (2, 2), 0.5))
+
+
+@pytest.mark.parametrize("of", [{"bf": 32, "bn": 16, "warps": 1}, {"bf": 8, "bn": 128, "warps": 2}])
+def test_other_launch_shapes_of_a_layout(of):
+    images = torch.randn(37, 3, 4, 6, device=DEVICE)
+    with overridden("layout", **of):
+        rows, back = layout.pack(images, layout.Placing(4, 6)), torch.empty_like(images)
+        layout.unpack(rows, back)
+        with recorded() as launches:
+            layout.unpack(rows, back)
+    assert torch.equal(back, images)
+    (launch,) = launches
+    assert [*map(launch.arguments.get, ("BF", "BN")), launch.options["num_warps"]] == list(of.values())
+
+
+@pytest.mark.parametrize("nnz", range(6))
+def test_parts_of_a_plan_start_at_multiples_of_16_bytes(nnz):
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask.view(-1)[:nnz] = True
+    (pattern,) = of_masks(1, [mask]).patterns
+    parts = csr_plan.sections(csr_plan.build(pattern.crow_indices, pattern.col_indices, 7), 5, 7, nnz)
+    assert [part.numel() for part in parts] == [5, 7, 8, nnz, nnz, nnz]
+    assert [part.data_ptr() % 16 for part in parts] == [0] * 6
 
 
 def test_dtypes_and_plans_that_are_not_supported_are_refused():

@@ -47,7 +47,7 @@ class Problem:
         self.bias = self.keep(integers(self.outs).to(dtype)) if bias else None
         self.x, self.gy = self.activation("x", x), self.activation("gy", gy)
         self.gate = self.activation("gate", gate_x) if gate else None
-        words = block.plan(pattern.crow_indices, pattern.col_indices, self.ins, shape)
+        words = block.plan.build(pattern.crow_indices, pattern.col_indices, self.ins, shape)
         self.plan = Plan(self.keep(words), shape)
 
     def keep(self, tensor):
@@ -227,7 +227,9 @@ def check_conv(of, filters, size, shape, batch=2, dtype=torch.float32, density=0
     crow, col = canaries.copy(pattern.crow_indices), canaries.copy(pattern.col_indices)
     values, offset = (canaries.copy(t.to(dtype)) for t in (weight[mask], offset))
     images = [canaries.copy(t.detach().to(dtype).contiguous(memory_format=last)) for t in (x, gy)]
-    plan = Plan(canaries.copy(block.plan(pattern.crow_indices, pattern.col_indices, of.columns, shape, of)), shape)
+    plan = Plan(
+        canaries.copy(block.plan.build(pattern.crow_indices, pattern.col_indices, of.columns, shape, of)), shape
+    )
     y, gx = (canaries.empty(*t.shape, dtype=dtype, memory_format=last) for t in (gy, x))
     block.conv_forward(images[0], values, offset if bias else None, crow, col, plan, of, y, relu)
     block.conv_grad_x(images[1], values, crow, col, plan, of, gx)

@@ -33,7 +33,7 @@ def test_conv_keeps_nan():
     of = geometry(16, (1, 1))
     pattern = Pattern.from_mask(torch.ones(16, 16, dtype=torch.bool))
     indices = [each.to(DEVICE) for each in (pattern.crow_indices, pattern.col_indices)]
-    plan = Plan(block.plan(*indices, 16, (16, 16), of), (16, 16))
+    plan = Plan(block.plan.build(*indices, 16, (16, 16), of), (16, 16))
     x, y, gx = (torch.ones(2, 16, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last) for _ in range(3))
     x[1, 4, 2, 0] = torch.nan
     values = torch.ones(256, device=DEVICE)

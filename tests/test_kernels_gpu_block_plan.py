@@ -35,7 +35,7 @@ def test_plan_lists_every_block_once(shape, transposed):
         pytest.skip("columns have no transposed plan")
     mask = blocky((200, 300), shape)
     pattern = Pattern.from_mask(mask)
-    words = block.plan(pattern.crow_indices, pattern.col_indices, 300, shape)
+    words = block.plan.build(pattern.crow_indices, pattern.col_indices, 300, shape)
     rows, columns = tiled(shape, transposed)
     expected = mask[::rows, ::columns].nonzero().tolist()
     assert sorted(positions(words, pattern, 300, shape, transposed)) == [tuple(at) for at in expected]
@@ -45,7 +45,7 @@ def test_plan_starts_with_the_heaviest_rows():
     mask = torch.zeros(48, 640, dtype=torch.bool)
     mask[16:32], mask[32:, :160] = True, True
     pattern = Pattern.from_mask(mask)
-    words = block.plan(pattern.crow_indices, pattern.col_indices, 640, (16, 16))
+    words = block.plan.build(pattern.crow_indices, pattern.col_indices, 640, (16, 16))
     assert views(words, 48, 640, (16, 16)).forward.order.tolist() == [1, 2, 0]
 
 
@@ -55,21 +55,21 @@ def test_plan_refuses_other_masks(flip):
     mask[flip] ^= True
     pattern = Pattern.from_mask(mask)
     with pytest.raises(ValueError, match=r"expected a pattern of whole blocks \(16, 16\)"):
-        block.plan(pattern.crow_indices, pattern.col_indices, 64, (16, 16))
+        block.plan.build(pattern.crow_indices, pattern.col_indices, 64, (16, 16))
 
 
 def test_plan_refuses_huge_kernels():
     of = geometry(16, (1, 257))
     pattern = Pattern.from_mask(torch.zeros(16, of.columns, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected kernel_h, kernel_w and blocks up to"):
-        block.plan(pattern.crow_indices, pattern.col_indices, of.columns, (16, 16), of)
+        block.plan.build(pattern.crow_indices, pattern.col_indices, of.columns, (16, 16), of)
 
 
 def test_blocks_wider_than_a_tile_are_listed_in_parts_within_the_border():
     mask = torch.zeros(190, 140, dtype=torch.bool)
     mask[:128, :128], mask[128:, 128:] = True, True
     pattern = Pattern.from_mask(mask)
-    words = block.plan(pattern.crow_indices, pattern.col_indices, 140, (128, 128))
+    words = block.plan.build(pattern.crow_indices, pattern.col_indices, 140, (128, 128))
     assert sorted(positions(words, pattern, 140, (128, 128), False)) == [(0, 0), (0, 1), (1, 2)]
     assert sorted(positions(words, pattern, 140, (128, 128), True)) == [(0, 0), (1, 0), (2, 1)]
     assert views(words, 190, 140, (128, 128)).forward.within[:3].tolist() == [0, 64, 0]

@@ -203,8 +203,22 @@ def test_a_view_that_starts_anywhere():
     assert view.x.data_ptr() % 16
     ((_, arguments),) = launches(view)
     assert arguments["x"].data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("batch", [5, 16, 33])
+def test_rows_that_start_anywhere(batch):
+    """They are read whole vectors of samples at a time, also where only some of these samples are there."""
+    chain = make(batch, [12, 7], 0.5)
+    rows = torch.zeros(12, 64, device=DEVICE)
+    rows[:, 1 : 1 + batch] = chain.x.t()
     operands = [t.to(DEVICE) for t in (chain.values[0], chain.biases[0])]
     (crow_indices,), (col_indices,), (plan,) = compiled(chain)
-    x, y = rows.to(DEVICE)[:, 1:17].t(), torch.empty(16, 7, device=DEVICE)
+    x, y = rows[:, 1 : 1 + batch].t(), torch.empty(batch, 7, device=DEVICE)
     csr.forward(x, *operands, crow_indices, col_indices, plan, y)
     assert_exact(on_cpu({"y": y}), chain)
+    with recorded() as found:
+        csr.forward(x, *operands, crow_indices, col_indices, plan, y)
+    (arguments,) = [each.arguments for each in found]
+    assert arguments["x"].data_ptr() % 16 == 0
+    assert arguments["LD"] % reference.LANES == 0
+    assert arguments["columns"] <= arguments["LD"]

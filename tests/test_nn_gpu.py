@@ -12,6 +12,7 @@ from torch import nn
 
 from sparselottery import convert, explain, to_dense
 from sparselottery.kernels import gpu
+from sparselottery.kernels.gpu.device import assumed
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +108,9 @@ def test_compiles_to_one_graph(name):
     y, grads = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(grads, expected_grads)
+
+
+def test_an_old_gpu_says_what_blocks_need():
+    model, _ = masked("mlp")
+    with assumed((7, 5), 64 << 10), pytest.raises(ValueError, match=rf"on {DEVICE}: .* capability 8.0, got 7.5"):
+        model[0].execution = "block"

@@ -33,7 +33,6 @@ _FUNCTIONS = {
     "conv2d": ("conv_forward", "conv_backward", "conv_plan"),
 }
 _HOME = {name: module for module, names in _FUNCTIONS.items() for name in names}
-_OLD = f"bf16 on the torch reference and no blocks: they need compute capability {'.'.join(map(str, TENSOR_CORES))}"
 
 
 class Plan(NamedTuple):
@@ -53,8 +52,15 @@ def status() -> str:
         return "torch reference: Triton is not installed (pip install 'sparselottery[gpu]')"
     if not torch.cuda.is_available():
         return f"Triton {_triton_version()}, but torch sees no GPU here"
-    old = capability(torch.device("cuda", torch.cuda.current_device())) < TENSOR_CORES
-    return f"Triton {_triton_version()}, {torch.cuda.get_device_name()}" + (f" ({_OLD})" if old else "")
+    lacks = too_old(torch.device("cuda", torch.cuda.current_device()))
+    note = f" (bf16 on the torch reference and no blocks: {lacks})" if lacks else ""
+    return f"Triton {_triton_version()}, {torch.cuda.get_device_name()}{note}"
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why a GPU has no kernels for blocks, nor for bf16; None if it is new enough."""
+    found, needed = (".".join(map(str, each)) for each in (capability(device), TENSOR_CORES))
+    return f"expected compute capability {needed}, got {found}" if capability(device) < TENSOR_CORES else None
 
 
 def runs_on(device: torch.device) -> bool:

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from ..reference import Geometry, image_format, leading_dim, relu_gradient
-from . import Plan, block
-from .csr import plan as csr_plan
-from .csr import taps
-from .csr.sddmm import sddmm
-from .csr.spmm import spmm
+from . import Plan, block, csr
+from .csr import sddmm, spmm, taps
 from .layout import Placing, pack, unpack
 
 
@@ -25,8 +22,8 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, sha
     Waits for the device.
     """
     if shape == (1, 1):
-        return Plan(csr_plan.compile(crow_indices, col_indices, geometry.columns, geometry), shape)
-    return Plan(block.plan(crow_indices, col_indices, geometry.columns, shape, geometry), shape)
+        return Plan(csr.plan.build(crow_indices, col_indices, geometry.columns, geometry), shape)
+    return Plan(block.plan.build(crow_indices, col_indices, geometry.columns, shape, geometry), shape)
 
 
 def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, relu, pool):
@@ -38,10 +35,10 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
         y = _empty(out, x, torch.channels_last)
         block.conv_forward(_last(x), values, bias, crow_indices, col_indices, plan, geometry, y, relu)
         return y.contiguous(memory_format=image_format(x)), winners
-    order = csr_plan.sections(plan.words, filters, geometry.channels, len(values)).order
+    order = csr.plan.sections(plan.words, filters, geometry.channels, len(values)).order
     of = taps.forward(geometry, filters, *x.shape[2:])
     rows = x.new_empty(filters * of.pixels, _ld(x))
-    spmm(_padded(x, geometry, of), values, bias, crow_indices, col_indices, order, None, rows, len(x), of, relu)
+    spmm.spmm(_padded(x, geometry, of), values, bias, crow_indices, col_indices, order, None, rows, len(x), of, relu)
     y = _empty(out, x, image_format(x))
     unpack(rows, y)
     return y, winners
@@ -74,17 +71,17 @@ def _block_grads(gy, x, values, crow_indices, col_indices, plan, geometry, need_
 def _csr_grads(gy, x, values, crow_indices, col_indices, plan, geometry, need_x, need_values):
     gx = gvalues = None
     filters, size = len(crow_indices) - 1, x.shape[2:]
-    sections = csr_plan.sections(plan.words, filters, geometry.channels, len(values))
+    sections = csr.plan.sections(plan.words, filters, geometry.channels, len(values))
     if need_values:
         of, rows = taps.forward(geometry, filters, *size), pack(gy, Placing(*gy.shape[2:]))
-        gvalues = sddmm(rows, _padded(x, geometry, of), crow_indices, col_indices, sections.order, len(x), of)
+        gvalues = sddmm.sddmm(rows, _padded(x, geometry, of), crow_indices, col_indices, sections.order, len(x), of)
     if need_x:
         of = taps.backward(geometry, filters, *size)
         top, left = of.x_height - size[0] - geometry.top, of.x_width - size[1] - geometry.left
         spread = Placing(of.x_height, of.x_width, top, left, geometry.stride_h, geometry.stride_w)
         rows = x.new_empty(geometry.channels * of.pixels, _ld(x))
         indices = sections.t_crow, sections.t_cols, sections.t_order, sections.perm
-        spmm(pack(gy, spread), values, None, *indices, rows, len(x), of)
+        spmm.spmm(pack(gy, spread), values, None, *indices, rows, len(x), of)
         gx = _empty(x.shape, x, image_format(x))
         unpack(rows, gx)
     return gx, gvalues

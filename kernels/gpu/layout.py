@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import LANES, leading_dim
-from .launch import launch
+from .launch import launch, tuned
 
 
 @triton.jit
@@ -50,7 +50,15 @@ def _layout_kernel(
         tl.store(images + image, tl.trans(tile), mask=mask)
 
 
-BF, BN = 64, 64
+class Shape(NamedTuple):
+    """A program's features and samples, and its warps."""
+
+    bf: int
+    bn: int
+    warps: int
+
+
+SHAPE = Shape(64, 64, 4)
 _STRIDES = "stride_n", "stride_c", "stride_h", "stride_w"
 
 
@@ -69,7 +77,7 @@ class Placing(NamedTuple):
         return self == (height, width, 0, 0, 1, 1)
 
 
-def columns(batch: int) -> int:
+def whole_lanes(batch: int) -> int:
     """How many columns of `rows` are read and written."""
     return (batch + LANES - 1) // LANES * LANES
 
@@ -108,11 +116,12 @@ def major(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _move(images: Tensor, rows: Tensor, placing: Placing, pack: bool) -> None:
     batch, channels, height, width = images.shape
-    programs = triton.cdiv(channels * height * width, BF) * triton.cdiv(columns(batch), BN)
+    of, columns = tuned("layout", SHAPE), whole_lanes(batch)
+    programs = triton.cdiv(channels * height * width, of.bf) * triton.cdiv(columns, of.bn)
     last = channels > 1 and images.stride(1) == 1
     launch(
-        _layout_kernel, (programs,), images=images, rows=rows, batch=batch, columns=columns(batch), channels=channels,
+        _layout_kernel, (programs,), images=images, rows=rows, batch=batch, columns=columns, channels=channels,
         height=height, width=width, **dict(zip(_STRIDES, images.stride(), strict=True)), ld=rows.stride(0),
         rows_height=placing.height, rows_width=placing.width, top=placing.top, left=placing.left,
-        up_h=placing.up_h, up_w=placing.up_w, PACK=pack, CHANNELS_LAST=last, BF=BF, BN=BN, num_warps=4,
+        up_h=placing.up_h, up_w=placing.up_w, PACK=pack, CHANNELS_LAST=last, BF=of.bf, BN=of.bn, num_warps=of.warps,
     )  # fmt: skip

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from ..reference import is_packed, leading_dim, unpack
 from . import Plan, block, csr
-from .csr import plan as csr_plan
 from .layout import is_minor, major, minor
 
 
 def plan(crow_indices: Tensor, col_indices: Tensor, in_features: int, shape: tuple[int, int] = (1, 1)) -> Plan:
     """The plan of a valid CSR pattern that consists of blocks of `shape` (R, C). Waits for the device."""
     if shape == (1, 1):
-        return Plan(csr_plan.compile(crow_indices, col_indices, in_features), shape)
-    return Plan(block.plan(crow_indices, col_indices, in_features, shape), shape)
+        return Plan(csr.plan.build(crow_indices, col_indices, in_features), shape)
+    return Plan(block.plan.build(crow_indices, col_indices, in_features, shape), shape)
 
 
 def saved_features(x: Tensor, crow_indices: list[Tensor], plans: list[Plan]) -> list[int]:

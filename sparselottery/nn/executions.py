@@ -64,7 +64,8 @@ class Block(Execution):
         device = layer.values.device
         taken = [block for block in BLOCKS if ops.takes_block(block, device, layer.geometry)]
         if not taken:
-            return f"there are no kernels for blocks of such a layer on {device.type}"
+            lacks = ops.too_old(device)
+            return f"there are no kernels for blocks of such a layer on {device.type}" + (f": {lacks}" if lacks else "")
         if layer._find_block() == (1, 1):
             return "its mask does not consist of whole blocks"
         if layer._find_block() not in taken:

@@ -34,6 +34,11 @@ def takes_block(block: Block, device: torch.device, geometry: Geometry | None = 
     return gpu.runs_on(device) and gpu.takes_block(block, device, geometry)
 
 
+def too_old(device: torch.device) -> str | None:
+    """Why a GPU has no kernels for blocks at all; None where that is not the reason."""
+    return gpu.too_old(device) if gpu.runs_on(device) else None
+
+
 def untraced(x: Tensor) -> bool:
     """Is x an ordinary tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
     return type(x) is Tensor and (x.is_cpu or x.is_cuda) and not torch._C._len_torch_dispatch_stack()

@@ -135,7 +135,11 @@ def compile_launch(launch: Launch) -> Compiled:
 
 def specialisation(launch: Launch) -> Hashable:
     """Launches of equal specialisation compile to the same code, whatever the target."""
-    kinds = tuple((name, each if name.isupper() else _kind(each)) for name, each in sorted(launch.arguments.items()))
+    plain = {each.name for each in getattr(launch.kernel, "params", ()) if each.do_not_specialize}
+    kinds = tuple(
+        (name, each if name.isupper() else type(each) if name in plain else _kind(each))
+        for name, each in sorted(launch.arguments.items())
+    )
     return launch.kernel, kinds, tuple(sorted(launch.options.items()))
 
 

@@ -113,6 +113,7 @@ def _csr_problems() -> Iterator[Problem]:
     yield Problem("conv3/2 64 x128 fp32", partial(_conv, 128, 16, 64, _square(64, 3, 1, 2), (1, 1), fp32))
     for name, dtype in (("fp32", fp32), ("bf16", bf16)):
         yield Problem(f"linear 1024 x1024 {name}", partial(_linear, 1024, [1024, 1024], (1, 1), dtype))
+        yield Problem(f"linear 64-128 x256 {name}", partial(_linear, 256, [64, 128], (1, 1), dtype))  # one tile
         yield Problem(f"linear 1024 x1 {name}", partial(_linear, 1, [1024, 1024], (1, 1), dtype, False))
         yield Problem(f"conv3 64 x128 {name}", partial(_conv, 128, 16, 64, _square(64, 3, 1), (1, 1), dtype))
 

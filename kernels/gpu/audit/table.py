@@ -18,8 +18,7 @@ from typing import TextIO
 
 from .aot import TARGETS, triton_version
 
-# Of each Triton the targets: the first that is supported, and the one of constraints.txt.
-VERSIONS = {"3.6": ("sm_80", "sm_90"), "3.9": tuple(TARGETS)}
+VERSIONS = "3.6", "3.9"  # of Triton: the first that is supported, and the one of constraints.txt
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -32,12 +31,7 @@ def first_line(triton: str) -> str:
     digest = sha256()
     for source in sorted(_FOLDER.parent.rglob("*.py")):
         digest.update(f"{source.relative_to(_FOLDER.parent)}\n".encode() + source.read_bytes())
-    return f"# Triton {triton}; targets {' '.join(targets(triton))}; kernels/gpu sha256 {digest.hexdigest()}"
-
-
-def targets(triton: str) -> tuple[str, ...]:
-    """Those of a Triton's table; all for a version that has none yet."""
-    return VERSIONS.get(".".join(triton.split(".")[:2]), tuple(TARGETS))
+    return f"# Triton {triton}; targets {' '.join(TARGETS)}; kernels/gpu sha256 {digest.hexdigest()}"
 
 
 def stale(version: str) -> str | None:

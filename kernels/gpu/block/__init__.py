@@ -14,11 +14,8 @@ from .. import TENSOR_CORES, Plan
 from ..device import capability
 from ..launch import tuned
 from ..layout import is_minor
-from .conv import View, conv, conv_sddmm
-from .plan import BlockPlan, Tiles, plan, tiled, views
-from .sddmm import sddmm
-from .shape import Shape, Split, precision, shape, split
-from .spmm import spmm
+from . import conv, sddmm, shape, spmm
+from .plan import BlockPlan, Tiles, tiled, views
 from .tile import clear_padding
 from .values import pack, scatter, unpack
 
@@ -42,10 +39,10 @@ def forward(x, values, bias, crow_indices, col_indices, plan, y, relu=False):
     """y (N, O) = x Wᵀ + bias, then a ReLU if `relu`. Raises ValueError if x must be batch-minor and is not."""
     if plan.block[1] == 1 and not is_minor(x):
         raise ValueError(f"x: expected strides (1, ld) for blocks {plan.block}, got {x.stride()}")
-    tiles, (out, red), fp32 = _views(plan, y.shape[1], x.shape[1]).forward, tiled(plan.block), precision(x)
+    tiles, (out, red), fp32 = _views(plan, y.shape[1], x.shape[1]).forward, tiled(plan.block), shape.precision(x)
     of = _shape(len(x), tiles, out, x, fp32)
     packed = pack(values, crow_indices, tiles, plan.block, x.shape[1], of.bk)
-    spmm(x, packed, bias, tiles, red, of, fp32, y, relu)
+    spmm.spmm(x, packed, bias, tiles, red, of, fp32, y, relu)
 
 
 def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
@@ -61,43 +58,55 @@ def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
             gx.masked_fill_(gate <= 0, 0)
         clear_padding(gx)
         return
-    tiles, (red, out), fp32 = _views(plan, gy.shape[1], gx.shape[1]).transposed, tiled(plan.block, True), precision(gy)
+    tiles, (red, out), fp32 = (
+        _views(plan, gy.shape[1], gx.shape[1]).transposed,
+        tiled(plan.block, True),
+        shape.precision(gy),
+    )
     of = _shape(len(gy), tiles, out, gy, fp32)
     packed = pack(values, crow_indices, tiles, plan.block, gx.shape[1], of.bk, transposed=True)
-    spmm(gy, packed, None, tiles, red, of, fp32, gx, gate=gate)
+    spmm.spmm(gy, packed, None, tiles, red, of, fp32, gx, gate=gate)
 
 
 def grad_values(gy, x, crow_indices, col_indices, plan):
     """(nnz,), of the dtype of x: gyᵀ x at the pattern."""
-    tiles, gvalues, fp32 = _views(plan, gy.shape[1], x.shape[1]).forward, x.new_empty(col_indices.numel()), precision(x)
+    tiles, gvalues, fp32 = (
+        _views(plan, gy.shape[1], x.shape[1]).forward,
+        x.new_empty(col_indices.numel()),
+        shape.precision(x),
+    )
     of = _split(len(x), tiles, plan, x, fp32)
-    unpack(sddmm(x, gy, tiles, tiled(plan.block), of, fp32), crow_indices, tiles, plan.block, x.shape[1], gvalues)
+    unpack(sddmm.sddmm(x, gy, tiles, tiled(plan.block), of, fp32), crow_indices, tiles, plan.block, x.shape[1], gvalues)
     return gvalues
 
 
 def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, y, relu=False):
     """y (N, O, OH, OW) = x * W + bias, then a ReLU if `relu`."""
-    tiles, (out, red), fp32 = _views(plan, y.shape[1], x.shape[1]).forward, tiled(plan.block), precision(x, conv=True)
+    tiles, (out, red), fp32 = (
+        _views(plan, y.shape[1], x.shape[1]).forward,
+        tiled(plan.block),
+        shape.precision(x, conv=True),
+    )
     of = _shape(_pixels(y), tiles, out, x, fp32, "block_conv")
     packed = pack(values, crow_indices, tiles, plan.block, x.shape[1], of.bk, conv=True)
-    conv(x, packed, bias, tiles, red, geometry, View.forward(geometry), of, fp32, y, relu)
+    conv.conv(x, packed, bias, tiles, red, geometry, conv.View.forward(geometry), of, fp32, y, relu)
 
 
 def conv_grad_x(gy, values, crow_indices, col_indices, plan, geometry, gx):
     """gx (N, C, H, W): the gradient of x."""
     tiles, (red, out) = _views(plan, gy.shape[1], gx.shape[1]).transposed, tiled(plan.block, True)
-    fp32 = precision(gy, conv=True)
+    fp32 = shape.precision(gy, conv=True)
     of = _shape(_pixels(gx), tiles, out, gy, fp32, "block_conv")
     packed = pack(values, crow_indices, tiles, plan.block, gx.shape[1], of.bk, transposed=True, conv=True)
-    conv(gy, packed, None, tiles, red, geometry, View.backward(geometry), of, fp32, gx)
+    conv.conv(gy, packed, None, tiles, red, geometry, conv.View.backward(geometry), of, fp32, gx)
 
 
 def conv_grad_values(gy, x, crow_indices, col_indices, plan, geometry):
     """(nnz,), of the dtype of x: the gradient of the values."""
     tiles, gvalues = _views(plan, gy.shape[1], x.shape[1]).forward, x.new_empty(col_indices.numel())
-    fp32 = precision(x, conv=True)
+    fp32 = shape.precision(x, conv=True)
     of = _split(_pixels(gy), tiles, plan, x, fp32, "block_conv_sddmm")
-    partial = conv_sddmm(x, gy, tiles, tiled(plan.block), geometry, of, fp32)
+    partial = conv.conv_sddmm(x, gy, tiles, tiled(plan.block), geometry, of, fp32)
     unpack(partial, crow_indices, tiles, plan.block, x.shape[1], gvalues, conv=True)
     return gvalues
 
@@ -106,12 +115,12 @@ def _views(plan: Plan, out_features: int, width: int) -> BlockPlan:
     return views(plan.words, out_features, width, plan.block)
 
 
-def _shape(samples: int, tiles: Tiles, out: int, x: Tensor, fp32: str, kernel: str = "block_spmm") -> Shape:
-    return tuned(kernel, shape(samples, tiles.order.numel(), out, x, fp32, kernel == "block_conv"))
+def _shape(samples: int, tiles: Tiles, out: int, x: Tensor, fp32: str, kernel: str = "block_spmm") -> shape.Shape:
+    return tuned(kernel, shape.shape(samples, tiles.order.numel(), out, x, fp32, kernel == "block_conv"))
 
 
-def _split(samples: int, tiles: Tiles, plan: Plan, x: Tensor, fp32: str, kernel: str = "block_sddmm") -> Split:
-    return tuned(kernel, split(samples, tiles.tile_row.numel(), plan.block[0], x, fp32))
+def _split(samples: int, tiles: Tiles, plan: Plan, x: Tensor, fp32: str, kernel: str = "block_sddmm") -> shape.Split:
+    return tuned(kernel, shape.split(samples, tiles.tile_row.numel(), plan.block[0], x, fp32))
 
 
 def _pixels(images: Tensor) -> int:

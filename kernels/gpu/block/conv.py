@@ -87,7 +87,7 @@ def _block_conv_kernel(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside[:, None] & (n < filters)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "steps"])
 def _block_conv_sddmm_kernel(
     x, gy, partial, tile_row, word, tiles, pixels, channels, filters, steps,
     height, width, out_height, out_width, step_h, step_w, start_h, start_w, tap_h, tap_w,

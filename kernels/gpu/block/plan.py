@@ -57,7 +57,7 @@ class _Blocks(NamedTuple):
     step: Tensor
 
 
-def plan(
+def build(
     crow_indices: Tensor,
     col_indices: Tensor,
     in_features: int,

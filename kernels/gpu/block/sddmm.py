@@ -22,7 +22,7 @@ from .shape import Split
 from .tile import alignment, columns, load_words, readable, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "steps"])
 def _block_sddmm_kernel(
     x, gy, partial, tile_row, word, tiles, batch, x_batch, gy_batch, in_features, out_features, steps,
     stride_xm, stride_xk, stride_gm, stride_gn,

@@ -60,7 +60,8 @@ def precision(x: Tensor, conv: bool = False) -> str:
 def shape(samples: int, rows: int, out: int, x: Tensor, precision: str, conv: bool = False) -> Shape:
     """For y of `samples` by `rows` rows of blocks, `out` columns each, of products of x."""
     on_cuda_cores = x.dtype == torch.float32 and precision == "ieee"
-    most = 256 if x.element_size() == 2 and out in (32, 64) else 128
+    # For 8 columns 64: of 128 samples, the pointers to x would not fit a thread's registers.
+    most = 256 if x.element_size() == 2 and out in (32, 64) else 64 if out == 8 else 128
     bm = min(max(triton.next_power_of_2(samples), 16), most)
     while bm > 64 and triton.cdiv(samples, bm) * rows < 2 * MULTIPROCESSORS:
         bm //= 2

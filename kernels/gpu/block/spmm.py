@@ -20,15 +20,14 @@ from torch import Tensor
 from ..launch import launch
 from .plan import TILE, Tiles
 from .shape import Shape
-from .tile import alignment, multiply, readable, with_bias
-from .tile import columns as columns_of
+from .tile import alignment, columns, multiply, readable, with_bias
 
 
 @triton.jit
 def _read_matrix(of_x, words, tile, RED: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr):
     """x (BM, BK), of which `of_x` has the pointers (BM, 1), the samples that there are, the stride and the width."""
     x, inside, stride_xk, width = of_x
-    column = columns_of(words, tile, RED, BK)
+    column = columns(words, tile, RED, BK)
     mask = inside & (column < width)[None, :] if FLAGS[0] else inside
     return tl.load(x + column.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0)
 

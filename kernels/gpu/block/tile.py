@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import columns as batch_columns
-from ..layout import is_minor
+from ..layout import is_minor, whole_lanes
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def store_tile(partial, acc, pid, K: tl.constexpr, R: tl.constexpr):
 
 def readable(x: Tensor) -> int:
     """How many samples of x may be read: of batch-minor rows whole vectors. Those from N on are zeros."""
-    return batch_columns(x.shape[0]) if is_minor(x) else x.shape[0]
+    return whole_lanes(x.shape[0]) if is_minor(x) else x.shape[0]
 
 
 def alignment(x: Tensor) -> int:

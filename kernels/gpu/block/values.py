@@ -72,7 +72,7 @@ def _scatter_kernel(
         tl.store(dense + n * width + tl.load(word + tile * K + k), tile_values, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _unpack_kernel(
     partial, gvalues, crow_indices, tile_row, within, step, word, out_features, width, splits,
     R: tl.constexpr, C: tl.constexpr, CONV: tl.constexpr, K: tl.constexpr,
@@ -94,8 +94,8 @@ def _unpack_kernel(
 
 
 def warps(out: int) -> int:
-    """For a tile of `out` rows: 128 of them would not fit the registers of 4 warps."""
-    return 8 if out > 64 else 4
+    """For a tile of `out` rows: a thread has 16 weights at most, for twice as many do not fit its registers."""
+    return max(out * TILE // (16 * 32), 4)
 
 
 def pack(values: Tensor, crow_indices: Tensor, tiles: Tiles, block: tuple[int, int], width: int, bk: int,

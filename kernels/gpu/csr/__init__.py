@@ -10,24 +10,21 @@ from torch import Tensor
 from ...reference import leading_dim, unpack
 from .. import Plan
 from ..layout import is_minor, major
-from .narrow import NARROW, spmm_narrow
+from . import narrow, sddmm, spmm, tiles
 from .plan import CsrPlan, sections
-from .sddmm import sddmm
-from .spmm import spmm
 from .taps import linear
-from .tiles import pays, sddmm_tiles
 
 
 def forward(x, values, bias, crow_indices, col_indices, plan, y, relu=False):
     """y = x Wᵀ + bias, then a ReLU if `relu`; y may be row-major, and so may x be if it is one sample."""
     of = _sections(plan, crow_indices, col_indices, x.shape[1])
-    if len(x) <= NARROW:
+    if len(x) <= narrow.NARROW:
         columns = of.narrow if of.narrow.numel() else col_indices
-        spmm_narrow(x, values, bias, crow_indices, columns, of.order, y, relu)
+        narrow.spmm_narrow(x, values, bias, crow_indices, columns, of.order, y, relu)
         return
     out = y if is_minor(y) else unpack(y.new_empty(y.shape[1], leading_dim(len(y))), len(y))
     taps = linear(y.shape[1], x.shape[1])
-    spmm(x.t(), values, bias, crow_indices, col_indices, of.order, None, out.t(), len(x), taps, relu)
+    spmm.spmm(x.t(), values, bias, crow_indices, col_indices, of.order, None, out.t(), len(x), taps, relu)
     if out is not y:
         major(out, y)
 
@@ -36,15 +33,15 @@ def grad_x(gy, values, crow_indices, col_indices, plan, gx, gate=None):
     """gx = gy W, zero where gate <= 0."""
     of = _sections(plan, crow_indices, col_indices, gx.shape[1])
     taps, gate = linear(gx.shape[1], gy.shape[1]), None if gate is None else gate.t()
-    spmm(gy.t(), values, None, of.t_crow, of.t_cols, of.t_order, of.perm, gx.t(), len(gy), taps, gate=gate)
+    spmm.spmm(gy.t(), values, None, of.t_crow, of.t_cols, of.t_order, of.perm, gx.t(), len(gy), taps, gate=gate)
 
 
 def grad_values(gy, x, crow_indices, col_indices, plan):
     """(nnz,): gyᵀ x at the pattern."""
     order = _sections(plan, crow_indices, col_indices, x.shape[1]).order
-    if pays(x, col_indices.numel(), gy.shape[1]):
-        return sddmm_tiles(gy.t(), x.t(), crow_indices, col_indices, order, len(x))
-    return sddmm(gy.t(), x.t(), crow_indices, col_indices, order, len(x), linear(gy.shape[1], x.shape[1]))
+    if tiles.pays(x, col_indices.numel(), gy.shape[1]):
+        return tiles.sddmm_tiles(gy.t(), x.t(), crow_indices, col_indices, order, len(x))
+    return sddmm.sddmm(gy.t(), x.t(), crow_indices, col_indices, order, len(x), linear(gy.shape[1], x.shape[1]))
 
 
 def _sections(plan: Plan, crow_indices: Tensor, col_indices: Tensor, in_features: int) -> CsrPlan:

@@ -36,8 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...reference import unpack
 from ..launch import MULTIPROCESSORS, launch, tuned
-from ..layout import columns, is_minor
+from ..layout import is_minor, whole_lanes
 
 
 @triton.jit
@@ -150,11 +151,11 @@ def spmm_narrow(
     col_indices (nnz,) int32 or uint16; order (O,).
     """
     batch, rows = len(x), crow_indices.numel() - 1
+    width = 1 if batch == 1 else whole_lanes(batch)
     if x.data_ptr() % 16 and batch > 1:  # a view that starts anywhere, which threads cannot read 16 bytes at a time
-        x = x.t().clone().t()
-    width = 1 if batch == 1 else columns(batch)
+        x = unpack(x.as_strided((x.shape[1], width), x.stride()[::-1]).clone(), batch)
     samples = triton.next_power_of_2(width)
-    stored = columns(batch) if is_minor(y) else batch
+    stored = whole_lanes(batch) if is_minor(y) else batch
     of = tuned("spmm_narrow", shape(rows, values.numel(), samples, x.element_size()))
     launch(
         _spmm_narrow_kernel, (triton.cdiv(rows, of.rows),), x=x, values=values, bias=bias, y=y, order=order,

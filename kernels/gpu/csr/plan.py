@@ -22,6 +22,9 @@ from ...reference import Geometry, row_indices
 MAX_NARROW = 2**16  # columns that an index of 16 bits reaches
 
 
+_ALIGN = 4  # every part starts at a multiple of 16 bytes, however many survive: Triton compiles a kernel once for all
+
+
 class CsrPlan(NamedTuple):
     """Views of a plan (words,) int32. T rows of the transpose: the in_features, or the input channels."""
 
@@ -30,16 +33,17 @@ class CsrPlan(NamedTuple):
     t_crow: Tensor  # (T + 1,)
     t_cols: Tensor  # (nnz,)
     perm: Tensor  # (nnz,)
-    narrow: Tensor  # (nnz rounded up to 2,) uint16: col_indices; (0,) where they need more bits
+    narrow: Tensor  # (nnz,) uint16: col_indices; (0,) where they need more bits
 
 
 def sections(words: Tensor, rows: int, t_rows: int, nnz: int) -> CsrPlan:
     """The views, from sizes known on the host."""
-    *parts, narrow = words.split([rows, t_rows, t_rows + 1, nnz, nnz, words.numel() - rows - 2 * t_rows - 1 - 2 * nnz])
-    return CsrPlan(*parts, narrow.view(torch.uint16))
+    sizes = [part for size in (rows, t_rows, t_rows + 1, nnz, nnz) for part in (size, -size % _ALIGN)]
+    *parts, narrow = words.split([*sizes, words.numel() - sum(sizes)])
+    return CsrPlan(*parts[::2], narrow.view(torch.uint16)[:nnz])
 
 
-def compile(crow_indices: Tensor, col_indices: Tensor, in_features: int, geometry: Geometry | None = None) -> Tensor:
+def build(crow_indices: Tensor, col_indices: Tensor, in_features: int, geometry: Geometry | None = None) -> Tensor:
     """The plan of a valid pattern, on its device; of a convolution if there is a geometry. Waits for the device."""
     rows, nnz = crow_indices.numel() - 1, col_indices.numel()
     row, code = row_indices(crow_indices, nnz), col_indices.long()
@@ -55,7 +59,7 @@ def compile(crow_indices: Tensor, col_indices: Tensor, in_features: int, geometr
     parts = [heaviest_first(crow_indices), heaviest_first(t_crow), t_crow, t_col[perm], perm]
     if geometry is None and in_features <= MAX_NARROW:
         parts.append(_narrow(col_indices))
-    return torch.cat([part.to(torch.int32) for part in parts])
+    return torch.cat([_padded(part.to(torch.int32), _ALIGN) for part in parts])
 
 
 def heaviest_first(crow_indices: Tensor) -> Tensor:
@@ -65,5 +69,8 @@ def heaviest_first(crow_indices: Tensor) -> Tensor:
 
 def _narrow(col_indices: Tensor) -> Tensor:
     """(nnz,) -> int32 words of two 16-bit indices each."""
-    padded = torch.nn.functional.pad(col_indices, (0, col_indices.numel() % 2))
-    return padded.to(torch.int16).view(torch.int32)  # keeps the low halves
+    return _padded(col_indices, 2).to(torch.int16).view(torch.int32)  # keeps the low halves
+
+
+def _padded(part: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(part, (0, -part.numel() % multiple))

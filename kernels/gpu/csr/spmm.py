@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...reference import LANES
 from ..launch import MULTIPROCESSORS, launch, tuned
-from ..layout import columns
+from ..layout import whole_lanes
 from .taps import Taps, first_feature
 from .terms import offset_and_weight, terms
 
@@ -105,7 +105,7 @@ class Shape(NamedTuple):
 
 def shape(rows: int, pixels: int, batch: int, itemsize: int) -> Shape:
     """16 bytes of a row a thread; as many warps as leave every multiprocessor two programs."""
-    per_thread, samples = 16 // itemsize, columns(batch)
+    per_thread, samples = 16 // itemsize, whole_lanes(batch)
     bn = min(1 << (max(samples, 1).bit_length() - 1), 64)
     tiles = pixels * triton.cdiv(samples, bn)
     warps = 32
@@ -122,12 +122,14 @@ def spmm(
 
     x, y, gate: rows (features, ld) of one dtype; values (nnz,), read at `perm` if given; bias (O,); order (O,).
     """
-    rows = crow_indices.numel() - 1
+    rows, columns = crow_indices.numel() - 1, whole_lanes(batch)
     of = tuned("spmm", shape(rows, taps.pixels, batch, x.element_size()))
-    programs = triton.cdiv(rows, of.rows) * taps.pixels * triton.cdiv(columns(batch), of.bn)
+    if of.bn > columns:
+        raise ValueError(f"bn: expected at most {columns}, the columns of {batch} samples, got {of.bn}")
+    programs = triton.cdiv(rows, of.rows) * taps.pixels * triton.cdiv(columns, of.bn)
     launch(
         _spmm_kernel, (programs,), x=x, terms=terms(values, perm, col_indices, x.stride(0), taps), bias=bias, gate=gate,
-        y=y, order=order, crow_indices=crow_indices, rows=rows, batch=batch, columns=columns(batch), pixels=taps.pixels,
+        y=y, order=order, crow_indices=crow_indices, rows=rows, batch=batch, columns=columns, pixels=taps.pixels,
         ld_x=x.stride(0), ld_y=y.stride(0), ld_gate=0 if gate is None else gate.stride(0), **taps.of_pixel,
         RELU=relu, ROWS=of.rows, BN=of.bn, UNROLL=of.unroll, LANES=LANES, num_warps=of.warps,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ..launch import launch
 from .taps import Taps, feature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nnz"])
 def _terms_kernel(
     values, perm, col_indices, terms, nnz, vectors, x_height, x_width, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, NNZ: tl.constexpr,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..block.shape import SPLITTING, split
 from ..device import capability
 from ..launch import launch, tuned
-from ..layout import columns
+from ..layout import whole_lanes
 
 ROWS, COLUMNS = 128, 64  # of a tile
 DENSITY = 0.03  # from which on tiles are faster
@@ -90,12 +90,12 @@ def sddmm_tiles(gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor
     out_features, in_features, nnz = len(gy), len(x), col_indices.numel()
     tiles = triton.cdiv(out_features, ROWS) * triton.cdiv(in_features, COLUMNS)
     precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
-    of = tuned("sddmm_tiles", split(columns(batch), tiles, ROWS, x, precision))
+    of = tuned("sddmm_tiles", split(whole_lanes(batch), tiles, ROWS, x, precision))
     partial = x.new_empty(of.splits, tiles, ROWS, COLUMNS, dtype=torch.float32)
     launch(
         _sddmm_tiles_kernel, (tiles * of.splits,), x=x, gy=gy, partial=partial, in_features=in_features,
-        out_features=out_features, columns=columns(batch), tiles=tiles,
-        steps=triton.cdiv(columns(batch), of.bm * of.splits), ld_x=x.stride(0), ld_gy=gy.stride(0),
+        out_features=out_features, columns=whole_lanes(batch), tiles=tiles,
+        steps=triton.cdiv(whole_lanes(batch), of.bm * of.splits), ld_x=x.stride(0), ld_gy=gy.stride(0),
         ROWS=ROWS, COLUMNS=COLUMNS, BM=of.bm, PRECISION=precision, num_warps=of.warps, num_stages=of.stages,
     )  # fmt: skip
     gvalues = x.new_empty(nnz)
