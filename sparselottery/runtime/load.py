@@ -15,13 +15,11 @@ from ..architecture import build
 from ..files import Contents, read, refusals_name
 from ..maskable import MASKED, unmaskable
 from ..nn import MaskedLayer
-from ..pattern import Pattern, matrix_shape
 from .layer import FrozenLayer
 from .sequential import FrozenSequential, Run
 from .tuning import choose_dense
 
 DENSE_ABOVE = 0.5  # density from which on a layer is dense unless an example says otherwise
-SMALL = {nn.Linear: 2**16, nn.Conv2d: 2**12}  # weights of unmasked layers that join the native call of their neighbours
 
 
 class SparseModel(nn.Module):
@@ -34,15 +32,13 @@ class SparseModel(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self._run = _only_run(net)
-        self._calls: dict[torch.Size, tuple[int, Callable[[Tensor], Tensor] | None]] = {}
+        self._whole: Callable[[], Run | None] | None = net.whole if isinstance(net, FrozenSequential) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As forward, with the hooks; where the whole net is one native call, without the microseconds of nn.Module."""
-        if self._run is not None and len(args) == 1 and not kwargs and self._is_plain(x := args[0]):
-            threads, call = self._calls.get(x.shape, _UNBOUND)
-            if threads != torch.get_num_threads():
-                threads, call = self._calls[x.shape] = torch.get_num_threads(), self._run.bind(x)
+        if self._whole and len(args) == 1 and not kwargs and self._is_plain(x := args[0]):
+            run = self._whole()
+            call = run and run.bound(x)
             if call is not None:
                 return call(x)
         return super().__call__(*args, **kwargs)
@@ -71,25 +67,6 @@ class SparseModel(nn.Module):
             raise ValueError("mode: expected evaluation, got training: the model is frozen")
         return super().train(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModel:
-        self._calls = {}
-        super()._apply(fn, recurse)
-        _prepare(self.net)
-        self._run = _only_run(self.net)
-        return self
-
-    def __deepcopy__(self, memo: dict) -> SparseModel:
-        return SparseModel(copy.deepcopy(self.net, memo))
-
-
-_UNBOUND = (0, None)
-
-
-def _only_run(net: nn.Module) -> Run | None:
-    """The run that is the whole net."""
-    runs = net.runs if isinstance(net, FrozenSequential) else []
-    return runs[0][0] if len(runs) == 1 and not isinstance(runs[0], nn.Module) else None
-
 
 def load_sparse(
     path: str | os.PathLike[str],
@@ -114,13 +91,9 @@ def load_sparse(
         net = build(contents.architecture) if model is None else _empty_copy(model)
         net = _filled(net, contents).to(device)
     _prepare(net)
-    frozen = SparseModel(net)
     if example_input is not None:
-        args = example_input if isinstance(example_input, tuple) else (example_input,)
-        choose_dense(frozen.net, args)
-        _prepare(frozen.net)
-        frozen = SparseModel(frozen.net)
-    return frozen
+        choose_dense(net.requires_grad_(False), example_input if isinstance(example_input, tuple) else (example_input,))
+    return SparseModel(net)
 
 
 def _empty_copy(model: nn.Module) -> nn.Module:
@@ -171,29 +144,7 @@ def _replaced(net: nn.Module, prefix: str, layer: nn.Module) -> nn.Module:
 
 
 def _prepare(net: nn.Module) -> None:
-    """Sequentials with frozen layers become frozen ones, and find what they can run in one call."""
+    """Sequentials with frozen layers become frozen ones."""
     for module in net.modules():
-        if type(module) in (nn.Sequential, FrozenSequential) and any(
-            isinstance(m, FrozenLayer) for m in module.modules()
-        ):
-            for name, child in module.named_children():
-                if type(child) in SMALL and child.weight.numel() <= SMALL[type(child)] and _is_small(child):
-                    setattr(module, name, _frozen(child))
+        if type(module) is nn.Sequential and any(isinstance(m, FrozenLayer) for m in module.modules()):
             module.__class__ = FrozenSequential
-    for module in net.modules():
-        if type(module) is FrozenSequential:
-            module.prepare()
-
-
-def _is_small(layer: nn.Linear | nn.Conv2d) -> bool:
-    return layer.weight.is_cpu and layer.weight.dtype == torch.float32 and layer.weight.numel() > 0
-
-
-def _frozen(layer: nn.Linear | nn.Conv2d) -> FrozenLayer:
-    """A small dense layer as a frozen one in which everything survives."""
-    rows, columns = matrix_shape(layer.weight.shape)
-    crow_indices = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
-    col_indices = torch.arange(columns, dtype=torch.int32).repeat(rows)
-    pattern = Pattern(crow_indices, col_indices, (rows, columns))
-    bias = None if layer.bias is None else layer.bias.detach()
-    return FrozenLayer(layer, pattern, layer.weight.detach().flatten(), bias)

@@ -24,7 +24,7 @@ def choose_dense(net: nn.Module, args: tuple) -> None:
     handles = [layer.register_forward_pre_hook(note) for layer in names]
     try:
         with torch.no_grad():
-            _run_each(net, args)
+            net(*args)  # layers with hooks are called on their own
     finally:
         for handle in handles:
             handle.remove()
@@ -35,16 +35,3 @@ def choose_dense(net: nn.Module, args: tuple) -> None:
         if dense_ms < MARGIN * sparse_ms and names[layer]:
             parent, _, name = names[layer].rpartition(".")
             setattr(net.get_submodule(parent), name, dense)
-
-
-def _run_each(net: nn.Module, args: tuple) -> None:
-    """Run the net, every child of its Sequentials on its own."""
-    frozen = [module for module in net.modules() if hasattr(module, "runs")]
-    runs = [module.runs for module in frozen]
-    for module in frozen:
-        module.runs = list(module)
-    try:
-        net(*args)
-    finally:
-        for module, each in zip(frozen, runs, strict=True):
-            module.runs = each
