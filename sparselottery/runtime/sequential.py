@@ -128,7 +128,9 @@ class FrozenSequential(nn.Sequential):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_grouped"}  # a copy makes its own
+        return {
+            name: value for name, value in super().__getstate__().items() if name != "_grouped"
+        }  # a copy makes its own
 
 
 def _group(net: FrozenSequential) -> Grouped:
