@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn import MaskedLayer, MaskedSequential
+from .nn import MaskedLayer, MaskedSequential, fuse
 from .pattern import MAX_INT32
 
 MAX_DEPTH = 50
@@ -48,11 +48,7 @@ ELEMENTWISE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Hardswish: INPLACE,
 }
 NOTHING: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Identity: (),
-    nn.Dropout: ("p", *INPLACE),
-    nn.Dropout1d: ("p", *INPLACE),
-    nn.Dropout2d: ("p", *INPLACE),
-    nn.AlphaDropout: ("p", *INPLACE),
+    kind: () if kind is nn.Identity else ("p", *INPLACE) for kind in fuse.NOTHING
 }
 # Each module that a description can hold, with the arguments that make it.
 TYPES: dict[type[nn.Module], tuple[str, ...]] = {

@@ -5,11 +5,11 @@ Masks are keyed by the name that the weight has in the dense model ("fc1.weight"
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from .copying import copied
 from .execution import choose_execution
 from .maskable import MASKED, TORCH_PRUNED, unmaskable
 from .masks import as_mask
@@ -17,10 +17,6 @@ from .nn import MaskedLayer, MaskedSequential
 from .random_state import random_state_kept
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
-)  # fmt: skip
 
 
 def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor | tuple | None = None) -> nn.Module:
@@ -119,11 +115,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy with some modules replaced (shared ones stay shared) and the Sequential classes to match."""
-    memo = {id(old): new for old, new in replaced.items()}
-    model = copy.deepcopy(model, memo)
-    for old, new in replaced.items():
-        for hooks in HOOKS:
-            setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
+    model = copied(model, replaced)
     for module in model.modules():
         if type(module) in (nn.Sequential, MaskedSequential):
             masked = any(isinstance(child, MaskedLayer) for child in module)

@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # A module imports from the lines above its own only. A new module gets a place here.
 LAYERS = [
-    {"masks", "pattern", "kernels", "timing", "graphs", "random_state", "ranks"},
+    {"masks", "pattern", "kernels", "timing", "graphs", "random_state", "ranks", "copying"},
     {"ops", "info"},
     {"nn"},
     {"architecture", "execution", "maskable"},

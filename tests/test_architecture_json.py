@@ -15,6 +15,7 @@ EXAMPLES = [
     nn.ReLU(True), nn.ReLU6(), nn.LeakyReLU(0.3), nn.ELU(0.5), nn.CELU(0.7), nn.SELU(), nn.GELU("tanh"), nn.SiLU(),
     nn.Mish(), nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softplus(2, 10), nn.Softsign(), nn.Hardtanh(-2, 2),
     nn.Hardsigmoid(), nn.Hardswish(), nn.Identity(), nn.Dropout(0.1), nn.Dropout1d(), nn.Dropout2d(), nn.AlphaDropout(),
+    nn.Dropout3d(0.2), nn.FeatureAlphaDropout(0.2),
     nn.Linear(3, 4), nn.Linear(3, 4, bias=False), nn.Conv1d(2, 3, 3), nn.Embedding(5, 3, padding_idx=1),
     nn.Conv2d(2, 4, (3, 1), 2, "valid", 2, 2, False, "circular"), nn.Conv2d(2, 4, 3, padding="same"),
     nn.BatchNorm1d(3, 1e-3, None), nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False),

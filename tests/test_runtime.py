@@ -140,14 +140,14 @@ def test_weights_shared_out_or_samples(tmp_path, monkeypatch):
             frozen = load_sparse(path)
             for batch in (2, 65, 128):
                 check(frozen, dense, torch.randn(batch, *NETS["mlp"][1]), factor=2)
-            assert {made for made, _ in frozen._run._made._made} == {kind}
+            assert {made for made, _ in frozen.net.whole()._made._made} == {kind}
 
 
 def test_one_call_for_a_whole_net(tmp_path):
     saved(build("vgg-19", CIFAR10, 10), tmp_path / "net.safetensors", density=0.01)
     frozen = load_sparse(tmp_path / "net.safetensors")
-    assert len(frozen.net.runs) == 1
-    assert frozen._run is not None
+    assert len(frozen.net.grouped().parts) == 1
+    assert frozen.net.whole() is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -383,6 +383,6 @@ def test_nested_sequentials_keep_their_names(tmp_path):
     dense = saved(model, tmp_path / "net.safetensors")
     frozen = load_sparse(tmp_path / "net.safetensors")
     assert type(frozen.net) is FrozenSequential
-    assert len(frozen.net.runs) == 1
+    assert len(frozen.net.grouped().parts) == 1
     assert {name for name, _ in frozen.net.named_modules()} == {name for name, _ in dense.named_modules()}
     check(frozen, dense, torch.randn(1, 9))

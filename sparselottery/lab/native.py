@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..kernels import cpu_train
 from ..nn import NATIVE, MaskedLinear, MaskedSequential
+from ..nn.fuse import Group, Rules, groups, is_observed
 
 ADAM = 0.9, 0.999, 1e-8  # beta1, beta2, eps: torch's defaults
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def native_trainer(
@@ -43,20 +43,23 @@ def native_trainer(
 
 def _layers(model: nn.Module) -> list[MaskedLinear]:
     """Of a model that is a chain of masked linear layers and nothing else; [] for another."""
-    children = list(model._modules.values())
-    layers, between = children[::2], children[1::2]
+    whole = type(model) is MaskedSequential and not is_observed(model) and not nn.modules.module._has_any_global_hook()
+    found = groups(list(model._modules.values()), Rules(_linear)) if whole else []
+    if len(found) != 1 or not isinstance(found[0], Group):
+        return []
+    layers = [step.layer for step in found[0].steps]
     fits = (
-        type(model) is MaskedSequential
-        and not nn.modules.module._has_any_global_hook()
-        and not any(getattr(module, hooks) for module in (model, *children) for hooks in HOOKS)
-        and len(children) % 2
-        and all(type(layer) is MaskedLinear for layer in layers)
-        and all(type(relu) is nn.ReLU for relu in between)
-        and len(set(layers)) == len(layers)
+        len(set(layers)) == len(layers)
         and all(a.out_features == b.in_features for a, b in pairwise(layers))
-        and all(all(layer.shape) and (layer.execution in NATIVE or layer.density == 1) for layer in layers)
+        and all(all(layer.shape) for layer in layers)
     )
     return layers if fits else []
+
+
+def _linear(module: nn.Module) -> MaskedLinear | None:
+    """The module, if it is a masked linear layer that is not set to a dense execution."""
+    fits = type(module) is MaskedLinear and (module.execution in NATIVE or module.density == 1)
+    return module if fits else None
 
 
 def _is_trained(parameter: nn.Parameter) -> bool:

@@ -9,8 +9,9 @@ from torch import nn
 
 from .base import MaskedLayer
 from .executions import NATIVE
+from .fuse import Group, groups, is_observed
 from .linear import MaskedLinear
-from .sequential import MaskedSequential, _native, _run_end, _stays_batch_minor
+from .sequential import MaskedSequential, native_layer, rules, stays_batch_minor
 
 
 def native_runs(model: nn.Module) -> list[list[nn.Module]]:
@@ -18,14 +19,10 @@ def native_runs(model: nn.Module) -> list[list[nn.Module]]:
     runs = []
     for parent in model.modules():
         if type(parent) is MaskedSequential:
-            children, start = list(parent._modules.values()), 0
-            while start < len(children):
-                child, stop = children[start], start + 1
-                if isinstance(child, MaskedLayer):
-                    stop = max(stop, _run_end(children, start, child.values.detach()))
-                if stop > start + 1:
-                    runs.append(children[start:stop])
-                start = stop
+            children = list(parent._modules.values())
+            values = [child.values.detach() for child in children if isinstance(child, MaskedLayer)]
+            found = groups(children, rules(values[0])) if values else []
+            runs += [group.children for group in found if isinstance(group, Group) and len(group.children) > 1]
     return runs
 
 
@@ -47,7 +44,8 @@ def count_packs(model: nn.Module) -> Counter[nn.Module]:
             packs[children[i]] += 2 * children[i].batch_minor
         if type(parent) is MaskedSequential:
             for i, after in pairwise(linears):
-                if _native(children[i], MaskedLinear) and _stays_batch_minor(children, i + 1):
+                native = native_layer(children[i]) and not is_observed(children[i])
+                if native and stays_batch_minor(children[i], children[i + 1 :]):
                     packs[children[i]] -= children[i].batch_minor
                     packs[children[after]] -= children[after].batch_minor
     return packs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +22,31 @@ FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enoug
 
 
 class Cache:
-    """What is made once for a key, by whichever thread comes first, and read by all."""
+    """What is made once for a key, by whichever thread comes first, and read by all, until `LIMIT` others came later.
+
+    So the memory of a net does not grow with the sizes of its inputs, and sizes that come again and again stay.
+    """
+
+    LIMIT = 16
 
     def __init__(self) -> None:
-        self._lock, self._made = threading.Lock(), {}
+        self._lock, self._made = threading.Lock(), OrderedDict()
 
     def __call__(self, key: object, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            with self._lock:
-                if key not in self._made:
-                    self._made[key] = make()
-        return self._made[key]
+        try:
+            self._made.move_to_end(key)
+            return self._made[key]
+        except KeyError:  # never made, or dropped between the two
+            return self._make(key, make)
+
+    def _make(self, key: object, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in self._made:
+                return self._made[key]
+            made = self._made[key] = make()
+            if len(self._made) > self.LIMIT:
+                self._made.popitem(last=False)
+            return made
 
     def __reduce__(self) -> tuple:
         return Cache, ()  # a copy makes its own

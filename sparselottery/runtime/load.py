@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import build
+from ..copying import copied
 from ..files import Contents, read, refusals_name
 from ..maskable import MASKED, unmaskable
 from ..nn import MaskedLayer
-from ..pattern import Pattern, matrix_shape
 from .layer import FrozenLayer
 from .sequential import FrozenSequential, Run
 from .tuning import choose_dense
 
 DENSE_ABOVE = 0.5  # density from which on a layer is dense unless an example says otherwise
-SMALL = {nn.Linear: 2**16, nn.Conv2d: 2**12}  # weights of unmasked layers that join the native call of their neighbours
 
 
 class SparseModel(nn.Module):
@@ -34,15 +32,13 @@ class SparseModel(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self._run = _only_run(net)
-        self._calls: dict[torch.Size, tuple[int, Callable[[Tensor], Tensor] | None]] = {}
+        self._whole: Callable[[], Run | None] | None = net.whole if isinstance(net, FrozenSequential) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As forward, with the hooks; where the whole net is one native call, without the microseconds of nn.Module."""
-        if self._run is not None and len(args) == 1 and not kwargs and self._is_plain(x := args[0]):
-            threads, call = self._calls.get(x.shape, _UNBOUND)
-            if threads != torch.get_num_threads():
-                threads, call = self._calls[x.shape] = torch.get_num_threads(), self._run.bind(x)
+        if self._whole and len(args) == 1 and not kwargs and self._is_plain(x := args[0]):
+            run = self._whole()
+            call = run and run.bound(x)
             if call is not None:
                 return call(x)
         return super().__call__(*args, **kwargs)
@@ -71,25 +67,6 @@ class SparseModel(nn.Module):
             raise ValueError("mode: expected evaluation, got training: the model is frozen")
         return super().train(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModel:
-        self._calls = {}
-        super()._apply(fn, recurse)
-        _prepare(self.net)
-        self._run = _only_run(self.net)
-        return self
-
-    def __deepcopy__(self, memo: dict) -> SparseModel:
-        return SparseModel(copy.deepcopy(self.net, memo))
-
-
-_UNBOUND = (0, None)
-
-
-def _only_run(net: nn.Module) -> Run | None:
-    """The run that is the whole net."""
-    runs = net.runs if isinstance(net, FrozenSequential) else []
-    return runs[0][0] if len(runs) == 1 and not isinstance(runs[0], nn.Module) else None
-
 
 def load_sparse(
     path: str | os.PathLike[str],
@@ -99,45 +76,39 @@ def load_sparse(
 ) -> SparseModel:
     """The model of a ticket or export in safetensors, frozen for inference on a device.
 
-    model: for a file that knows no architecture, a model of it; its weights are not read, and it may be on the meta
-    device. It is left as it is; the copy that is used takes evaluation mode.
+    model: for a file that knows no architecture, a model of it. It is left as it is. The copy that is used takes
+    evaluation mode, the file's tensors, and the model's own values only of buffers that no file holds (those that are
+    not persistent); otherwise the model may be on the meta device. Wherever the model refers to a layer, in a list
+    or by a bound method too, the copy refers to the frozen one; what cannot follow is refused (`copying.copied`).
     example_input: a tensor or a tuple of positional arguments like those to come: layers that are faster dense on it
     run so. Without it those of a density above 0.5 do.
     No weight of a sparse layer is ever made dense. Kernels pack what they need at their first call, for its sizes.
     Raises OSError if the file cannot be read, ValueError naming it if it is foreign, truncated, altered or not well
-    formed, knows no architecture and no model is given, or the model's names or shapes are not the file's.
+    formed, knows no architecture and no model is given, the model's names or shapes are not the file's, or it has
+    a buffer that is neither in the file nor has values.
     """
     contents = read(path)
     with refusals_name(Path(path)):
         if model is None and contents.architecture is None:
             raise ValueError("expected a model beside it, as the file does not know its architecture")
-        net = build(contents.architecture) if model is None else _empty_copy(model)
-        net = _filled(net, contents).to(device)
+        net = _filled(build(contents.architecture) if model is None else model, contents).to(device)
     _prepare(net)
-    frozen = SparseModel(net)
     if example_input is not None:
-        args = example_input if isinstance(example_input, tuple) else (example_input,)
-        choose_dense(frozen.net, args)
-        _prepare(frozen.net)
-        frozen = SparseModel(frozen.net)
-    return frozen
+        net = choose_dense(
+            net.requires_grad_(False), example_input if isinstance(example_input, tuple) else (example_input,)
+        )
+    return SparseModel(net)
 
 
-def _empty_copy(model: nn.Module) -> nn.Module:
-    """A copy on the meta device: no weight is copied."""
-    tensors = [*model.parameters(), *model.buffers()]
+def _filled(model: nn.Module, contents: Contents) -> nn.Module:
+    """A copy with the contents of a file: its masked layers frozen, or dense where little is pruned.
+
+    No weight of the model is copied; buffers that no file holds are.
+    """
     if any(isinstance(module, MaskedLayer) for module in model.modules()):
         raise ValueError("model: expected a dense one, got one with masked layers")
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
-
-
-def _filled(net: nn.Module, contents: Contents) -> nn.Module:
-    """The net with the contents of a file: its masked layers frozen, or dense where little is pruned."""
-    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    state = {name: each for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = contents.shapes | {name: tuple(tensor.shape) for name, tensor in contents.dense.items()}
     if expected != found:
         differ = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -145,55 +116,42 @@ def _filled(net: nn.Module, contents: Contents) -> nn.Module:
             f"model: expected the file's names and shapes, got {differ[0]!r}: "
             f"{expected.get(differ[0])} in the model, {found.get(differ[0])} in the file"
         )
-    refused, modules, dense = unmaskable(net), dict(net.named_modules()), dict(contents.dense)
-    for name, (pattern, values) in contents.layers.items():
-        prefix = name.rpartition(".")[0]
-        layer = modules[prefix]
-        if type(layer) not in MASKED or prefix in refused:
-            raise ValueError(f"{name}: expected a plain nn.Linear or nn.Conv2d, got {type(layer).__name__}")
-        bias = dense.pop(f"{prefix}.bias" if prefix else "bias", None)
-        frozen = FrozenLayer(layer, pattern, values, bias)
-        net = _replaced(net, prefix, frozen.to_dense() if pattern.density > DENSE_ABOVE else frozen)
-    given = {name: tensor for name, tensor in net.state_dict().items() if not tensor.is_meta}
-    net.load_state_dict(given | dense, assign=True)
-    if missing := [name for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_meta]:
-        raise ValueError(f"model: expected one whose tensors are all in the file, got {missing[0]!r}, which is not")
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    given = {name: tensor for name, tensor in contents.dense.items() if id(state[name]) in registered}
+    tensors = {id(state[name]): _like(state[name], tensor) for name, tensor in given.items()}
+    layers = _frozen_layers(model, contents)
+    tensors |= {id(layer.weight): _like(layer.weight, layer.weight.detach().to("meta")) for layer in layers}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in tensors and (tensor.is_meta or isinstance(tensor, nn.Parameter)):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise ValueError(f"model: expected one whose tensors are all in the file, or buffers with values, got the "
+                             f"{kind} {name!r}, which is not, on {tensor.device}")  # fmt: skip
+    net = copied(model, layers, tensors)
+    if rest := {name: tensor for name, tensor in contents.dense.items() if name not in given}:
+        net.load_state_dict(rest, strict=False, assign=True)
     return net.eval()
 
 
-def _replaced(net: nn.Module, prefix: str, layer: nn.Module) -> nn.Module:
-    """The net with another module of that name."""
-    if not prefix:
-        return layer
-    parent, _, name = prefix.rpartition(".")
-    setattr(net.get_submodule(parent), name, layer)
-    return net
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+def _frozen_layers(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.Module]:
+    """What takes the place of each layer that the file holds masked."""
+    refused, layers = unmaskable(model), {}
+    for name, (pattern, values) in contents.layers.items():
+        prefix = name.rpartition(".")[0]
+        layer = model.get_submodule(prefix)
+        if type(layer) not in MASKED or prefix in refused:
+            raise ValueError(f"{name}: expected a plain nn.Linear or nn.Conv2d, got {type(layer).__name__}")
+        bias = contents.dense.get(f"{prefix}.bias" if prefix else "bias")
+        frozen = FrozenLayer(layer, pattern, values, bias)
+        layers[layer] = frozen.to_dense() if pattern.density > DENSE_ABOVE else frozen
+    return layers
 
 
 def _prepare(net: nn.Module) -> None:
-    """Sequentials with frozen layers become frozen ones, and find what they can run in one call."""
+    """Sequentials with frozen layers become frozen ones."""
     for module in net.modules():
-        if type(module) in (nn.Sequential, FrozenSequential) and any(
-            isinstance(m, FrozenLayer) for m in module.modules()
-        ):
-            for name, child in module.named_children():
-                if type(child) in SMALL and child.weight.numel() <= SMALL[type(child)] and _is_small(child):
-                    setattr(module, name, _frozen(child))
+        if type(module) is nn.Sequential and any(isinstance(m, FrozenLayer) for m in module.modules()):
             module.__class__ = FrozenSequential
-    for module in net.modules():
-        if type(module) is FrozenSequential:
-            module.prepare()
-
-
-def _is_small(layer: nn.Linear | nn.Conv2d) -> bool:
-    return layer.weight.is_cpu and layer.weight.dtype == torch.float32 and layer.weight.numel() > 0
-
-
-def _frozen(layer: nn.Linear | nn.Conv2d) -> FrozenLayer:
-    """A small dense layer as a frozen one in which everything survives."""
-    rows, columns = matrix_shape(layer.weight.shape)
-    crow_indices = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
-    col_indices = torch.arange(columns, dtype=torch.int32).repeat(rows)
-    pattern = Pattern(crow_indices, col_indices, (rows, columns))
-    bias = None if layer.bias is None else layer.bias.detach()
-    return FrozenLayer(layer, pattern, layer.weight.detach().flatten(), bias)

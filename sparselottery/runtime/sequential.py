@@ -1,47 +1,46 @@
-"""A frozen nn.Sequential: runs of children in one native call each, the whole net where it has only such children."""
+"""A frozen nn.Sequential: groups of children in one native call each, the whole net where it has only such children."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu_net, cpu_stages
+from ..nn.fuse import NOTHING, Group, Rules, Step, groups, is_observed
+from ..pattern import Pattern, matrix_shape
 from .layer import FEW_IMAGES, Cache, FrozenLayer, chain_of, runs_native
 
-IN_EVALUATION_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
-
-
-class Step(NamedTuple):
-    """A masked layer and what one call does with its output; or, without a layer, the mean over all pixels."""
-
-    layer: FrozenLayer | None
-    norm: nn.BatchNorm2d | None = None
-    relu: bool = False
-    pool: int = 1
-
-    def stage(self) -> cpu_stages.Stage:
-        return cpu_stages.Mean() if self.layer is None else self.layer.stage(self.relu, self.pool, self.norm)
+SMALL = {nn.Linear: 2**16, nn.Conv2d: 2**12}  # weights of unmasked layers that join the native call of their neighbours
+WITH_MODES = (*NOTHING, nn.BatchNorm2d)  # of the types in groups, those that do something else in training
+# Without gradients no other hooks are called.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 
 class Run:
-    """Steps that are one native call for few images or a batch of rows, and one each for many images."""
+    """A group's steps: one native call for few images or a batch of rows, and one each for many images."""
 
-    def __init__(self, steps: list[Step]) -> None:
-        self.steps, self._made = steps, Cache()
-        linear = all(step.layer is not None and step.layer.geometry is None for step in steps)
-        plain = [step.relu for step in steps] == [True] * (len(steps) - 1) + [False]
-        self._chain = [step.layer for step in steps] if linear and plain else []
+    def __init__(self, group: Group) -> None:
+        self.steps, self.children = group
+        self._made, self._calls = Cache(), Cache()
+        linear = all(step.layer is not None and step.layer.geometry is None for step in self.steps)
+        plain = [step.relu for step in self.steps] == [True] * (len(self.steps) - 1) + [False]
+        self._chain = [step.layer for step in self.steps] if linear and plain else []
 
-    def takes(self, x: Tensor) -> bool:
-        return x.dim() == (2 if self.steps[0].layer.geometry is None else 4) and runs_native(x)
+    def bound(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The one native call for contiguous inputs of the shape of x; None where there is none."""
+        return self._calls((x.shape, torch.get_num_threads()), lambda: self._bind(x))
 
-    def bind(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The one native call for inputs of the shape of x, contiguous; None where there is none."""
-        packed = self._pick(x) if self.takes(x) else None
+    def _bind(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        packed = self._pick(x) if self._takes(x) else None
         return packed and packed.bind(len(x))
+
+    def _takes(self, x: Tensor) -> bool:
+        return x.dim() == (2 if self.steps[0].layer.geometry is None else 4) and runs_native(x)
 
     def _pick(self, x: Tensor) -> cpu_net.Net | cpu_net.Chain | None:
         shape, threads = tuple(x.shape[1:]), torch.get_num_threads()
@@ -49,9 +48,13 @@ class Run:
             return chain_of(self._chain, self._made, *x.shape)
         if len(x) >= FEW_IMAGES:
             return None
-        return self._made((shape, threads), lambda: cpu_net.Net([step.stage() for step in self.steps], shape, threads))
+        return self._made((shape, threads), lambda: cpu_net.Net(list(map(_stage, self.steps)), shape, threads))
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not self._takes(x):
+            for child in self.children:
+                x = child(x)
+            return x
         if call := self._pick(x):
             return call(x.contiguous())
         for step in self.steps:
@@ -65,108 +68,112 @@ class Run:
         return x
 
 
-class FrozenSequential(nn.Sequential):
-    """nn.Sequential in evaluation mode with frozen layers in it. Its children keep their names; hooks of children are
-    not called where their run is one native call."""
+class Watch:
+    """What decides the groups of a Sequential, cheap to compare: children, their types, hooks, forwards and modes."""
 
-    def prepare(self) -> None:
-        """Finds the runs; to be called when the children are those to be run."""
-        self.runs = _runs(_flat(self))
+    def __init__(self, parents: list[nn.Sequential]) -> None:
+        modules = list(dict.fromkeys(m for parent in parents for m in (parent, *parent._modules.values())))
+        hooks = [getattr(module, name) for module in modules for name in HOOKS]
+        self._dicts = [*GLOBAL_HOOKS, *hooks, *map(vars, modules)]  # a forward of a module's own is one entry more
+        self._modules, self._with_modes = modules, [m for m in modules if type(m) in WITH_MODES]
+        self._children = [parent._modules for parent in parents]
+        self._seen = self._state()
+
+    def changed(self) -> bool:
+        return self._state() != self._seen
+
+    def _state(self) -> list:
+        state = [*map(len, self._dicts), *map(type, self._modules), *map(attrgetter("training"), self._with_modes)]
+        for children in self._children:
+            state += children.values()
+        return state
+
+
+class Grouped(NamedTuple):
+    """The children of a FrozenSequential in order, as long as nothing has `changed`; whole: the run that is all."""
+
+    changed: Callable[[], bool]
+    parts: list[Run | nn.Module]
+    whole: Run | None
+
+
+class FrozenSequential(nn.Sequential):
+    """nn.Sequential in evaluation with frozen layers in it, under its children's names.
+
+    Groups of children are one native call each. Children with hooks, parametrizations or a forward of their own are
+    called as usual, and all are while there are hooks of all modules.
+    """
+
+    _grouped: Grouped | None = None  # made when first asked for
 
     def forward(self, x: Tensor) -> Tensor:
-        for run in self.runs:
-            if isinstance(run, nn.Module):
-                x = run(x)
-            elif run[0].takes(x):
-                x = run[0](x)
-            else:
-                for child in run[1]:
-                    x = child(x)
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        for part in self.grouped().parts:
+            x = part(x)
         return x
 
+    def whole(self) -> Run | None:
+        """The run that a call is, if it is one and nobody observes it."""
+        return self.grouped().whole
 
-def _flat(module: nn.Sequential) -> list[nn.Module]:
-    """The children, and in place of Sequentials theirs."""
-    children: list[nn.Module] = []
-    for child in module:
-        children += _flat(child) if type(child) in (nn.Sequential, FrozenSequential) else [child]
-    return [child for child in children if type(child) not in IN_EVALUATION_NOTHING]
+    def grouped(self) -> Grouped:
+        grouped = self._grouped
+        if grouped is None or grouped.changed():
+            grouped = self._grouped = _group(self)
+        return grouped
+
+    def _apply(self, fn, recurse=True):
+        self._grouped = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {
+            name: value for name, value in super().__getstate__().items() if name != "_grouped"
+        }  # a copy makes its own
 
 
-def _runs(children: list[nn.Module]) -> list[nn.Module | tuple[Run, list[nn.Module]]]:
-    """Children as they are, and runs of them, each with the children that it is made of."""
-    runs, at = [], 0
-    while at < len(children):
-        steps, end = _steps(children, at)
-        if steps:
-            runs.append((Run(steps), children[at:end]))
+def _group(net: FrozenSequential) -> Grouped:
+    parents: list[nn.Sequential] = []
+    children = list(_flat(net, parents))
+    changed = Watch(parents).changed
+    if nn.modules.module._has_any_global_hook():
+        return Grouped(changed, list(net), None)
+    parts: list[Run | nn.Module] = []
+    for each in groups(children, Rules(_layer, joined=True)):
+        if not isinstance(each, Group):
+            parts.append(each)
+        elif any(type(child) is FrozenLayer for child in each.children):
+            parts.append(Run(each))
         else:
-            runs.append(children[at])
-            end = at + 1
-        at = end
-    return runs
+            parts += each.children
+    alone = len(parts) == 1 and isinstance(parts[0], Run) and not is_observed(net)
+    return Grouped(changed, parts, parts[0] if alone else None)
 
 
-def _steps(children: list[nn.Module], at: int) -> tuple[list[Step], int]:
-    """The longest run of steps that begins at `at`, and where it ends."""
-    steps: list[Step] = []
-    while at < len(children):
-        child, end = children[at], at + 1
-        if _is_native(child):
-            norm, relu, pool = None, False, 1
-            if child.geometry is not None and end < len(children) and _normalises(children[end], child):
-                norm, end = children[end], end + 1
-            if end < len(children) and type(children[end]) is nn.ReLU:
-                relu, end = True, end + 1
-            if child.geometry is not None and end < len(children) and _pools(children[end]):
-                size, end = children[end].kernel_size, end + 1
-                pool = size if isinstance(size, int) else size[0]
-            if (
-                child.geometry is not None
-                and steps
-                and steps[-1].layer is not None
-                and steps[-1].layer.geometry is None
-            ):
-                break  # rows are no images
-            steps.append(Step(child, norm, relu, pool))
-        elif steps and _averages(child):
-            if end == len(children) or not _flattens(children[end]):
-                break
-            steps.append(Step(None))
-        elif (
-            not (steps and _flattens(child) and end < len(children) and _is_native(children[end]))
-            or children[end].geometry is not None
-        ):
-            break
-        at = end
-    return steps, at
+def _flat(module: nn.Sequential, parents: list[nn.Sequential]) -> Iterator[nn.Module]:
+    """The children that do something, and in place of Sequentials theirs; parents: all whose children are looked at."""
+    parents.append(module)
+    for child in module:
+        if is_observed(child):
+            yield child
+        elif type(child) in (nn.Sequential, FrozenSequential):
+            yield from _flat(child, parents)
+        elif type(child) not in NOTHING or child.training:
+            yield child
 
 
-def _is_native(child: nn.Module | None) -> bool:
-    return isinstance(child, FrozenLayer) and child.is_native
+def _layer(module: nn.Module) -> FrozenLayer | None:
+    """The frozen layer that our kernels can run in place of a module: itself, or one in which everything survives."""
+    if type(module) in SMALL and 0 < module.weight.numel() <= SMALL[type(module)]:
+        rows, columns = matrix_shape(module.weight.shape)
+        crow_indices = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32, device="cpu")
+        col_indices = torch.arange(columns, dtype=torch.int32, device="cpu").repeat(rows)
+        bias = None if module.bias is None else module.bias.detach()
+        pattern = Pattern(crow_indices, col_indices, (rows, columns))
+        module = FrozenLayer(module, pattern, module.weight.detach().flatten(), bias)
+    return module if type(module) is FrozenLayer and module.is_native else None
 
 
-def _averages(child: nn.Module) -> bool:
-    return type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
-
-
-def _flattens(child: nn.Module | None) -> bool:
-    return type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1)
-
-
-def _normalises(norm: nn.Module, conv: FrozenLayer) -> bool:
-    mean = norm.running_mean if type(norm) is nn.BatchNorm2d else None
-    if mean is None or len(mean) != len(conv.crow_indices) - 1:
-        return False
-    return all(t is None or t.dtype == torch.float32 for t in (mean, norm.running_var, norm.weight, norm.bias))
-
-
-def _pools(child: nn.Module) -> bool:
-    """Is it over square windows that cover the image?"""
-    if type(child) is not nn.MaxPool2d or child.ceil_mode or child.return_indices:
-        return False
-    size, stride, padding, dilation = (
-        value if isinstance(value, tuple) else (value, value)
-        for value in (child.kernel_size, child.stride, child.padding, child.dilation)
-    )
-    return size == stride and size[0] == size[1] <= 15 and padding == (0, 0) and dilation == (1, 1)
+def _stage(step: Step) -> cpu_stages.Stage:
+    return cpu_stages.Mean() if step.layer is None else step.layer.stage(step.relu, step.pool, step.norm)

@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from ..copying import copied
+from ..execution import MARGIN
 from ..timing import interleaved_ms
 from .layer import FrozenLayer
 
 LIKELY = 0.1  # density below which dense has never been faster, and making it would take memory for nothing
-MARGIN = 0.97  # dense is chosen below this share of the time
 LIMITS = {"bursts": 5, "burst_ms": 2.0, "limit_ms": 200.0}
 
 
-def choose_dense(net: nn.Module, args: tuple) -> None:
-    """Replace frozen layers of a density of at least 0.1 that are faster dense on what `net(*args)` gives them."""
+def choose_dense(net: nn.Module, args: tuple) -> nn.Module:
+    """The net with the frozen layers dense that have a density of at least 0.1 and are faster so on `net(*args)`."""
     inputs: dict[FrozenLayer, Tensor] = {}
-    names = {m: name for name, m in net.named_modules() if isinstance(m, FrozenLayer) and m.density >= LIKELY}
 
     def note(layer: FrozenLayer, given: tuple) -> None:
         inputs.setdefault(layer, torch.randn_like(given[0]))
 
-    handles = [layer.register_forward_pre_hook(note) for layer in names]
+    layers = [module for module in net.modules() if isinstance(module, FrozenLayer) and module.density >= LIKELY]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         with torch.no_grad():
-            _run_each(net, args)
+            net(*args)  # layers with hooks are called on their own
     finally:
         for handle in handles:
             handle.remove()
+    faster = {}
     for layer, x in inputs.items():
         dense = layer.to_dense()
         with torch.no_grad():
-            sparse_ms, dense_ms = interleaved_ms(lambda: layer(x), lambda: dense(x), **LIMITS)  # noqa: B023
-        if dense_ms < MARGIN * sparse_ms and names[layer]:
-            parent, _, name = names[layer].rpartition(".")
-            setattr(net.get_submodule(parent), name, dense)
-
-
-def _run_each(net: nn.Module, args: tuple) -> None:
-    """Run the net, every child of its Sequentials on its own."""
-    frozen = [module for module in net.modules() if hasattr(module, "runs")]
-    runs = [module.runs for module in frozen]
-    for module in frozen:
-        module.runs = list(module)
-    try:
-        net(*args)
-    finally:
-        for module, each in zip(frozen, runs, strict=True):
-            module.runs = each
+            sparse_ms, dense_ms = interleaved_ms(partial(layer.forward, x), partial(dense.forward, x), **LIMITS)
+        if dense_ms < MARGIN * sparse_ms:
+            faster[layer] = dense
+    same = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    return copied(net, faster, same) if faster else net
