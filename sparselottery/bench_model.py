@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import to_dense
+from .files import atomic
 from .runtime import load_sparse
 from .ticket import Ticket
 
@@ -188,7 +189,7 @@ def write_bench(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """The rows as table.csv and, where matplotlib is installed, as plot.svg; what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "table.csv"]
-    with files[0].open("w", newline="") as file:
+    with atomic(files[0]) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

@@ -73,9 +73,12 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; OSError if that is not possible."""
+    """Write a safetensors file, for all to read whom the umask lets; OSError if that is not possible."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
+        path.chmod(mode)  # safetensors lets nobody but its owner read a file
     except SafetensorError as error:  # also of a full disk or a missing folder
         raise OSError(f"{path}: cannot be written: {error}") from None
 
@@ -203,7 +206,8 @@ def _is_size(value: Any) -> bool:
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder: renamed to it on success, removed on failure.
 
-    A symbolic link stays one: what it points to is replaced. Raises OSError if a device, a pipe or a socket is there.
+    A symbolic link stays one: what it points to is replaced. Raises OSError if a device, a pipe or a socket is there;
+    that of a failed write names the path.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -212,10 +216,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write: a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -1,16 +1,18 @@
 """Files that cannot be written, and places where none may be."""
 
 import os
+import re
 import resource
 import stat
 from contextlib import contextmanager
 
 import pytest
+import torch
 from torch import nn
 
 from sparselottery import convert, export, prune
 from sparselottery.export import FORMATS
-from sparselottery.files import atomic
+from sparselottery.files import atomic, write_safetensors
 from sparselottery.ticket import Ticket
 
 
@@ -84,3 +86,21 @@ def test_links_are_followed(exists, tmp_path):
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert os.listdir(tmp_path / "store") == ["real"]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")), full_disk(), atomic(path) as temporary:
+        temporary.write_text("half" * 100)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"
+
+
+def test_others_may_read_it_if_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_safetensors(tmp_path / "file", {"a": torch.zeros(3)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import atomic
+from ..files import atomic, write_safetensors
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PARTS = ("train", "test")
@@ -45,7 +45,7 @@ def read(path: Path, classes: Sequence[str], size: tuple[int, int], cache: Path)
     with suppress(OSError):  # a cache that cannot be written costs time, nothing else
         cache.mkdir(parents=True, exist_ok=True)
         with atomic(kept) as temporary:
-            save_file(tensors | {"jpeg": torch.tensor(jpeg)}, temporary)
+            write_safetensors(temporary, tensors | {"jpeg": torch.tensor(jpeg)}, {})
     return tensors, jpeg
 
 

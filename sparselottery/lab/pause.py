@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import atomic, digest, json_copy, read_safetensors, refusals_name
+from ..files import atomic, digest, json_copy, read_safetensors, refusals_name, write_safetensors
 
 
 class Paused(Exception):
@@ -74,7 +73,7 @@ class Training:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(self._path) as temporary:
             head = {"fingerprint": self._fingerprint, "record": json.dumps(record)}
-            save_file(_on_cpu(tensors), temporary, head)
+            write_safetensors(temporary, _on_cpu(tensors), head)
 
     def end(self) -> None:
         """Remove the state: the training has ended."""
