@@ -1,6 +1,7 @@
 # demo   find a lottery ticket on handwritten digits (under two minutes, offline once installed)
 # test   the test suite            bench  all measurements, their plots and the table of bars
-# lint   ruff                      fuzz   altered files under sanitizers
+# lint   ruff
+# torture [TORTURE_MINUTES=10 TORTURE_SEED=0]    random layers, altered files, threads, kills, full disks
 # audit  the GPU kernels compiled for GPUs that are not here, and the tables of what came out (half an hour)
 # clean  everything that was built, but not .venv
 # gpu    on a machine with a GPU, offline, nothing installed: tests of its kernels, measurements and bars (9 minutes)
@@ -14,6 +15,8 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 GPU_SECONDS ?= 540
 GPU_RESULTS ?=
+TORTURE_MINUTES ?= 10
+TORTURE_SEED ?= 0
 GPU_LAB_SECONDS ?= 570
 GPU_LAB ?= conv-2 resnet-18
 PIP_ARGS ?=
@@ -21,7 +24,7 @@ BIN := .venv/bin
 AUDITED := 3.6 3.9  # versions of Triton
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu gpu-lab gpu-sanitize audit fuzz lint clean
+.PHONY: demo test bench peers gpu gpu-lab gpu-sanitize audit torture lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -67,9 +70,9 @@ build/triton-%.stamp: constraints.txt
 	build/triton-$*/bin/pip install $(PIP_ARGS) --no-deps 'triton==$*.*'
 	touch $@
 
-# Thousands of altered files, read and run by a native library that is built with AddressSanitizer and UBSan.
-fuzz: .venv/test.stamp
-	$(BIN)/python tests/fuzz_native.py 2000
+# The minutes are shared by five parts (benchmarks/torture); each goes on where the last call with this seed ended.
+torture: .venv/test.stamp
+	$(BIN)/python -m benchmarks.torture --minutes $(TORTURE_MINUTES) --seed $(TORTURE_SEED)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

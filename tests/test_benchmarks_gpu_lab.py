@@ -20,6 +20,7 @@ import torch
 from benchmarks import results
 from benchmarks.gpu import lab, lab_archive
 from benchmarks.gpu.lab_archive import Archive
+from benchmarks.torture.runs import TIMES
 from sparselottery.lab import controls, executors, grid
 from sparselottery.lab.grid import Grid
 from sparselottery.ticket import Ticket
@@ -63,7 +64,7 @@ def call(folder: Path, *options: str) -> str:
 
 def rows(folder: Path, experiment: str) -> list[dict]:
     _, found = results.read(folder / "results" / f"gpu-lab-{experiment}.csv")
-    return [{key: value for key, value in row.items() if key not in grids.TIMES} for row in found]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import json
 import random
 import shutil
 
-import fuzz
 import pytest
 import torch
 
+from benchmarks.torture import altered as fuzz
 from sparselottery.export import export, load_npz, load_torch_sparse
 from sparselottery.ticket import Ticket
 

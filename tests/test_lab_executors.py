@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from grids import results
 
+from benchmarks.torture.runs import results
 from sparselottery.lab import executors
 from sparselottery.lab.executors import Place, on_ray, processes
 from sparselottery.lab.grid import Grid, run

@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from grids import OPTIONS, finish, killed, results
+from grids import OPTIONS, finish, killed
 
+from benchmarks.torture.runs import results
 from sparselottery import cli
 from sparselottery.lab import experiment, grid, training
 from sparselottery.lab.executors import EXECUTORS, Event
