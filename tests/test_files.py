@@ -104,3 +104,11 @@ def test_others_may_read_it_if_the_umask_lets_them(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-csr", "torch-bsr", "dense"])
+def test_equal_exports_have_equal_bytes(format, tmp_path):
+    net = converted()
+    for number in range(12):
+        export(net, tmp_path / str(number), format=format)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -136,7 +136,9 @@ def trial(folder: Path) -> Iterator[Callable[[random.Random], None]]:
             assert not wrong, f"half-written: {wrong}"
         else:
             found, wanted = contents(out), contents(whole(kind, save))
-            assert found in {0: [wanted], ERROR: [before]}.get(code, [before, wanted]), "half-written"
+            assert found in {0: [wanted], ERROR: [before]}.get(code, [before, wanted]), (
+                f"exit code {code}, half-written: {found and {name: len(data) for name, data in found.items()}}"
+            )
         if again and (kind != "npz" or not out.exists()):
             finish(save(out))
             of = results if kind == "find" else contents

@@ -80,7 +80,7 @@ def _write(job: Job, path: Path, layout: str) -> None:
         parts = pattern.crow_indices, pattern.col_indices, values
         tensors.update((f"{name}.{part}", tensor) for part, tensor in zip(PARTS, parts, strict=True))
     head = {"layout": layout, "shapes": shapes}
-    write_safetensors(path, tensors, {"format": "pt", "sparse": json.dumps(head)})
+    write_safetensors(path, tensors, {"sparse": json.dumps(head)})  # one entry: safetensors keeps no order of several
 
 
 def _block(pattern: Pattern, shape: tuple[int, ...]) -> tuple[int, int]:
