@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 
@@ -143,3 +144,56 @@ def test_every_elementwise_module_that_keeps_strides_is_known(kind):
 def test_the_lists_of_descriptions_are_these():
     assert set(NOTHING) == set(fuse.NOTHING)
     assert set(ELEMENTWISE) - set(fuse.ELEMENTWISE) == {nn.LogSigmoid}  # which writes contiguously
+
+
+def hooked(model):
+    model[2].register_forward_hook(lambda *_: None)
+
+
+EDITS = {
+    "a child replaced": lambda model: setattr(model, "1", nn.Tanh()),
+    "a child more": lambda model: model.append(nn.ReLU()),
+    "an execution": lambda model: setattr(model[2], "execution", "dense"),
+    "a hook": hooked,
+    "a forward": lambda model: setattr(model[1], "forward", torch.tanh),
+    "windows": lambda model: setattr(model[4], "kernel_size", 3),
+    "parametrized": lambda model: parametrize.register_parametrization(model[2], "bias", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_kept_groups_follow_edits(edit):
+    model = MaskedSequential(linear(), nn.ReLU(), linear(), nn.Unflatten(0, (1, 8)), nn.MaxPool2d(2, 2))
+    x = torch.randn(8, 8)
+    first = model(x)
+    kept = model._groups(x)
+    assert model._groups(x) is kept
+    EDITS[edit](model)
+    assert model._groups(x) is not kept
+    torch.testing.assert_close(model(x), nn.Sequential(*model)(x))
+    assert model._groups(x) is model._groups(x)
+    assert first.shape == (1, 4, 4)
+
+
+def test_kept_groups_follow_the_mode():
+    model = MaskedSequential(conv(), nn.BatchNorm2d(8), nn.ReLU())
+    x = torch.randn(3, 8, 5, 5)
+    for mode in (True, False, True):
+        for grad in (True, False, True):
+            model.train(mode)
+            with torch.set_grad_enabled(grad):
+                assert [len(g.children) for g in model._groups(x) if isinstance(g, fuse.Group)] == (
+                    [3] if not mode and not grad else [1]
+                )
+
+
+def test_a_copy_keeps_groups_of_its_own():
+    model = MaskedSequential(linear(), nn.ReLU(), linear())
+    x = torch.randn(3, 8)
+    model(x)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin[0].values.zero_()
+    torch.testing.assert_close(twin(x), nn.Sequential(*twin)(x))
+    twin[1] = nn.Tanh()
+    torch.testing.assert_close(twin(x), nn.Sequential(*twin)(x))

@@ -11,6 +11,7 @@ subclass, as parametrized modules are: such a child is called as usual.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import nn
@@ -25,6 +26,10 @@ ELEMENTWISE = (
 NOTHING = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 
 class Step(NamedTuple):
@@ -56,6 +61,41 @@ class Rules(NamedTuple):
     joined: bool = False
 
 
+class Watch:
+    """What decides the groups of some modules' children, cheap to compare: these, their types, hooks and forwards.
+
+    It is also what `attributes_of` names.
+    """
+
+    def __init__(self, parents: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in _HOOKS)]
+        self._vars = [*map(vars, modules)]  # a forward of a module's own is one entry more
+        self._children = [parent._modules.values() for parent in parents]
+        by_names: dict[tuple[str, ...], list[nn.Module]] = {}
+        for module in modules:
+            by_names.setdefault(attributes_of(module), []).append(module)
+        self._attributes = [(attrgetter(*names), having) for names, having in by_names.items() if names]
+        self._seen_hooks, self._seen = self._hooked(), self._state()
+
+    def changed(self) -> bool:
+        """Is anything different from when this was made?"""
+        if any(self._hooks):
+            return self._hooked() != self._seen_hooks or self._state() != self._seen
+        return self._seen_hooks is not None or self._state() != self._seen
+
+    def _hooked(self) -> list[int] | None:
+        return [*map(len, self._hooks)] if any(self._hooks) else None
+
+    def _state(self) -> list:
+        state = [*map(len, self._vars), *map(type, self._modules)]
+        for children in self._children:  # as they are now
+            state += children
+        for get, modules in self._attributes:
+            state += map(get, modules)
+        return state
+
+
 def groups(children: Sequence[nn.Module], rules: Rules) -> list[Group | nn.Module]:
     """The children in order: each longest run of them that is one native call as a group, the others as they are."""
     found, at = [], 0
@@ -64,6 +104,15 @@ def groups(children: Sequence[nn.Module], rules: Rules) -> list[Group | nn.Modul
         found.append(Group(steps, children[at:end]) if steps else children[at])
         at = end if steps else at + 1
     return found
+
+
+def attributes_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of what decides, besides its type, what a call can do with a module in a group."""
+    if isinstance(module, nn.MaxPool2d):
+        return "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
+    if type(module) in (*NOTHING, nn.BatchNorm2d):
+        return ("training",)
+    return ("_present",) if hasattr(type(module), "execution") else ()
 
 
 def is_observed(module: nn.Module) -> bool:

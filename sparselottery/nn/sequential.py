@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from .conv import MaskedConv2d, run_conv
 from .executions import NATIVE
-from .fuse import ELEMENTWISE, NOTHING, Rules, groups, is_observed
+from .fuse import ELEMENTWISE, NOTHING, Group, Rules, Watch, groups, is_observed
 from .linear import MaskedLinear, run_chain
 
 # Between two masked layers these keep the strides of their input, so it may stay batch-minor.
@@ -27,21 +28,53 @@ class MaskedSequential(nn.Sequential):
     while there are hooks of all modules.
     """
 
+    _kept: _Kept | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         if nn.modules.module._has_any_global_hook():
             return super().forward(x)
-        children, end = list(self._modules.values()), 0
-        for group in groups(children, rules(x)):
+        end = 0
+        for group in self._groups(x):
             if isinstance(group, nn.Module):
                 x, end = group(x), end + 1
                 continue
             (first, norm, relu, pool), end = group.steps[0], end + len(group.children)
             if first.geometry is None:
                 layers = [step.layer for step in group.steps]
-                x = run_chain(x, layers, stays_batch_minor(layers[-1], children[end:]))
+                x = run_chain(x, layers, stays_batch_minor(layers[-1], list(self._modules.values())[end:]))
             else:
                 x = run_conv(x, first, relu, pool, norm)
         return x
+
+    def _groups(self, x: Tensor) -> list[Group | nn.Module]:
+        """The groups of a call on x: those of the last call where nothing has changed, as looking is cheaper."""
+        kept = self._kept
+        if kept is None or torch.compiler.is_compiling():
+            return self._group(x)
+        if kept.on_cpu != x.is_cpu or (kept.has_norms and ops.takes_norm(x)) or kept.changed():
+            return self._group(x)
+        return kept.groups
+
+    def _group(self, x: Tensor) -> list[Group | nn.Module]:
+        children, how = list(self._modules.values()), rules(x)
+        found = groups(children, how)
+        has_norms = any(type(child) is nn.BatchNorm2d for child in children)
+        if not (torch.compiler.is_compiling() or (has_norms and how.norms)):  # a norm has too much to look at
+            changed = Watch([self], children)
+            self._kept = _Kept(changed.changed, found, x.is_cpu, has_norms)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_kept"}
+
+
+class _Kept(NamedTuple):
+    """The groups of a call without norms in them, until something has `changed`."""
+
+    changed: Callable[[], bool]
+    groups: list[Group | nn.Module]
+    on_cpu: bool
+    has_norms: bool
 
 
 def rules(x: Tensor) -> Rules:
@@ -59,7 +92,7 @@ def stays_batch_minor(layer: MaskedLinear, followers: Sequence[nn.Module]) -> bo
 
     And is it one that reads batch-minor, or is that what this layer writes?
     """
-    if torch.compiler.is_exporting():  # the strides would pin down the batch size
+    if not followers or torch.compiler.is_exporting():  # the strides would pin down the batch size
         return False
     for child in followers:
         if type(child) is MaskedLinear:

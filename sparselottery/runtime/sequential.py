@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu_net, cpu_stages
-from ..nn.fuse import NOTHING, Group, Rules, Step, groups, is_observed
+from ..nn.fuse import NOTHING, Group, Rules, Step, Watch, groups, is_observed
 from ..pattern import Pattern, matrix_shape
 from .layer import FEW_IMAGES, Cache, FrozenLayer, chain_of, runs_native
 
 SMALL = {nn.Linear: 2**16, nn.Conv2d: 2**12}  # weights of unmasked layers that join the native call of their neighbours
-WITH_MODES = (*NOTHING, nn.BatchNorm2d)  # of the types in groups, those that do something else in training
-# Without gradients no other hooks are called.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 
 class Run:
@@ -27,13 +22,19 @@ class Run:
     def __init__(self, group: Group) -> None:
         self.steps, self.children = group
         self._made, self._calls = Cache(), Cache()
+        self._last: tuple = (None, 0, None)  # of those calls
         linear = all(step.layer is not None and step.layer.geometry is None for step in self.steps)
         plain = [step.relu for step in self.steps] == [True] * (len(self.steps) - 1) + [False]
         self._chain = [step.layer for step in self.steps] if linear and plain else []
 
     def bound(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The one native call for contiguous inputs of the shape of x; None where there is none."""
-        return self._calls((x.shape, torch.get_num_threads()), lambda: self._bind(x))
+        shape, threads, call = self._last
+        if shape != x.shape or threads != torch.get_num_threads():
+            shape, threads = x.shape, torch.get_num_threads()
+            call = self._calls((shape, threads), lambda: self._bind(x))
+            self._last = shape, threads, call
+        return call
 
     def _bind(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         packed = self._pick(x) if self._takes(x) else None
@@ -68,27 +69,6 @@ class Run:
         return x
 
 
-class Watch:
-    """What decides the groups of a Sequential, cheap to compare: children, their types, hooks, forwards and modes."""
-
-    def __init__(self, parents: list[nn.Sequential]) -> None:
-        modules = list(dict.fromkeys(m for parent in parents for m in (parent, *parent._modules.values())))
-        hooks = [getattr(module, name) for module in modules for name in HOOKS]
-        self._dicts = [*GLOBAL_HOOKS, *hooks, *map(vars, modules)]  # a forward of a module's own is one entry more
-        self._modules, self._with_modes = modules, [m for m in modules if type(m) in WITH_MODES]
-        self._children = [parent._modules for parent in parents]
-        self._seen = self._state()
-
-    def changed(self) -> bool:
-        return self._state() != self._seen
-
-    def _state(self) -> list:
-        state = [*map(len, self._dicts), *map(type, self._modules), *map(attrgetter("training"), self._with_modes)]
-        for children in self._children:
-            state += children.values()
-        return state
-
-
 class Grouped(NamedTuple):
     """The children of a FrozenSequential in order, as long as nothing has `changed`; whole: the run that is all."""
 
@@ -115,11 +95,13 @@ class FrozenSequential(nn.Sequential):
 
     def whole(self) -> Run | None:
         """The run that a call is, if it is one and nobody observes it."""
-        return self.grouped().whole
+        grouped = self._grouped
+        return (self.grouped() if grouped is None or grouped.changed() else grouped).whole
 
     def grouped(self) -> Grouped:
         grouped = self._grouped
         if grouped is None or grouped.changed():
+            self._grouped = None  # an attribute from now on, as its number is watched
             grouped = self._grouped = _group(self)
         return grouped
 
@@ -136,7 +118,8 @@ class FrozenSequential(nn.Sequential):
 def _group(net: FrozenSequential) -> Grouped:
     parents: list[nn.Sequential] = []
     children = list(_flat(net, parents))
-    changed = Watch(parents).changed
+    watched = list(dict.fromkeys(m for parent in parents for m in (parent, *parent._modules.values())))
+    changed = Watch(parents, watched).changed
     if nn.modules.module._has_any_global_hook():
         return Grouped(changed, list(net), None)
     parts: list[Run | nn.Module] = []
