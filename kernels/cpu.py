@@ -32,7 +32,7 @@ _ROW_MAJOR, _BATCH_MINOR, _PACKED = 0, 1, 2  # Layout in csrc/chain.cpp
 def supports(dtype: torch.dtype, plans: list[Tensor]) -> bool:
     """Can the native chain run on this dtype and on these plans?"""
     known = dtype in (torch.float32, torch.float64, *HALF)
-    return known and native.LIBRARY is not None and all(plan.numel() for plan in plans)
+    return known and native.LIBRARY is not None and all(plan.is_cpu and plan.numel() for plan in plans)
 
 
 def tile_shape(out_features: int, in_features: int, nnz: int) -> tuple[int, int]:
@@ -78,12 +78,12 @@ def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_min
     elements = sum(saved_features(x, crow_indices)) * ld
     packed = x.new_empty(elements if save else 0)
     single = batch == 1 and not save and x_layout == _ROW_MAJOR and not batch_minor
-    args = [size == 8, torch.get_num_threads(), len(values), batch, ld, x.data_ptr(), x_stride, x_layout]
+    args = [size == 8, torch.get_num_threads(), len(values), batch, x.shape[1], ld, x.data_ptr(), x_stride, x_layout]
     args += [y.data_ptr(), y.stride(0), _PACKED if batch_minor else _ROW_MAJOR, 0]
     start = packed.data_ptr() if save else native.LIBRARY.sparselottery_workspace(elements * size)
     at, ld_in = (x.data_ptr(), x_stride) if x_layout == _PACKED else (start, ld)
     for layer, (value, bias, crow) in enumerate(zip(values, biases, crow_indices, strict=True)):
-        args += [plans[layer].data_ptr(), crow.data_ptr(), col_indices[layer].data_ptr(), value.data_ptr()]
+        args += [plans[layer].data_ptr(), plans[layer].numel(), crow.shape[0] - 1, value.numel(), value.data_ptr()]
         args += [0 if bias is None else bias.data_ptr(), 0 if single and not layer else at, ld_in, 0, 0, 0]
         if layer == 0 and x_layout == _PACKED:
             at = start
@@ -111,14 +111,15 @@ def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_
     # Packed gradients: of y unless it comes packed, then of each hidden layer.
     widths = [0 if gy_layout == _PACKED else out_features] + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
     scratch = native.LIBRARY.sparselottery_workspace(sum(widths) * ld * size)
-    args = [size == 8, torch.get_num_threads(), len(values), batch, ld, gy.data_ptr(), gy_stride, gy_layout]
+    args = [size == 8, torch.get_num_threads(), len(values), batch, in_features, ld]
+    args += [gy.data_ptr(), gy_stride, gy_layout]
     args += [gx.data_ptr(), gx.stride(0), _PACKED if packed_x else _ROW_MAJOR, scratch]
     at, ginput = saved.data_ptr(), scratch + widths[0] * ld * size
     gvalues, gbias = [], []
     for layer, (value, crow) in enumerate(zip(values, crow_indices, strict=True)):
         gvalues.append(gy.new_empty(value.shape if need_values[layer] else 0))
         gbias.append(gy.new_empty(crow.shape[0] - 1 if need_bias[layer] else 0))
-        args += [plans[layer].data_ptr(), crow.data_ptr(), col_indices[layer].data_ptr(), value.data_ptr(), 0]
+        args += [plans[layer].data_ptr(), plans[layer].numel(), crow.shape[0] - 1, value.numel(), value.data_ptr(), 0]
         args += (x.data_ptr(), x.stride(1)) if packed_x and layer == 0 else (at, ld)
         args += [gvalues[-1].data_ptr(), gbias[-1].data_ptr(), ginput if layer else 0]
         if layer or not packed_x:

@@ -48,11 +48,17 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
     geometry, x = Geometry(*geometry), _dense_images(x)
     out_size = geometry.output_size(*x.shape[2:])
     shape = x.shape[0], crow_indices.shape[0] - 1, *(size // pool for size in out_size)
-    y = torch.empty(shape, dtype=x.dtype, memory_format=image_format(x))
-    size = winners_shape(*shape[:2], geometry, out_size, pool) if pool > 1 else 0
-    winners = torch.empty(size, dtype=torch.uint8)
+    y = native.empty(*shape, dtype=x.dtype, memory_format=image_format(x))
+    size = winners_shape(*shape[:2], geometry, out_size, pool) if pool > 1 else [0]
+    winners = native.empty(*size, dtype=torch.uint8)
     values, bias = values.contiguous(), None if bias is None else bias.contiguous()
-    pointers = [plan.data_ptr(), values.data_ptr(), 0 if bias is None else bias.data_ptr()]
+    pointers = [
+        plan.data_ptr(),
+        plan.numel(),
+        values.numel(),
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    ]
     strides = [*_strides(x), *_strides(y), 0, 0, 0, 0, 0, 0]
     taps = array("i", _taps(geometry))
     args = [
@@ -69,7 +75,7 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
         norm = Norm(*(None if t is None else t.contiguous() for t in norm[:4]), norm.epsilon)
         statistics, epsilon = [0 if t is None else t.data_ptr() for t in norm[:4]], norm.epsilon
     args += [*strides, 0, 0, winners.data_ptr(), *statistics, _bits(epsilon)]
-    if not native.call(native.LIBRARY.sparselottery_conv_forward, args):
+    if native.call(native.LIBRARY.sparselottery_conv_forward, args) == native.TOO_LARGE:
         indices = crow_indices, col_indices, plan
         return reference.conv_forward(x, values, bias, *indices, geometry, relu, pool, norm)
     return y, winners
@@ -98,12 +104,14 @@ def conv_backward(
         *_sizes(x, gy, geometry, out_size, relu, pool),
         taps.buffer_info()[0],
         plan.data_ptr(),
+        plan.numel(),
+        values.numel(),
         values.data_ptr(),
         0,
     ]
     args += [x.data_ptr(), y.data_ptr() if gated else 0, gy.data_ptr(), gx.data_ptr(), *strides]
     args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr(), 0, 0, 0, 0, 0]
-    if not native.call(native.LIBRARY.sparselottery_conv_backward, args):
+    if native.call(native.LIBRARY.sparselottery_conv_backward, args) == native.TOO_LARGE:
         tensors, needs = (gy, x, y, winners, values, crow_indices, col_indices), (need_x, need_values, need_bias)
         return reference.conv_backward(*tensors, plan, geometry, relu, pool, *needs)
     return gx, gvalues, gbias

@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from . import cpu, native
+from . import abi, cpu, native
 from .cpu_stages import (
     Linear,
     Mean,
@@ -30,7 +30,6 @@ from .cpu_stages import (
 )
 
 _CONVOLUTION, _LINEAR, _MEAN = range(3)  # Kind in csrc/net.h
-_SLACK = 64  # of csrc/net.cpp
 _MAX_ELEMENTS = 2**31 - 1  # of a field: offsets have 32 bits
 
 
@@ -50,7 +49,7 @@ class _Packed:
 
     def bind(self, batch: int) -> Callable[[Tensor], Tensor]:
         """The call for one N: all that a call can leave to its caller is done."""
-        function, address, empty, shape = self.function(), self.address, torch.empty, (batch, *self.out_shape)
+        function, address, empty, shape = self.function(), self.address, native.empty, (batch, *self.out_shape)
 
         def call(x: Tensor, _net: _Packed = self) -> Tensor:  # which lives as long as its calls
             y = empty(*shape)
@@ -87,13 +86,13 @@ class Net(_Packed):
             threads,
             size(in_shape),
             size(self.out_shape),
-            max(map(field_elements, fields)) + _SLACK,
+            max(map(field_elements, fields)) + abi.SLACK,
         ]
         sizes.append(size(in_shape) + 1 + max(scratch))
         self._block = array("q", [*sizes, *plain_field(self.out_shape), *words])
         self.address = self._block.buffer_info()[0]
         if threads > 1:
-            self._choose_sharers(torch.zeros(1, *in_shape))
+            self._choose_sharers(native.empty(1, *in_shape).zero_())
 
     def _choose_sharers(self, x: Tensor) -> None:
         """One thread for each image or all: where cores are far from each other, sharing costs more than it saves."""
@@ -153,11 +152,10 @@ class Chain(_Packed):
         self.out_shape = (len(stages[-1].crow_indices) - 1,)
         self._kept, words = [], [threads, len(stages)]
         for stage in stages:
-            indices = stage.crow_indices.contiguous(), stage.col_indices.contiguous()
-            plan = cpu.plan(*indices, stage.in_features, backward=False)
+            plan = cpu.plan(stage.crow_indices, stage.col_indices, stage.in_features, backward=False)
             bias = None if stage.bias is None else stage.bias.detach().contiguous()
-            self._kept += [plan, *indices, stage.values.detach().contiguous(), bias]
-            words += [0 if tensor is None else tensor.data_ptr() for tensor in self._kept[-5:]]
+            self._kept += [plan, stage.values.detach().contiguous(), bias]
+            words += [0 if tensor is None else tensor.data_ptr() for tensor in self._kept[-3:]]
         self._block = array("q", words)
         self.address = self._block.buffer_info()[0]
 

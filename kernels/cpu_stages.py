@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .abi import PIXELS, ROWS, STRIP
 from .reference import Geometry
 
 Shape = tuple[int, ...]  # of one input: (features,) or (C, H, W)
 
-_STRIP, _ROWS = 64, 8  # of csrc/net.cpp and net.h
-_PIXELS = 128  # of csrc/net.cpp
+_INDEX = {"dtype": torch.int64, "device": "cpu"}
+_FLOAT = {"dtype": torch.float32, "device": "cpu"}
 
 
 class Linear(NamedTuple):
@@ -96,7 +97,7 @@ def scratch_elements(stage: Stage, shape: Shape) -> int:
     if not isinstance(stage, Conv):
         return 0
     width = stage.geometry.output_size(*shape[1:])[1]
-    return max(_PIXELS, width * stage.pool) + width
+    return max(PIXELS, width * stage.pool) + width
 
 
 def size(shape: Shape) -> int:
@@ -109,12 +110,14 @@ def tap_offsets(stage: Conv, field: list[int]) -> Tensor:
     g = stage.geometry
     _, _, _, columns, copies, _, _, _, phases, rows, _ = field
     plane = rows * columns
-    tap = torch.arange(g.kernel_h)[:, None] * g.dilation_h
-    tap = (torch.arange(copies) * phases + tap % phases) * plane + tap // phases * columns
-    channel = torch.arange(g.channels // g.groups)[:, None] * copies * phases * plane
+    tap = torch.arange(g.kernel_h, **_INDEX)[:, None] * g.dilation_h
+    tap = (torch.arange(copies, **_INDEX) * phases + tap % phases) * plane + tap // phases * columns
+    channel = torch.arange(g.channels // g.groups, **_INDEX)[:, None] * copies * phases * plane
     offsets = (channel + tap.flatten()).to(torch.int32).flatten()[stage.col_indices]
     if g.groups > 1:
-        group = torch.arange(g.groups, dtype=torch.int32) * (g.channels // g.groups * copies * phases * plane)
+        group = torch.arange(g.groups, dtype=torch.int32, device="cpu") * (
+            g.channels // g.groups * copies * phases * plane
+        )
         filters = (len(stage.crow_indices) - 1) // g.groups
         counts = stage.crow_indices[::filters].diff()
         offsets += group.repeat_interleave(counts)
@@ -122,28 +125,28 @@ def tap_offsets(stage: Conv, field: list[int]) -> Tensor:
 
 
 def pack_linear(stage: Linear) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(begin, columns, values, order, shift): `_ROWS` rows of about equal length at a time, entry by entry of them all.
+    """(begin, columns, values, order, shift): `ROWS` rows of about equal length at a time, entry by entry of them all.
 
     Rows are filled up with zeros times a zero that follows the last feature of the input, so that what is infinite
     there stays out of other rows.
     """
     counts = stage.crow_indices.diff()
     rows = len(counts)
-    groups = -(-rows // _ROWS)
-    order = torch.argsort(torch.arange(rows) // _STRIP * (stage.in_features + 1) - counts, stable=True)
-    lengths = torch.zeros(groups * _ROWS, dtype=torch.int64)
+    groups = -(-rows // ROWS)
+    order = torch.argsort(torch.arange(rows, **_INDEX) // STRIP * (stage.in_features + 1) - counts, stable=True)
+    lengths = torch.zeros(groups * ROWS, **_INDEX)
     lengths[:rows] = counts[order]
-    begin = torch.zeros(groups + 1, dtype=torch.int64)
-    torch.cumsum(lengths.view(groups, _ROWS).amax(1), 0, out=begin[1:])
-    place = torch.empty(rows, dtype=torch.int64)  # of each row's first entry
-    place[order] = begin[torch.arange(rows) // _ROWS] * _ROWS + torch.arange(rows) % _ROWS
-    number = torch.arange(len(stage.values)) - stage.crow_indices[:-1].repeat_interleave(counts)
-    to = place.repeat_interleave(counts) + number * _ROWS
-    columns = torch.full((_ROWS * int(begin[-1]),), stage.in_features, dtype=torch.int32)
+    begin = torch.zeros(groups + 1, **_INDEX)
+    torch.cumsum(lengths.view(groups, ROWS).amax(1), 0, out=begin[1:])
+    place = torch.empty(rows, **_INDEX)  # of each row's first entry
+    place[order] = begin[torch.arange(rows, **_INDEX) // ROWS] * ROWS + torch.arange(rows, **_INDEX) % ROWS
+    number = torch.arange(len(stage.values), **_INDEX) - stage.crow_indices[:-1].repeat_interleave(counts)
+    to = place.repeat_interleave(counts) + number * ROWS
+    columns = torch.full((ROWS * int(begin[-1]),), stage.in_features, dtype=torch.int32, device="cpu")
     columns[to] = stage.col_indices.to(torch.int32)
-    values = torch.zeros(columns.shape)
+    values = torch.zeros(columns.shape, **_FLOAT)
     values[to] = stage.values.detach()
-    padded, shift = torch.full((groups * _ROWS,), -1), torch.zeros(groups * _ROWS)
+    padded, shift = torch.full((groups * ROWS,), -1, **_INDEX), torch.zeros(groups * ROWS, **_FLOAT)
     padded[:rows] = order
     if stage.bias is not None:
         shift[:rows] = stage.bias.detach()[order]

@@ -43,7 +43,7 @@ class Trainer:
         self._dtype, self._features = layers[0].values.dtype, layers[0].in_features
         self._classes = len(layers[-1].crow_indices) - 1
         self._threads, self._rule, self._steps = torch.get_num_threads(), _RULES.index(rule), 0
-        self._constants = torch.tensor(constants, dtype=torch.float64)
+        self._constants = torch.tensor(constants, dtype=torch.float64, device="cpu")
         self._kept = [self._tensors(layer) for layer in layers]
         self._words = [0 if tensor is None else tensor.data_ptr() for tensors in self._kept for tensor in tensors]
 
@@ -55,7 +55,7 @@ class Trainer:
             None if parameter is None else torch.zeros_like(parameter)
             for parameter in (layer.values, layer.values, layer.bias, layer.bias)
         ]
-        return [plan, layer.crow_indices, layer.values, *moments[:2], layer.bias, *moments[2:]]
+        return [plan, layer.values, *moments[:2], layer.bias, *moments[2:]]
 
     def _strip(self, rows: int) -> int:
         """Rows of a strip, so that all threads have about as many."""
@@ -76,7 +76,7 @@ class Trainer:
         _check("order", order, images.shape[0])
         _check("labels", labels, self._classes)
         images, labels, order = images.contiguous(), labels.contiguous(), order.contiguous()
-        rates = torch.tensor(rates, dtype=torch.float64)
+        rates = torch.tensor(rates, dtype=torch.float64, device="cpu")
         sizes = [self._dtype == torch.float64, self._threads, len(self._kept), order.shape[1]]
         data = [each.data_ptr() for each in (images, labels, order, rates)]
         rule = [len(order), self._steps, self._rule, self._constants.data_ptr()]

@@ -1,4 +1,4 @@
-"""The native library of csrc/: which one this processor gets, and calls of it.
+"""The native library of csrc/: which one this processor gets, memory for it, and calls of it.
 
 One shared library per instruction-set level is built by setup.py; the best one that this processor runs is loaded.
 """
@@ -13,15 +13,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .abi import TABLE
+
 # What torch calls the processor's capability -> the levels of setup.py that run on it, best first.
 LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 
 HALF = (torch.bfloat16, torch.float16)  # computed in fp32
 
+DONE, TOO_LARGE, NO_PLAN = range(3)  # Outcome in csrc/plan.h
+
 
 def load(path: Path) -> ctypes.CDLL:
-    """The native library at `path`. Raises OSError if it does not load."""
+    """The native library at `path`. Raises OSError if it does not load, or is of another version of these sources."""
     library = ctypes.CDLL(str(path))
+    for source, expected in TABLE.items():
+        try:
+            found = tuple((ctypes.c_int64 * len(expected)).in_dll(library, f"sparselottery_abi_{source}"))
+        except ValueError:  # there is no such symbol
+            found = None
+        if found != expected:
+            raise OSError(f"built from another version of {source}.cpp: rebuild it, `pip install .` again")
     library.sparselottery_plan.restype = ctypes.c_int64
     library.sparselottery_workspace.argtypes = [ctypes.c_int64]
     library.sparselottery_workspace.restype = ctypes.c_void_p
@@ -32,10 +43,9 @@ def load(path: Path) -> ctypes.CDLL:
         function.restype = None
     library.sparselottery_train.argtypes = [ctypes.c_void_p]
     library.sparselottery_train.restype = None
-    for name, result in (("chain", None), ("conv", ctypes.c_bool)):
-        for direction in ("forward", "backward"):
-            function = getattr(library, f"sparselottery_{name}_{direction}")
-            function.argtypes, function.restype = [ctypes.c_void_p], result
+    for name in ("chain_forward", "chain_backward", "conv_forward", "conv_backward"):
+        function = getattr(library, f"sparselottery_{name}")
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int64
     return library
 
 
@@ -63,10 +73,23 @@ def status() -> str:
     return _STATUS
 
 
-def call(function: Callable[[int], bool | None], args: list[int]) -> bool | None:
-    """Calls a function of csrc/chain.cpp or conv.cpp with its arguments, all fields 8 bytes."""
+def call(function: Callable[[int], int | None], args: list[int]) -> int | None:
+    """Calls a function of csrc/ with its arguments, all fields 8 bytes: DONE, TOO_LARGE, or None of some.
+
+    Raises ValueError for a plan that is not of these tensors.
+    """
     block = array("q", args)
-    return function(block.buffer_info()[0])
+    outcome = function(block.buffer_info()[0])
+    if outcome == NO_PLAN:
+        raise ValueError("plan: expected one that was compiled for these indices and values, got another or none")
+    return outcome
+
+
+def empty(
+    *shape: int, dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format
+):
+    """A tensor on the CPU for native code to fill, whatever dtype and device are the defaults of the process."""
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
 
 
 def take(build: Callable[..., int], *args: object) -> Tensor:
@@ -75,7 +98,7 @@ def take(build: Callable[..., int], *args: object) -> Tensor:
     count = build(*args, ctypes.byref(words))
     if count < 0:
         raise MemoryError("no memory for the plan")
-    out = torch.empty(count, dtype=torch.int32)
+    out = empty(count, dtype=torch.int32)
     ctypes.memmove(out.data_ptr(), words, 4 * count)
     LIBRARY.sparselottery_free(words)
     return out

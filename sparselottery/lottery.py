@@ -153,7 +153,7 @@ def find_ticket(
     if blocked:  # else left out, so that runs begun before there were blocks go on
         recipe["granularity"] = {name: pool.block for pool in blocked for name in pool.names}
     files = _Files(out)
-    recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, ()))}))
+    recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, (), device="cpu"))}))
 
     theta = files.load("theta")
     if theta is None:

@@ -56,6 +56,8 @@ class Pattern:
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
         if mask.dim() != 2:
             raise ValueError(f"mask: expected shape (out_features, in_features), got {tuple(mask.shape)}")
+        if mask.is_meta:
+            raise ValueError("mask: expected one with data, got one on the meta device")
         counts = mask.sum(dim=1)
         if int(counts.sum()) > MAX_INT32 or max(mask.shape) > MAX_INT32:
             raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {int(counts.sum())}")
@@ -115,7 +117,7 @@ class Pattern:
     def row_indices(self) -> Tensor:
         """The row of each value: int64 (nnz,)."""
         counts = self.crow_indices.diff()
-        rows = torch.arange(self.shape[0], device=self.crow_indices.device)
+        rows = torch.arange(self.shape[0], dtype=torch.int64, device=self.crow_indices.device)
         return torch.repeat_interleave(rows, counts, output_size=self.nnz)
 
     def positions(self) -> Tensor:
@@ -160,7 +162,7 @@ def has_blocks(pattern: Pattern, shape: Sequence[int], block: tuple[int, int]) -
         return True
     # The rows of a block are equally long, and the first rows alone have whole blocks: masks without blocks end here.
     counts = pattern.crow_indices.diff()
-    firsts = torch.arange(len(counts), device=counts.device) // block[0] * block[0]
+    firsts = torch.arange(len(counts), dtype=torch.int64, device=counts.device) // block[0] * block[0]
     if bool((counts != counts[firsts]).any()):
         return False
     start = int(counts.nonzero()[0])  # the first row that is not empty is the first of its block
@@ -184,4 +186,4 @@ def _blocks_are_whole(pattern: Pattern, shape: Sequence[int], block: tuple[int, 
 
 def _extents(size: int, step: int, device: torch.device) -> Tensor:
     """How many of `size` rows or columns each block of `step` has: all but the last `step`. int64."""
-    return (size - torch.arange(0, size, step, device=device)).clamp(max=step)
+    return (size - torch.arange(0, size, step, dtype=torch.int64, device=device)).clamp(max=step)

@@ -5,6 +5,7 @@ Equal tickets give equal bytes.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
@@ -110,6 +111,7 @@ class Ticket:
         """A new model of `model`'s architecture with the ticket's weights, masked layers sparse; `model` is untouched.
 
         model: None for the ticket's own architecture, in evaluation mode, each weight of the dtype that it has here.
+        What a model has on the meta device is made on the CPU.
         Raises ValueError if the model's names or shapes are not the ticket's, or the ticket knows no architecture.
         """
         if model is None:
@@ -117,6 +119,8 @@ class Ticket:
                 raise ValueError("model: expected one, as the ticket does not know its architecture")
             model = build(self.architecture)
             model.load_state_dict(self.weights, assign=True)
+        else:
+            model = _with_data(model, self.weights)
         converted = convert(model, self.masks)
         load_dense_state(converted, self.weights)
         return converted
@@ -138,3 +142,21 @@ class Ticket:
 
     def __repr__(self) -> str:
         return f"Ticket({len(self.masks)} masked layers, {self.nnz} weights survive, density {self.density:.4g})"
+
+
+def _with_data(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model, or a copy with data where it has parameters and buffers on the meta device; shared ones stay shared.
+
+    Raises ValueError if the weights lack one of those.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            given = weights.get(name)
+            if given is None or given.shape != tensor.shape:
+                got = "none" if given is None else tuple(given.shape)
+                raise ValueError(f"model: expected {name!r} {tuple(tensor.shape)}, on meta, in the ticket, got {got}")
+            data = given.to(tensor.dtype, copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+    return copy.deepcopy(model, memo) if memo else model

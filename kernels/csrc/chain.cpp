@@ -15,7 +15,8 @@ namespace {
 enum Layout : int64_t { ROW_MAJOR = 0, BATCH_MINOR = 1, PACKED = 2 };
 
 struct Layer {  // mirrored in cpu.py
-    const int32_t *plan, *crow_indices, *col_indices;
+    const int32_t* plan;
+    int64_t plan_size, rows, nnz;
     const void *values, *bias;  // bias: null if none
     void* input;                // packed input of the layer; written by forward, read by backward
     int64_t ld_input;
@@ -24,7 +25,7 @@ struct Layer {  // mirrored in cpu.py
 };
 
 struct Args {  // mirrored in cpu.py
-    int64_t is_double, threads, layers, batch, ld;  // ld: of all packed buffers but a PACKED x or gy
+    int64_t is_double, threads, layers, batch, features, ld;  // ld: of all packed buffers but a PACKED x or gy
     const void* x;
     int64_t x_stride, x_layout;  // forward: x -> layer[0].input unless PACKED
     void* y;                     // forward: the output; backward: gx, or null
@@ -33,7 +34,7 @@ struct Args {  // mirrored in cpu.py
 };
 
 struct FrozenLayer {  // mirrored in cpu_net.py
-    const int32_t *plan, *crow_indices, *col_indices;
+    const int32_t* plan;
     const float *values, *bias;
 };
 
@@ -157,9 +158,9 @@ void forward_single(const Args& a, const Layer* layers) {
         T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y);
 #pragma omp for schedule(static)
         for (int32_t r = 0; r < plan.out_features; ++r) {
-            const int32_t begin = layer.crow_indices[r], n = layer.crow_indices[r + 1] - begin;
+            const int32_t begin = plan.crow_indices[r], n = plan.crow_indices[r + 1] - begin;
             const T total = (bias ? bias[r] : T(0)) + (plan.columns ? dot(values + begin, plan.columns + begin, n, x)
-                                                                    : dot(values + begin, layer.col_indices + begin, n, x));
+                                                                    : dot(values + begin, plan.wide_columns + begin, n, x));
             y[r] = hidden && total < 0 ? T(0) : total;
         }
     }
@@ -285,15 +286,28 @@ void backward(const Args& a, const Layer* layers) {
     }
 }
 
+bool are_plans(const Args& a, const Layer* layers, bool backward) {
+    for (int64_t l = 0; l < a.layers; ++l)
+        if (!is_plan(layers[l].plan, layers[l].plan_size, layers[l].rows, l ? layers[l - 1].rows : a.features, layers[l].nnz,
+                     backward) ||
+            (layers[l].nnz && !layers[l].values))
+            return false;
+    return true;
+}
+
 }  // namespace
+
+ABI(chain, kLanes, words_of<Args>, words_of<Layer>, words_of<Frozen>, words_of<FrozenLayer>);
 
 // Memory of the calling thread, valid until it asks again.
 EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>(bytes + 64); }
 
 // The layers follow their args.
-EXPORT void sparselottery_chain_forward(const Args* args) {
+EXPORT int64_t sparselottery_chain_forward(const Args* args) {
     const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
+    if (!are_plans(*args, layers, false)) return NO_PLAN;
     args->is_double ? forward<double>(*args, layers) : forward<float>(*args, layers);
+    return DONE;
 }
 
 // The same for a frozen chain, fp32: x (batch, in_features) -> y (batch, out_features), both row-major.
@@ -306,16 +320,18 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
     float* at = workspace.get<float>(features * ld + kLanes);
     for (int64_t l = 0; l < chain->layers; ++l) {
         const FrozenLayer& f = frozen[l];
-        layers[l] = {f.plan, f.crow_indices, f.col_indices, f.values, f.bias, at, ld, nullptr, nullptr, nullptr};
+        layers[l] = {f.plan, 0, 0, 0, f.values, f.bias, at, ld, nullptr, nullptr, nullptr};
         at += read_plan(f.plan).in_features * ld;
     }
     const Plan first = read_plan(frozen[0].plan), last = read_plan(frozen[chain->layers - 1].plan);
-    const Args args{0, chain->threads, chain->layers, batch, ld, x, first.in_features, ROW_MAJOR, y, last.out_features,
+    const Args args{0, chain->threads, chain->layers, batch, first.in_features, ld, x, first.in_features, ROW_MAJOR, y, last.out_features,
                     ROW_MAJOR, nullptr};
     forward<float>(args, layers.data());
 }
 
-EXPORT void sparselottery_chain_backward(const Args* args) {
+EXPORT int64_t sparselottery_chain_backward(const Args* args) {
     const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
+    if (!are_plans(*args, layers, true)) return NO_PLAN;
     args->is_double ? backward<double>(*args, layers) : backward<float>(*args, layers);
+    return DONE;
 }

@@ -300,13 +300,22 @@ bool backward(const ConvArgs& a) {
     return a.gx ? input_gradient<T>(a) : values_gradient<T>(a);
 }
 
-}  // namespace
-
-// Both return false, with nothing done, where a single row of the images is too large for 32-bit offsets.
-EXPORT bool sparselottery_conv_forward(const ConvArgs* args) {
-    return args->is_double ? forward<double>(*args) : forward<float>(*args);
+template <class F>
+int64_t checked(const ConvArgs& a, bool backward, F run) {
+    const bool fits = is_plan(a.plan, a.plan_size, a.out_channels, a.channels * a.taps->size(), a.nnz, backward, a.taps);
+    if (!fits || (a.nnz && !a.values)) return NO_PLAN;
+    return run() ? DONE : TOO_LARGE;
 }
 
-EXPORT bool sparselottery_conv_backward(const ConvArgs* args) {
-    return args->is_double ? backward<double>(*args) : backward<float>(*args);
+}  // namespace
+
+ABI(conv, words_of<ConvArgs>);
+
+// TOO_LARGE, with nothing done, where a single row of the images is too large for 32-bit offsets.
+EXPORT int64_t sparselottery_conv_forward(const ConvArgs* args) {
+    return checked(*args, false, [&] { return args->is_double ? forward<double>(*args) : forward<float>(*args); });
+}
+
+EXPORT int64_t sparselottery_conv_backward(const ConvArgs* args) {
+    return checked(*args, args->gx, [&] { return args->is_double ? backward<double>(*args) : backward<float>(*args); });
 }

@@ -12,6 +12,7 @@ struct ConvArgs {  // mirrored in cpu_conv.py; flat: pixels are lanes
     int64_t is_double, threads, flat, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
     const Taps* taps;
     const int32_t* plan;
+    int64_t plan_size, nnz;
     const void *values, *bias;  // bias: null if none
     void *x, *y, *gy, *gx;  // forward: x -> y; backward: gy -> gx (null where not needed), y for the ReLU; y, gy pooled
     int64_t x_strides[3], y_strides[3], gy_strides[3], gx_strides[3];  // image, channel, pixel

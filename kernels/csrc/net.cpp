@@ -163,6 +163,8 @@ void run(const Net& net, const float* x, float* y, float* buffers, float* mine, 
 
 }  // namespace
 
+ABI(net, kPixels, kStrip, kSlackElements, kRows, words_of<Net>, words_of<Stage>, words_of<Field>);
+
 // x (batch, in_elements) -> y (batch, out_elements).
 EXPORT void sparselottery_net(const Net* net, const float* x, float* y, int64_t batch) {
     const int64_t pair = 2 * net->field_elements + kSlackElements, mine = net->scratch_elements + kSlackElements;

@@ -7,7 +7,16 @@
 
 namespace {
 
-enum Word { OUT, IN, NNZ, COLUMNS, PHASES, FORWARD, SCHEDULE = 12, TRANSPOSE = FORWARD + SCHEDULE };
+constexpr int32_t kMagic = 0x51a70002;  // the last digits count the formats
+
+struct Header {  // of a plan: offsets in words, 0 where there is nothing
+    int32_t magic, size, out_features, in_features, nnz, phases, crow_indices, columns;
+    Taps taps;  // zeros: of a linear layer
+};
+
+enum Word { FORWARD = sizeof(Header) / 4, SCHEDULE = 12, TRANSPOSE = FORWARD + SCHEDULE };
+
+constexpr int32_t kNarrow = 65536;  // columns up to here have 16 bits
 
 struct Compressed {  // one orientation, compressed by rows
     int32_t rows, cols;
@@ -16,7 +25,8 @@ struct Compressed {  // one orientation, compressed by rows
 
 class Writer {
   public:
-    explicit Writer(int phases) : words(TRANSPOSE + SCHEDULE * phases) { words[PHASES] = phases; }
+    Writer(int32_t out_features, int32_t in_features, int32_t nnz, int32_t phases, const Taps& taps)
+        : header{kMagic, 0, out_features, in_features, nnz, phases, 0, 0, taps}, words(TRANSPOSE + SCHEDULE * phases) {}
     template <class E>
     int32_t append(const std::vector<E>& items) {
         const size_t at = (words.size() + 15) / 16 * 16;
@@ -24,6 +34,15 @@ class Writer {
         if (!items.empty()) std::memcpy(words.data() + at, items.data(), items.size() * sizeof(E));
         return static_cast<int32_t>(at);
     }
+    int64_t give(int32_t** to) {
+        header.size = int32_t(words.size());
+        std::memcpy(words.data(), &header, sizeof header);
+        *to = static_cast<int32_t*>(std::malloc(words.size() * 4));
+        if (!*to) return -1;
+        std::memcpy(*to, words.data(), words.size() * 4);
+        return static_cast<int64_t>(words.size());
+    }
+    Header header;
     std::vector<int32_t> words;
 };
 
@@ -110,58 +129,64 @@ void write_transpose(Writer& out, int phase, int32_t rows, int32_t cols, int32_t
     write_schedule(out, TRANSPOSE + SCHEDULE * phase, {rows, cols, ptr.data(), idx.data(), value.data()}, strip, block);
 }
 
-int64_t give(const Writer& out, int32_t** words) {
-    *words = static_cast<int32_t*>(std::malloc(out.words.size() * 4));
-    if (!*words) return -1;
-    std::memcpy(*words, out.words.data(), out.words.size() * 4);
-    return static_cast<int64_t>(out.words.size());
-}
-
 }  // namespace
 
 Schedule Plan::transpose(int phase) const { return read_schedule(words, TRANSPOSE + SCHEDULE * phase); }
 
 Plan read_plan(const int32_t* words) {
-    const uint16_t* columns = words[COLUMNS] ? reinterpret_cast<const uint16_t*>(words + words[COLUMNS]) : nullptr;
-    return {words[OUT], words[IN], words[NNZ], words[PHASES], columns, read_schedule(words, FORWARD), words};
+    const Header& h = *reinterpret_cast<const Header*>(words);
+    const bool narrow = h.in_features <= kNarrow;
+    const int32_t* columns = h.columns ? words + h.columns : nullptr;
+    return {h.out_features, h.in_features, h.nnz, h.phases, h.crow_indices ? words + h.crow_indices : nullptr,
+            narrow ? nullptr : columns, narrow ? reinterpret_cast<const uint16_t*>(columns) : nullptr,
+            read_schedule(words, FORWARD), words};
 }
+
+bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, int64_t nnz, bool backward,
+             const Taps* taps) {
+    if (!words || size < TRANSPOSE) return false;
+    const Header& h = *reinterpret_cast<const Header*>(words);
+    const Taps none{}, &expected = taps ? *taps : none;
+    return h.magic == kMagic && h.size == size && h.out_features == rows && h.in_features == columns && h.nnz == nnz &&
+           h.phases >= int32_t(backward) && !std::memcmp(&h.taps, &expected, sizeof expected);
+}
+
+ABI(plan, FORWARD, sizeof(Taps) / 4);
 
 // Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is
 // to be given back to sparselottery_free.
 EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
                                   const int32_t* col_indices, int32_t strip, int32_t strip_back, int32_t block,
                                   bool backward, int32_t** words) {
-    Writer out(backward);
-    const int32_t nnz = out.words[NNZ] = crow_indices[out_features];
-    out.words[OUT] = out_features;
-    out.words[IN] = in_features;
-    if (in_features <= 65536) out.words[COLUMNS] = out.append(std::vector<uint16_t>(col_indices, col_indices + nnz));
+    const int32_t nnz = crow_indices[out_features];
+    Writer out(out_features, in_features, nnz, backward, {});
+    out.header.crow_indices = out.append(std::vector<int32_t>(crow_indices, crow_indices + out_features + 1));
+    out.header.columns = in_features <= kNarrow ? out.append(std::vector<uint16_t>(col_indices, col_indices + nnz))
+                                                : out.append(std::vector<int32_t>(col_indices, col_indices + nnz));
     write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr}, strip, block);
-    if (!backward) return give(out, words);
+    if (!backward) return out.give(words);
     write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices, strip_back, block,
                     [](int32_t row, int32_t col, Entry* e) {
                         *e = {col, row};
                         return true;
                     });
-    return give(out, words);
+    return out.give(words);
 }
 
 // The same for a convolution; `block` and `block_back` are in channels.
 EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, const int32_t* crow_indices,
                                        const int32_t* col_indices, int32_t strip, int32_t block, int32_t block_back,
                                        bool backward, int32_t** words) {
-    Writer out(backward ? taps->phases() : 0);
-    const int32_t size = taps->size(), nnz = out.words[NNZ] = crow_indices[out_channels];
+    const int32_t size = taps->size(), nnz = crow_indices[out_channels];
+    Writer out(out_channels, taps->channels * size, nnz, backward ? taps->phases() : 0, *taps);
     const int32_t in_group = taps->channels / taps->groups, out_group = out_channels / taps->groups;
-    out.words[OUT] = out_channels;
-    out.words[IN] = taps->channels * size;
     std::vector<int32_t> columns(nnz);  // of all channels, where CSR counts those of the group
     for (int32_t r = 0; r < out_channels; ++r)
         for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k)
             columns[k] = col_indices[k] + r / out_group * in_group * size;
     write_schedule(out, FORWARD, {out_channels, taps->channels * size, crow_indices, columns.data(), nullptr}, strip,
                    block * size);
-    for (int phase = 0; phase < out.words[PHASES]; ++phase)
+    for (int phase = 0; phase < out.header.phases; ++phase)
         write_transpose(out, phase, taps->channels, out_channels * size, out_channels, crow_indices, columns.data(), strip,
                         block_back * size, [&](int32_t row, int32_t col, Entry* e) {
                             const int tap = col % size, stride = taps->stride[1];
@@ -170,7 +195,7 @@ EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, c
                             return taps->reaches(0, phase / stride, tap / taps->kernel[1], &shift) &&
                                    taps->reaches(1, phase % stride, tap % taps->kernel[1], &shift);
                         });
-    return give(out, words);
+    return out.give(words);
 }
 
 EXPORT void sparselottery_free(void* memory) { std::free(memory); }

@@ -12,6 +12,12 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// What Python knows of a source by heart, compared with kernels/abi.py when the library is loaded: numbers, and words of
+// the structs that are packed there.
+#define ABI(source, ...) EXPORT const int64_t sparselottery_abi_##source[] = {__VA_ARGS__}
+template <class S>
+constexpr int64_t words_of = sizeof(S) / 8;
+
 constexpr int kSlack = 256;  // zeros after each array, for kernels that look ahead
 
 struct Tile {  // where its buckets, segments and entries begin; the next tile's beginnings are its ends
@@ -34,14 +40,13 @@ struct Schedule {  // of W or of Wᵀ: `rows` x `cols`
 
 struct Plan {
     int32_t out_features, in_features, nnz, phases;
-    const uint16_t* columns;  // col_indices in half the bytes, null where in_features does not fit
+    // CSR, of a linear layer alone. Columns are in half the bytes where in_features fits; the other pointer is null.
+    const int32_t *crow_indices, *wide_columns;
+    const uint16_t* columns;
     Schedule forward;
     const int32_t* words;
     Schedule transpose(int phase = 0) const;
 };
-
-// A plan is stored as a flat int32 array; this reads it in place.
-Plan read_plan(const int32_t* words);
 
 struct Taps {  // mirrored in cpu_conv.py: what of a convolution's geometry decides which weights meet
     int32_t channels, kernel[2], stride[2], before[2], dilation[2], groups;  // rows, then columns; before: padding
@@ -54,3 +59,13 @@ struct Taps {  // mirrored in cpu_conv.py: what of a convolution's geometry deci
         return at % stride[d] == 0;
     }
 };
+
+// A plan is stored as a flat int32 array; this reads it in place.
+Plan read_plan(const int32_t* words);
+
+// Are these `size` words a plan, whole, of such a matrix, or of a convolution with these taps? With its Wᵀ if `backward`?
+// Kernels follow no indices but those of a plan, so that what passes here keeps them inside of their arrays.
+bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, int64_t nnz, bool backward,
+             const Taps* taps = nullptr);
+
+enum Outcome : int64_t { DONE = 0, TOO_LARGE = 1, NO_PLAN = 2 };  // mirrored in native.py: of a call

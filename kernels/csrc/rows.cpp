@@ -41,6 +41,8 @@ void layer_forward(const Layer& l, const float* x, float* y, int64_t width, bool
 
 }  // namespace
 
+ABI(rows, words_of<Rows>, words_of<Layer>);
+
 // x (batch, in_features) -> y (batch, out_features), both row-major.
 EXPORT void sparselottery_rows(const Rows* net, const float* x, float* y, int64_t batch) {
     const Layer* layers = reinterpret_cast<const Layer*>(net + 1);

@@ -18,7 +18,7 @@ namespace {
 enum Rule : int64_t { ADAM = 0, SGD = 1 };
 
 struct TrainedLayer {  // mirrored in cpu_train.py
-    const int32_t *plan, *crow_indices;
+    const int32_t* plan;
     void *values, *values_moments[2];  // SGD has but the first moment
     void *bias, *bias_moments[2];      // null if none
 };
@@ -213,7 +213,8 @@ struct Layer {
     void divide(int64_t part, int64_t parts) {
         strips = owned_strips(rows, part, parts), strips_back = owned_strips(columns, part, parts);
         owned_rows = rows_of_strips(rows, strips);
-        owned_values = {params->crow_indices[owned_rows.begin], params->crow_indices[owned_rows.end]};
+        const int32_t* crow_indices = read_plan(params->plan).crow_indices;
+        owned_values = {crow_indices[owned_rows.begin], crow_indices[owned_rows.end]};
     }
     const T* values() const { return static_cast<const T*>(params->values); }
     const T* bias() const { return static_cast<const T*>(params->bias); }
@@ -300,6 +301,8 @@ void train(const Training& a, const TrainedLayer* params) {
 }
 
 }  // namespace
+
+ABI(train, kLanes, words_of<Training>, words_of<TrainedLayer>);
 
 // Trains in place. Indices, labels and order are the caller's to validate.
 EXPORT void sparselottery_train(const Training* training) {

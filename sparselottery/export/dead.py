@@ -170,8 +170,8 @@ class _Net:
     def _constants(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """float64 (inputs of stop,): what each is if its unit is a constant; bool (units,): is it one everywhere?"""
         units, bias = len(self.weight(start)), self.weights.get(f"{self.chain[start][0]}.bias")
-        value = torch.zeros(units, dtype=torch.float64) if bias is None else bias.double()
-        exact = torch.ones(units, dtype=torch.bool)
+        value = torch.zeros(units, dtype=torch.float64, device="cpu") if bias is None else bias.double()
+        exact = torch.ones(units, dtype=torch.bool, device="cpu")
         for name, node in self.chain[start + 1 : stop]:
             kind, arguments = node["type"], node["arguments"]
             if kind in ACTIVATIONS:

@@ -47,7 +47,9 @@ class Job:
             raise ValueError("example_input: expected one, as the model does not begin with nn.Linear")
         dtype = self.ticket.weights[f"{name}.weight" if name else "weight"].dtype
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(2, first["arguments"]["in_features"], generator=generator).to(dtype)
+        return torch.randn(
+            2, first["arguments"]["in_features"], generator=generator, dtype=torch.float32, device="cpu"
+        ).to(dtype)
 
 
 def batches(example: tuple[Any, ...], dynamic: Any) -> tuple[Any, ...]:

@@ -69,6 +69,7 @@ def _is_trained(parameter: nn.Parameter) -> bool:
 
 
 def _raw(layer: MaskedLinear) -> cpu_train.Layer:
+    layer.check()
     bias = None if layer.bias is None else layer.bias.detach()
     indices = layer.crow_indices.contiguous(), layer.col_indices.contiguous()
     return cpu_train.Layer(layer.in_features, *indices, layer.values.detach(), bias)

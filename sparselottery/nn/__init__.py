@@ -3,6 +3,7 @@
 from .base import MaskedLayer
 from .conv import MaskedConv2d, geometry_of
 from .executions import EXECUTIONS, NATIVE, Measured
+from .indices import IndexedLayer
 from .linear import MaskedLinear
 from .runs import count_packs, native_runs
 from .sequential import MaskedSequential
@@ -10,6 +11,7 @@ from .sequential import MaskedSequential
 __all__ = [
     "EXECUTIONS",
     "NATIVE",
+    "IndexedLayer",
     "MaskedConv2d",
     "MaskedLayer",
     "MaskedLinear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -44,13 +45,14 @@ class MaskedLayer(CheckpointedLayer):
 
     def _build(self, mask: Tensor | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Registers and initialises everything that is held in tensors."""
+        device = torch.get_default_device() if device is None else torch.device(device)
         if mask is None:
-            mask = torch.ones(self.shape, dtype=torch.bool, device=device)
+            mask = torch.ones(self.shape, dtype=torch.bool, device="cpu" if device.type == "meta" else device)
         if tuple(mask.shape) != self.shape:
             raise ValueError(f"mask: expected shape {self.shape}, got {tuple(mask.shape)}")
-        pattern = Pattern.from_mask(mask.to(device).flatten(1))
-        self.register_buffer("crow_indices", pattern.crow_indices)
-        self.register_buffer("col_indices", pattern.col_indices)
+        pattern = Pattern.from_mask((mask if device.type == "meta" else mask.to(device)).flatten(1))
+        self.register_buffer("crow_indices", pattern.crow_indices.to(device))
+        self.register_buffer("col_indices", pattern.col_indices.to(device))
         self.register_buffer("plan", self._no_plan(), persistent=False)
         for name in ("_positions", "_rows", "_columns"):
             self.register_buffer(name, None, persistent=False)
@@ -142,6 +144,7 @@ class MaskedLayer(CheckpointedLayer):
         """Set `execution`, and `measured` to what it was chosen by."""
         if execution not in (*EXECUTIONS, None):
             raise ValueError(f"execution: expected one of {EXECUTIONS}, got {execution!r}")
+        self.check()
         if execution and (why := BY_NAME[execution].why_not(self)):
             raise ValueError(f"execution: expected one of {self.executions}, got {execution!r}: {why}")
         self._execution, self.measured = execution, measured
@@ -188,6 +191,8 @@ class MaskedLayer(CheckpointedLayer):
         if not execution.native:
             self.plan, self.block = self._no_plan(), (1, 1)
         execution.prepare(self)
+        made = "plan", "_positions", "_rows", "_columns"
+        self._remember("crow_indices", "col_indices", *(name for name in made if self._buffers[name] is not None))
 
     def _use_plan(self, block: tuple[int, int]) -> None:
         """For kernels that multiply blocks (R, C)."""
@@ -215,11 +220,32 @@ class MaskedLayer(CheckpointedLayer):
     def _apply(self, fn, recurse=True):
         """Module.to and the like; on another type of device other kernels run, by another plan."""
         before = self.crow_indices.device.type
-        super()._apply(fn, recurse)
-        if "meta" not in (types := {before, self.crow_indices.device.type}) and len(types) > 1:
-            self._prepare_anew(changed=True)
+        with torch.inference_mode(False):  # whose tensors have no versions
+            super()._apply(fn, recurse)
+        if self.crow_indices.is_meta:
+            self._forget()
+        elif not self._is_known():
+            if before != self.crow_indices.device.type:
+                self._forget()
+            with suppress(ValueError):  # of buffers that nobody has written yet: the next call raises it
+                self.check()
         self._follow_values()
         return self
+
+    def _indices_changed(self) -> None:
+        pattern, device = self._valid_pattern(matrix_shape(self.shape), self.nnz), self.values.device
+        changed = not self._same_as_known()
+        self.crow_indices, self.col_indices = (
+            indices.to(device).contiguous() for indices in (pattern.crow_indices, pattern.col_indices)
+        )
+        self._settle(changed)
+
+    def _settle(self, changed: bool) -> None:
+        made = self._known[2:]
+        if changed or not all(self._buffers[name] is each and each._version == version for name, each, version in made):
+            self._prepare_anew(changed)
+        else:
+            self._remember(*(name for name, *_ in self._known))
 
     def _prepare_anew(self, changed: bool) -> None:
         """Forgets what was made of the last pattern or type of device; if that `changed`, what was measured as well."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..pattern import Pattern
+from .indices import IndexedLayer
 
 
-class CheckpointedLayer(nn.Module):
+class CheckpointedLayer(IndexedLayer):
     """The half of a masked layer that reads state_dicts; what it writes is nn.Module's."""
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -18,7 +18,14 @@ class CheckpointedLayer(nn.Module):
             if tuple(dense.shape) != self.shape:
                 errors.append(f"size mismatch for {prefix}weight: expected {self.shape}, got {tuple(dense.shape)}")
                 return
-            state_dict[prefix + "values"] = self.pattern.gather(dense.flatten(1))
+            try:
+                self.check()
+                if self.crow_indices.is_meta:
+                    raise ValueError("expected a layer whose mask has data, got one on the meta device")
+            except ValueError as error:
+                errors.append(f"{prefix}weight: {error}")
+                return
+            state_dict[prefix + "values"] = self.pattern.gather(dense.to(self.crow_indices.device).flatten(1))
             state_dict |= {prefix + "crow_indices": self.crow_indices, prefix + "col_indices": self.col_indices}
         elif names := [name for name in ("values", "crow_indices", "col_indices") if prefix + name in state_dict]:
             if len(names) < 3:
@@ -27,20 +34,20 @@ class CheckpointedLayer(nn.Module):
             try:
                 if state_dict[prefix + "values"].shape != state_dict[prefix + "col_indices"].shape:
                     raise ValueError("values: expected as many as col_indices")
-                indices = (state_dict[prefix + name] for name in ("crow_indices", "col_indices"))
-                self._adopt(Pattern(*indices, self.pattern.shape))
+                indices = [prefix + name for name in ("crow_indices", "col_indices")]
+                pattern = Pattern(*(state_dict[name] for name in indices), self.pattern.shape)
+                pattern = pattern if pattern.col_indices.is_meta else pattern.validate()
+                state_dict |= zip(indices, (pattern.crow_indices, pattern.col_indices), strict=True)
+                if self.nnz != pattern.nnz:
+                    self.values.data, self.values.grad = self.values.new_empty(pattern.nnz), None
             except ValueError as error:
                 errors.append(f"{prefix}: {error}")
                 return
+        loads = prefix + "values" in state_dict
+        if loads:  # into new buffers: the old ones show whether the pattern is another
+            self.crow_indices = torch.empty_like(self.crow_indices)
+            self.col_indices = self.col_indices.new_empty(state_dict[prefix + "col_indices"].shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if loads:
+            self._settle(changed=not self._same_as_known())
         self._follow_values()
-
-    def _adopt(self, pattern: Pattern) -> None:
-        """Take over another pattern of the same shape; values are resized, their content is the caller's to set."""
-        device = self.values.device
-        pattern = Pattern(pattern.crow_indices.to(device), pattern.col_indices.to(device), pattern.shape).validate()
-        before = self.crow_indices, self.col_indices
-        self.crow_indices, self.col_indices = pattern.crow_indices.clone(), pattern.col_indices.clone()
-        if self.nnz != pattern.nnz:
-            self.values.data, self.values.grad = self.values.new_empty(pattern.nnz), None
-        self._prepare_anew(changed=not all(map(torch.equal, before, (self.crow_indices, self.col_indices))))

@@ -76,6 +76,8 @@ class MaskedConv2d(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, OH, OW), or (C, H, W) -> (O, OH, OW); channels_last if x is, else contiguous."""
+        if self.execution not in NATIVE:
+            self.check()
         if self.execution in NATIVE:
             return run_conv(x, self)
         if self.execution == "dense":
@@ -115,6 +117,7 @@ def run_conv(
 
     norm is in evaluation mode and has the dtype of the layer; x is such that `ops.takes_norm(x)`.
     """
+    layer.check()
     y = ops.conv2d(
         _padded(_images(x, layer), layer),
         layer.values,

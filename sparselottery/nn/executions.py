@@ -84,6 +84,8 @@ class Compact(Execution):
     def why_not(layer: nn.Module) -> str | None:
         if layer._whole:
             return "nothing is pruned"
+        if layer.crow_indices.is_meta:
+            return "its indices have no data"
         if layer.groups > 1:
             return "its channels are in groups"
         if live_shape(layer.pattern, layer.shape) == layer.shape:

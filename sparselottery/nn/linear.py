@@ -58,6 +58,8 @@ class MaskedLinear(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
+        if self.execution not in NATIVE:
+            self.check()
         if self.execution in NATIVE:
             return run_chain(x, [self])
         if self.execution == "dense":
@@ -79,6 +81,8 @@ def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) 
     The result is batch-minor, strides (1, ld), if asked for or if x is; else contiguous.
     """
     first, last = layers[0], layers[-1]
+    for layer in layers:
+        layer.check()
     _check_features(x, first)
     for before, after in pairwise(layers):
         if before.out_features != after.in_features:

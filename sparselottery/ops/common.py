@@ -22,6 +22,11 @@ def misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) 
     return ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def misplaced(x: Tensor, values: Tensor) -> Exception:
+    """The error for an x that is not where the layer is."""
+    return ValueError(f"x: expected a tensor on {values.device}, where the values are, got one on {x.device}")
+
+
 def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What autocast to `dtype` makes of an argument."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:

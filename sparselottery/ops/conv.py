@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import cpu, gpu, reference
 from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, misfit, untraced
+from .common import LIBRARY, Block, autocast, misfit, misplaced, untraced
 
 LIBRARY.define(
     "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
@@ -63,6 +63,8 @@ def conv2d(
         x, values, bias = autocast(x, dtype), autocast(values, dtype), autocast(bias, dtype)
     if x.dtype != values.dtype:
         raise TypeError(f"x: expected {values.dtype}, the dtype of the values, got {x.dtype}")
+    if values.is_cpu != x.is_cpu:
+        raise misplaced(x, values)
     if values.shape != col_indices.shape:
         raise misfit("values", values, x.dtype, col_indices.shape)
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow_indices.shape[0] - 1,)):

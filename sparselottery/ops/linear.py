@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import cpu, gpu, reference
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, misfit, untraced
+from .common import LIBRARY, Block, autocast, misfit, misplaced, untraced
 
 LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
@@ -63,6 +63,8 @@ def chain(
     if x.dtype != values[0].dtype:
         raise TypeError(f"x: expected {values[0].dtype}, the dtype of the values, got {x.dtype}")
     for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
+        if value.is_cpu != x.is_cpu:
+            raise misplaced(x, value)
         if value.dtype != x.dtype or value.shape != col.shape:
             raise misfit("values", value, x.dtype, col.shape)
         if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow.shape[0] - 1,)):

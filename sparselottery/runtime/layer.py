@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,26 +13,45 @@ from torch import Tensor, nn
 from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
 from ..maskable import MASKED
-from ..nn import MaskedConv2d, MaskedLayer, geometry_of
-from ..pattern import Pattern
+from ..nn import IndexedLayer, MaskedConv2d, MaskedLayer, geometry_of
+from ..pattern import Pattern, matrix_shape
 from ..random_state import random_state_kept
 
 FEW_WEIGHTS = 2**20  # of a linear layer: up to here each thread streams all of them, for its own samples
 FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enough for kernels that share each weight
 
 
-class Cache:
-    """What is made once for a key, by whichever thread comes first, and read by all, until `LIMIT` others came later.
+_VERSION = Tensor._version.__get__
 
-    So the memory of a net does not grow with the sizes of its inputs, and sizes that come again and again stay.
+
+class Cache:
+    """What is made of layers once for a key, by whichever thread comes first, and read by all until the layers change.
+
+    It is dropped when `LIMIT` others came later: so the memory of a net does not grow with the sizes of its inputs, and
+    sizes that come again and again stay.
     """
 
     LIMIT = 16
 
-    def __init__(self) -> None:
-        self._lock, self._made = threading.Lock(), OrderedDict()
+    def __init__(self, layers: Iterable[FrozenLayer]) -> None:
+        self._layers, self._lock, self._made = list(layers), threading.Lock(), OrderedDict()
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] | None = None
+
+    def is_current(self) -> bool:
+        """Are the layers' tensors those that all of it was made of?"""
+        return list(map(_VERSION, self._tensors)) == self._versions
+
+    def _refresh(self) -> None:
+        """Forgets what was made of other tensors. Raises ValueError if those of now are not valid."""
+        for layer in self._layers:
+            layer.check()
+        self._tensors = [tensor for layer in self._layers for tensor in layer.watched()]
+        self._made, self._versions = OrderedDict(), list(map(_VERSION, self._tensors))
 
     def __call__(self, key: object, make: Callable[[], Any]) -> Any:
+        if not self.is_current():
+            self._refresh()
         try:
             self._made.move_to_end(key)
             return self._made[key]
@@ -49,13 +68,13 @@ class Cache:
             return made
 
     def __reduce__(self) -> tuple:
-        return Cache, ()  # a copy makes its own
+        return Cache, (self._layers,)  # a copy makes its own
 
 
-class FrozenLayer(nn.Module):
+class FrozenLayer(IndexedLayer):
     """y = x Wᵀ + b or x * W + b as an nn.Linear or nn.Conv2d computes it, of the survivors of W alone.
 
-    `values`, `crow_indices`, `col_indices` and `bias` are buffers, and not to be changed.
+    `values`, `crow_indices`, `col_indices` and `bias` are buffers, and not to be changed but by `load_state_dict`.
     """
 
     def __init__(self, dense: nn.Linear | nn.Conv2d, pattern: Pattern, values: Tensor, bias: Tensor | None) -> None:
@@ -63,13 +82,14 @@ class FrozenLayer(nn.Module):
         super().__init__()
         self._kind = MASKED[type(dense)]
         self._arguments = {name: getattr(dense, name) for name in self._kind.arguments}
-        self.density = pattern.density
+        self.shape, self.density = tuple(dense.weight.shape), pattern.density
         self.geometry: Geometry | None = geometry_of(dense) if self._kind is MaskedConv2d else None
         for name, tensor in (("values", values), ("bias", bias)):
             self.register_buffer(name, tensor)
         self.register_buffer("crow_indices", pattern.crow_indices)
         self.register_buffer("col_indices", pattern.col_indices)
-        self._made = Cache()
+        self._made = Cache([self])
+        self._settle(changed=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """As that of the dense layer."""
@@ -127,12 +147,41 @@ class FrozenLayer(nn.Module):
         return masked.requires_grad_(False).eval()
 
     def _apply(self, fn, recurse=True):
-        self._made = Cache()
-        return super()._apply(fn, recurse)
+        before = dict(self._buffers)
+        with torch.inference_mode(False):  # whose tensors have no versions
+            super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            _replaced(tensor, self._buffers[name])
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _replaced(self.__dict__.get("_buffers", {}).get(name), value)
+        super().__setattr__(name, value)
+
+    def _indices_changed(self) -> None:
+        self.density = self._valid_pattern(matrix_shape(self.shape), self.values.numel()).density
+        self._settle(changed=True)
+
+    def _settle(self, changed: bool) -> None:
+        self._remember("crow_indices", "col_indices")
+
+    def watched(self) -> list[Tensor]:
+        """What kernels read or have packed."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.is_inference():  # has no version
+                with torch.inference_mode(False):
+                    self._buffers[name] = tensor.clone()
+        return [tensor for tensor in self._buffers.values() if tensor is not None]
 
     def extra_repr(self) -> str:
         arguments = "".join(f"{name}={value!r}, " for name, value in self._arguments.items())
         return f"{arguments}bias={self.bias is not None}, density={self.density:.4g}"
+
+
+def _replaced(tensor: Tensor | None, by: Any) -> None:
+    """Shows whoever has packed a tensor that the layer has another in its place."""
+    if tensor is not None and tensor is not by and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def chain_of(
@@ -172,4 +221,4 @@ def runs_native(x: Tensor) -> bool:
 
 def _no_mask(dense: nn.Module) -> Tensor:
     """A mask of the weight's shape in which nothing survives, in a byte of memory."""
-    return torch.zeros(1, dtype=torch.bool).expand(dense.weight.shape)
+    return torch.zeros(1, dtype=torch.bool, device="cpu").expand(dense.weight.shape)

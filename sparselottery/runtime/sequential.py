@@ -21,7 +21,8 @@ class Run:
 
     def __init__(self, group: Group) -> None:
         self.steps, self.children = group
-        self._made, self._calls = Cache(), Cache()
+        layers = [step.layer for step in self.steps if step.layer is not None]
+        self._made, self._calls = Cache(layers), Cache(layers)
         self._last: tuple = (None, 0, None)  # of those calls
         linear = all(step.layer is not None and step.layer.geometry is None for step in self.steps)
         plain = [step.relu for step in self.steps] == [True] * (len(self.steps) - 1) + [False]
@@ -30,7 +31,7 @@ class Run:
     def bound(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The one native call for contiguous inputs of the shape of x; None where there is none."""
         shape, threads, call = self._last
-        if shape != x.shape or threads != torch.get_num_threads():
+        if shape != x.shape or threads != torch.get_num_threads() or not self._calls.is_current():
             shape, threads = x.shape, torch.get_num_threads()
             call = self._calls((shape, threads), lambda: self._bind(x))
             self._last = shape, threads, call
@@ -108,6 +109,10 @@ class FrozenSequential(nn.Sequential):
     def _apply(self, fn, recurse=True):
         self._grouped = None
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        self._grouped = None  # children can get other tensors
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
         return {

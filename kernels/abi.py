@@ -1,0 +1,28 @@
+"""What Python and the sources of csrc/ both know by heart: numbers, and sizes of the structs that are packed here.
+
+Every library exports its own; `native.load` refuses one that differs, which is a library of another version.
+"""
+
+from .reference import LANES
+
+PIXELS, STRIP, SLACK, ROWS = 128, 64, 64, 8  # of a frozen net: kPixels, kStrip, kSlackElements, kRows
+
+# Words of 8 bytes.
+CHAIN_ARGS, CHAIN_LAYER, FROZEN_ARGS, FROZEN_LAYER = 13, 11, 2, 3
+CONV_ARGS = 42
+NET_ARGS, NET_STAGE, NET_FIELD = 18, 25, 11
+ROWS_ARGS, ROWS_LAYER = 3, 6
+TRAIN_ARGS, TRAIN_LAYER = 12, 7
+
+# Words of 4 bytes.
+PLAN_HEADER, TAPS = 18, 10
+
+# The arguments of `ABI` in each source.
+TABLE = {
+    "chain": (LANES, CHAIN_ARGS, CHAIN_LAYER, FROZEN_ARGS, FROZEN_LAYER),
+    "conv": (CONV_ARGS,),
+    "net": (PIXELS, STRIP, SLACK, ROWS, NET_ARGS, NET_STAGE, NET_FIELD),
+    "plan": (PLAN_HEADER, TAPS),
+    "rows": (ROWS_ARGS, ROWS_LAYER),
+    "train": (LANES, TRAIN_ARGS, TRAIN_LAYER),
+}
