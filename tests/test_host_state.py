@@ -1,4 +1,4 @@
-"""The state of the host program changes no result: default dtype and device, tensors on meta, buffers that others wrote."""
+"""The state of the host program changes no result: default dtype and device, meta, buffers that others wrote."""
 
 import ast
 import copy
@@ -104,6 +104,15 @@ def cnn() -> nn.Sequential:
 MODELS = {"mlp": (mlp, (4, 20)), "cnn": (cnn, (4, 3, 8, 8))}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A frozen net measures by how many threads an image is shared, and that decides the last bits of its results."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=MODELS)
 def case(request) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     """(dense model in evaluation mode, masks, input)."""
@@ -176,7 +185,11 @@ def test_export_and_tickets(case, state, tmp_path):
             sl.export(converted, tmp_path / f"{format}-in", format=format)
     for format in ("safetensors", "npz", "dense"):
         sl.export(converted, tmp_path / f"{format}-out", format=format)
-        assert (tmp_path / f"{format}-in").read_bytes() == (tmp_path / f"{format}-out").read_bytes(), format
+        ours, theirs = (
+            {path.name: path.read_bytes() for path in (folder.iterdir() if folder.is_dir() else [folder])}
+            for folder in (tmp_path / f"{format}-in", tmp_path / f"{format}-out")
+        )
+        assert list(ours.values()) == [theirs[name.replace("-in", "-out")] for name in ours], format
     assert ticket.same(expected)
     assert all(same(each(x), y) for each in applied)
 
@@ -192,7 +205,9 @@ def test_find_ticket(state):
             model(x).square().mean().backward()
             optimizer.step()
 
+    torch.manual_seed(1)
     expected = sl.find_ticket(copy.deepcopy(model), train, rounds=2, fraction=0.5)
+    torch.manual_seed(1)
     with state():
         found = sl.find_ticket(copy.deepcopy(model), train, rounds=2, fraction=0.5)
     assert found.same(expected)
@@ -218,18 +233,21 @@ def test_a_ticket_makes_a_model_on_meta_real(case):
     assert all(p.requires_grad for p in applied.parameters())
     lacking = copy.deepcopy(model).to("meta")
     lacking.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(ValueError, match="'table'.*got none"):
+    with pytest.raises(ValueError, match=r"'table'.*got none"):
         ticket.apply(lacking)
     other = nn.Sequential(nn.Linear(2, 3)).to("meta")
-    with pytest.raises(ValueError, match="expected '0.weight'"):
+    with pytest.raises(ValueError, match=r"expected '0\.weight'"):
         ticket.apply(other)
 
 
 def test_a_shared_bias_on_meta_stays_shared():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[2].bias = model[1].bias
-    ticket = sl.Ticket(model.state_dict(), {"0.weight": torch.eye(4) > 0}, {})
-    applied = ticket.apply(copy.deepcopy(model).to("meta"))
+    def tied(device: str) -> nn.Module:
+        model = nn.Sequential(*(nn.Linear(4, 4, device=device) for _ in range(3)))
+        model[2].bias = model[1].bias
+        return model
+
+    model = tied("cpu")
+    applied = sl.Ticket(model.state_dict(), {"0.weight": torch.eye(4) > 0}, {}).apply(tied("meta"))
     assert applied[2].bias is applied[1].bias
     assert torch.equal(applied[1].bias, model[1].bias)
 
@@ -287,6 +305,7 @@ def test_meta_to_empty_load(case, execution, assign):
     torch.testing.assert_close(on_meta(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
 def test_a_dense_checkpoint_needs_a_mask(case):
     model, masks, _ = case
     for broken in (reinitialised(sl.convert(model, masks)), sl.convert(model, masks).to("meta")):
@@ -410,7 +429,7 @@ def test_frozen_layers(case, assign, batch, tmp_path):
     net.load_state_dict(doubled, assign=assign)
     twice = net(x).clone()
     assert not torch.allclose(twice, y)
-    net.load_state_dict(saved, assign=assign)
+    net.load_state_dict(copy.deepcopy(saved), assign=assign)
     assert same(net(x), y)
     empty = reinitialised(copy.deepcopy(net))
     with pytest.raises(ValueError, match=r"crow_indices: .*load_state_dict"):
@@ -530,7 +549,7 @@ def test_a_library_of_another_version_is_not_loaded(source, monkeypatch):
 def test_packed_arguments_have_the_sizes_of_the_table(monkeypatch):
     sizes, call = [], native.call
     monkeypatch.setattr(native, "call", lambda function, args: sizes.append(len(args)) or call(function, args))
-    (pattern, _), (plan, _) = ops_arguments()
+    (pattern, _), _ = ops_arguments()
     values, indices = torch.randn(pattern.nnz), (pattern.crow_indices, pattern.col_indices)
     x = torch.randn(4, 20, requires_grad=True)
     layer = sl.MaskedLinear(20, 12, mask=pattern.mask())

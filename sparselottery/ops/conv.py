@@ -58,7 +58,7 @@ def conv2d(
     geometry or the kernel does not fit into the padded image.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values, bias = autocast(x, dtype), autocast(values, dtype), autocast(bias, dtype)
     if x.dtype != values.dtype:

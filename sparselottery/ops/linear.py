@@ -56,7 +56,7 @@ def chain(
     Raises TypeError if x, values and biases differ in dtype, ValueError if their sizes are not those of the indices.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values = autocast(x, dtype), [autocast(v, dtype) for v in values]
         biases = [autocast(b, dtype) for b in biases]
