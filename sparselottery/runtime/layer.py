@@ -19,8 +19,6 @@ from ..random_state import random_state_kept
 
 FEW_WEIGHTS = 2**20  # of a linear layer: up to here each thread streams all of them, for its own samples
 FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enough for kernels that share each weight
-
-
 _VERSION = Tensor._version.__get__
 
 
@@ -44,10 +42,12 @@ class Cache:
 
     def _refresh(self) -> None:
         """Forgets what was made of other tensors. Raises ValueError if those of now are not valid."""
-        for layer in self._layers:
-            layer.check()
-        self._tensors = [tensor for layer in self._layers for tensor in layer.watched()]
-        self._made, self._versions = OrderedDict(), list(map(_VERSION, self._tensors))
+        with self._lock:
+            if not self.is_current():
+                for layer in self._layers:
+                    layer.check()
+                self._tensors = [tensor for layer in self._layers for tensor in layer.watched()]
+                self._made, self._versions = OrderedDict(), list(map(_VERSION, self._tensors))
 
     def __call__(self, key: object, make: Callable[[], Any]) -> Any:
         if not self.is_current():
