@@ -50,6 +50,6 @@ def works(device: torch.device) -> bool:
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return 0 <= torch.rand(1, device=device).item() < 1
+        return 0 <= torch.rand(1, dtype=torch.float32, device=device).item() < 1
     except RuntimeError:
         return False

@@ -207,6 +207,22 @@ def test_frozen_layers(case, assign, batch, tmp_path):
     assert same(net(x), y)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_dense_neighbours_of_frozen_layers_load_too(assign, tmp_path):
+    model, masks, x = case_of("mlp")
+    del masks["2.weight"]
+    sl.Ticket.from_model(sl.convert(model, masks)).save(tmp_path / "x.safetensors")
+    net = sl.load_sparse(tmp_path / "x.safetensors")
+    y = net(x).clone()
+    state = copy.deepcopy(net.state_dict())
+    state["net.2.weight"] *= 2
+    net.load_state_dict(state, assign=assign)
+    expected = copy.deepcopy(model)
+    expected[2].weight.data *= 2
+    torch.testing.assert_close(net(x), sl.convert(expected, masks)(x).detach())
+    assert not torch.allclose(net(x), y)
+
+
 # Calls of the ops, with whatever plan
 
 
