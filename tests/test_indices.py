@@ -200,6 +200,10 @@ def test_frozen_layers(case, assign, batch, tmp_path):
     empty.load_state_dict(doubled, assign=assign)
     assert same(empty(x), twice)
     layer = net.net[0]
+    layer.load_state_dict({name: doubled[f"net.0.{name}"].clone() for name in layer.state_dict()}, assign=assign)
+    assert not torch.allclose(net(x), y)
+    layer.values = saved["net.0.values"].clone()
+    assert same(net(x), y)
     layer.col_indices[0] = 2**30
     with pytest.raises(ValueError, match="col_indices"):
         net(x)
@@ -311,6 +315,11 @@ def test_x_elsewhere_is_refused():
 
 
 # The library and what Python knows of it
+
+
+@pytest.mark.skipif(not any(native.Path(native.__file__).parent.glob("_native_*")), reason="none was built")
+def test_the_library_that_was_built_is_of_this_version():
+    assert native.available(), native.status()
 
 
 @NATIVE
