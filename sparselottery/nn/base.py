@@ -100,15 +100,6 @@ class MaskedLayer(CheckpointedLayer):
         return _with_bias_and_mode(dense, self)
 
     @property
-    def pattern(self) -> Pattern:
-        return Pattern(self.crow_indices, self.col_indices, matrix_shape(self.shape))
-
-    @property
-    def weight(self) -> Tensor:
-        """Dense copy, zeros where pruned; differentiable in `values`."""
-        return self.pattern.scatter(self.values).view(self.shape)
-
-    @property
     def mask(self) -> Tensor:
         """Bool, of the weight's shape, True where a weight survives."""
         return self.pattern.mask().view(self.shape)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..pattern import Pattern
+from .weight import WeightedLayer
 
 
-class CheckpointedLayer(nn.Module):
+class CheckpointedLayer(WeightedLayer):
     """The half of a masked layer that reads state_dicts; what it writes is nn.Module's."""
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
