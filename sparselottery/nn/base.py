@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from ..pattern import Pattern, block_of, matrix_shape
 from .checkpoint import CheckpointedLayer
 from .dense import DenseWeight, smallest
 from .executions import BY_NAME, EXECUTIONS, Measured, of
+
+_ALIVE: WeakSet[MaskedLayer] = WeakSet()
+
+
+def layers_alive() -> list[MaskedLayer]:
+    """All masked layers of the process."""
+    return list(_ALIVE)
 
 
 class MaskedLayer(CheckpointedLayer):
@@ -32,6 +40,11 @@ class MaskedLayer(CheckpointedLayer):
     arguments: ClassVar[tuple[str, ...]]  # of both constructors, next to bias, device and dtype
     geometry: Geometry | None = None  # of a convolution
     groups: int = 1
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> MaskedLayer:
+        layer = super().__new__(cls)  # copies and what is unpickled pass here, too
+        _ALIVE.add(layer)
+        return layer
 
     @property
     def shape(self) -> tuple[int, ...]:

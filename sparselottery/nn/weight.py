@@ -36,17 +36,17 @@ class Weight(Tensor):
                 return func(*args, **kwargs)
         if func in _SPECIAL and isinstance(args[0], Weight):
             return _SPECIAL[func](*args, **kwargs)
+        if func is torch.autograd.grad and any(isinstance(each, Weight) for each in args[1]):
+            raise RuntimeError("torch.autograd.grad: expected layer.values, got what is made of them, its weight")
         return _on_dense(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Called for functions that know nothing of __torch_function__, those of C++ extensions."""
-        return _on_dense(func, args, kwargs or {})
+        return _on_dense(func, args, kwargs or {}, func._schema.is_mutable)  # no version moves here
 
     def _values(self) -> Tensor:
-        if self._held is not None:
-            return self._held
-        return self._layer.values.detach() if self._detached else self._layer.values
+        return self._layer.values if self._held is None else self._held
 
 
 class WeightedLayer(nn.Module):
@@ -89,78 +89,82 @@ class WeightedLayer(nn.Module):
 
 def plain(tensor: Tensor) -> Tensor:
     """The dense tensor that a `Weight` stands for, made once; any other as it is."""
-    return _Use(tensor).dense if isinstance(tensor, Weight) else tensor
+    return _Base(tensor).dense(tensor) if isinstance(tensor, Weight) else tensor
 
 
-class _Use:
-    """A dense tensor for one call: a view of `base`, the whole weight flattened, new and nobody's view."""
+class _Base:
+    """The whole weight for one call, flattened: new, and no view, so that its version and history tell of writes."""
 
     def __init__(self, weight: Weight) -> None:
-        self.weight, values, shape = weight, weight._values(), weight._layer.shape
-        if torch.is_inference_mode_enabled():  # writes are seen by versions, which tensors made in it do not have
+        self.layer, self.values = weight._layer, weight._values()
+        if torch.is_inference_mode_enabled():  # what is made in it has no version
             with torch.inference_mode(False), torch.no_grad():
-                self._make(values, shape)
+                self._make()
         else:
-            self._make(values, shape)
-        self.storage = self.base.untyped_storage()._cdata
-        self.history, self.version = self.base.grad_fn, self.base._version
+            self._make()
+        self.storage = self.flat.untyped_storage()._cdata
+        self.history, self.version = self.flat.grad_fn, self.flat._version
+        self.given: dict[int, tuple[Weight, Tensor]] = {}  # by id of the tensor
 
-    def _make(self, values: Tensor, shape: tuple[int, ...]) -> None:
-        weight = self.weight
-        self.positions = weight._layer.pattern.positions()
-        if len(values) != len(self.positions):
-            raise RuntimeError("weight: expected to be used before another mask was loaded; read layer.weight anew")
-        self.base = values.new_zeros(math.prod(shape)).scatter(0, self.positions, values)
+    def _make(self) -> None:
+        self.positions = self.layer.pattern.positions()
+        self.flat = self.values.new_zeros(math.prod(self.layer.shape)).scatter(0, self.positions, self.values)
+
+    def dense(self, weight: Weight) -> Tensor:
+        """What the weight stands for, in this memory."""
         with torch._C.DisableTorchFunctionSubclass():
-            size, stride, offset = weight.size(), weight.stride(), weight.storage_offset()
-        whole = tuple(size) == tuple(shape) and stride == _contiguous_strides(shape)
-        self.dense = self.base.view(shape) if whole else self.base.as_strided(size, stride, offset)
+            geometry = tuple(weight.size()), weight.stride(), weight.storage_offset()
+        shape = tuple(self.layer.shape)
+        flat = self.flat.detach() if weight._detached else self.flat
+        whole = geometry == (shape, _contiguous_strides(shape), 0)
+        dense = flat.view(shape) if whole else flat.as_strided(*geometry)
+        self.given[id(dense)] = weight, dense
+        return dense
 
     def write_back(self) -> None:
-        if self.base._version == self.version:
-            return
-        weight = self.weight
-        if self.base.grad_fn is not self.history:  # written in grad mode: torch says so of leaves
-            what = "a view of a leaf" if weight._view else "a leaf"
+        if self.flat.grad_fn is not self.history:  # written in grad mode: torch says so of leaves
+            view = any(weight._view for weight, _ in self.given.values())
+            what = "a view of a leaf" if view else "a leaf"
             raise RuntimeError(f"{what} Variable that requires grad is being used in an in-place operation.")
-        _refuse_frozen(weight._layer)
+        _refuse_frozen(self.layer)
         with torch.no_grad():
-            weight._values().copy_(self.base.detach().index_select(0, self.positions))
+            self.values.copy_(self.flat.detach().index_select(0, self.positions))
 
     def shares(self, result: Tensor) -> bool:
         return (
             type(result) is Tensor
             and result.layout is torch.strided
-            and result.dtype == self.base.dtype
-            and result.device == self.base.device
+            and (result.dtype, result.device) == (self.flat.dtype, self.flat.device)
             and result.untyped_storage()._cdata == self.storage
         )
 
-    def view(self, result: Tensor) -> Tensor:
-        """For a result that shares memory with `base`."""
-        if result is self.dense:
-            return self.weight
-        weight = self.weight
+    def weight(self, result: Tensor) -> Weight:
+        """What stands for a result in this memory."""
+        if id(result) in self.given:
+            return self.given[id(result)][0]
+        held = next(weight._held for weight, _ in self.given.values())
         geometry = result.size(), result.stride(), result.storage_offset()
-        return _made(weight._layer, *geometry, held=weight._held, view=True, detached=not result.requires_grad)
+        return _made(self.layer, *geometry, held=held, view=True, detached=not result.requires_grad)
 
 
-def _on_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """func with dense tensors in place of weights, their writes and the views it returns."""
-    uses: dict[int, _Use] = {}
+def _on_dense(func: Callable, args: tuple, kwargs: dict, writes: bool = False) -> Any:
+    """func with dense tensors in place of weights, their writes and the views it returns. writes: even if not seen."""
+    bases: dict[tuple[int, int], _Base] = {}
 
     def dense(weight: Weight) -> Tensor:
-        if id(weight) not in uses:
-            uses[id(weight)] = _Use(weight)
-        return uses[id(weight)].dense
+        key = id(weight._layer), id(weight._held)
+        if key not in bases:
+            bases[key] = _Base(weight)
+        return bases[key].dense(weight)
 
     def returned(result: Tensor) -> Tensor:
-        use = next((use for use in uses.values() if use.shares(result)), None)
-        return result if use is None else use.view(result)
+        base = next((base for base in bases.values() if base.shares(result)), None)
+        return result if base is None else base.weight(result)
 
     result = func(*tree_map_only(Weight, dense, args), **tree_map_only(Weight, dense, kwargs))
-    for use in uses.values():
-        use.write_back()
+    for base in bases.values():
+        if writes or base.flat._version != base.version:
+            base.write_back()
     return result if traced() else tree_map_only(Tensor, returned, result)
 
 
@@ -202,7 +206,7 @@ class _Attach(torch.autograd.Function):
             weight = ctx.weight(gweight)
             values = weight._layer.values.detach().requires_grad_()
             weight._held = values
-            dense = _Use(weight).dense
+            dense = _Base(weight).dense(weight)
         return torch.autograd.grad(dense, values, gweight)[0], None
 
 
@@ -212,9 +216,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _refuse_frozen(layer: WeightedLayer) -> None:
     if layer.frozen:
-        raise RuntimeError(
-            "weight: expected to be read only, as the layer is frozen and kernels have packed its values"
-        )
+        raise RuntimeError("weight: expected to be read only, as its layer is frozen and kernels have packed it")
 
 
 def _assign(layer: WeightedLayer, value: Any) -> None:
@@ -243,7 +245,7 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
 def _set_requires_grad(weight: Weight, requires_grad: bool = True) -> Weight:
     if weight._view:
         raise RuntimeError(
-            "requires_grad: expected a tensor of its own, got a view of a masked layer's weight: clone()"
+            "requires_grad: expected a tensor with memory, got a view of a masked layer's weight: clone() it"
         )
     if requires_grad:
         _refuse_frozen(weight._layer)
@@ -293,7 +295,7 @@ def _refused(what: str, instead: str) -> Callable:
 
 
 def _requires_grad(weight: Weight) -> bool:
-    return weight._values().requires_grad
+    return weight._values().requires_grad and not weight._detached
 
 
 _SPECIAL: dict[Callable, Callable] = {
