@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..pattern import Pattern, matrix_shape
 from .dense import traced
+from .tensor_calls import METADATA, REFUSED, of_copy, read_only
 
 
 class Weight(Tensor):
@@ -31,7 +32,7 @@ class Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _SPECIAL and isinstance(args[0], Weight):
@@ -242,11 +243,22 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
         values.requires_grad_(value.requires_grad)
 
 
-def _set_requires_grad(weight: Weight, requires_grad: bool = True) -> Weight:
+def _set_data(weight: Weight, value: Tensor) -> None:
+    if not weight._view:
+        _assign(weight._layer, value)
+    elif value.shape != weight.shape:
+        raise ValueError(f"data: expected shape {tuple(weight.shape)}, got {tuple(value.shape)}")
+    else:
+        weight.detach().copy_(value)
+
+
+def _refuse_view(weight: Weight, what: str) -> None:
     if weight._view:
-        raise RuntimeError(
-            "requires_grad: expected a tensor with memory, got a view of a masked layer's weight: clone() it"
-        )
+        raise RuntimeError(f"{what}: expected a tensor with memory, got a view of a masked layer's weight: clone() it")
+
+
+def _set_requires_grad(weight: Weight, requires_grad: bool = True) -> Weight:
+    _refuse_view(weight, "requires_grad")
     if requires_grad:
         _refuse_frozen(weight._layer)
     weight._layer.values.requires_grad_(requires_grad)
@@ -264,34 +276,8 @@ def _get_grad(weight: Weight) -> Tensor | None:
 
 def _set_grad(weight: Weight, grad: Tensor | None) -> None:
     layer = weight._layer
+    _refuse_view(weight, "grad")
     layer.values.grad = None if grad is None else layer.pattern.gather(plain(grad).detach().flatten(1))
-
-
-def _of_copy(func: Callable) -> Callable:
-    """For pickle and deepcopy, which take leaves only: an ordinary tensor."""
-
-    def call(weight: Weight, *args: Any) -> Any:
-        return func(plain(weight).detach().clone().requires_grad_(_requires_grad(weight)), *args)
-
-    return call
-
-
-def _read_only(func: Callable) -> Callable:
-    """For NumPy arrays, whose writes nobody sees."""
-
-    def call(weight: Weight, *args: Any, **kwargs: Any) -> Any:
-        array = func(plain(weight), *args, **kwargs)
-        array.flags.writeable = False
-        return array
-
-    return call
-
-
-def _refused(what: str, instead: str) -> Callable:
-    def call(*_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(f"{what}: not of a masked layer's weight, which is made anew at each use; {instead}")
-
-    return call
 
 
 def _requires_grad(weight: Weight) -> bool:
@@ -299,39 +285,16 @@ def _requires_grad(weight: Weight) -> bool:
 
 
 _SPECIAL: dict[Callable, Callable] = {
+    **REFUSED,
     Tensor.requires_grad.__get__: lambda weight, *_: _requires_grad(weight),
     Tensor.requires_grad.__set__: _set_requires_grad,
     Tensor.requires_grad_: _set_requires_grad,
     Tensor.is_leaf.__get__: lambda weight, *_: not _requires_grad(weight),
     Tensor.grad.__get__: lambda weight, *_: _get_grad(weight),
     Tensor.grad.__set__: _set_grad,
-    Tensor.data.__set__: lambda weight, value: _assign(weight._layer, value),
-    Tensor.__deepcopy__: _of_copy(Tensor.__deepcopy__),
-    Tensor.__reduce_ex__: _of_copy(Tensor.__reduce_ex__),
-    Tensor.numpy: _read_only(Tensor.numpy),
-    Tensor.__array__: _read_only(Tensor.__array__),
-    **{
-        getattr(Tensor, name): _refused(name, f"call layer.values.{name}")
-        for name in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "share_memory_", "data_ptr")
-    },
-    **{
-        getattr(Tensor, name): _refused(name, "its shape is the layer's")
-        for name in ("set_", "resize_", "resize_as_")
-    },
-}  # fmt: skip
-
-_METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes")),
-    *(
-        getattr(Tensor, name).__get__
-        for name in dir(Tensor)
-        if name.startswith("is_") and name != "is_leaf" and type(getattr(Tensor, name)) is type(Tensor.is_leaf)
-    ),
-    *(getattr(Tensor, name) for name in (
-        "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_contiguous", "storage_offset",
-        "is_floating_point", "is_complex", "is_signed", "get_device", "__len__", "__hash__",
-    )),
-    torch.numel,
-    torch.is_floating_point,
-    torch.is_complex,
-}  # fmt: skip
+    Tensor.data.__set__: _set_data,
+    Tensor.__deepcopy__: of_copy(Tensor.__deepcopy__),
+    Tensor.__reduce_ex__: of_copy(Tensor.__reduce_ex__),
+    Tensor.numpy: read_only(Tensor.numpy, plain),
+    Tensor.__array__: read_only(Tensor.__array__, plain),
+}
