@@ -73,7 +73,7 @@ def test_what_cannot_be_captured_is_called(monkeypatch):
 
 
 def test_a_capture_that_breaks_the_device_ends_the_choice(monkeypatch):
-    graphs, layer = Graphs(monkeypatch, "sparse"), MaskedLinear(6, 6, MASK)
+    graphs, layer = Graphs(monkeypatch, "sparse"), MaskedLinear(6, 6, mask=MASK)
     graphs.refusal = BrokenCaptureError("cpu does no further work of this process")
     with pytest.raises(BrokenCaptureError, match="no further work"):
         execution.choose_execution(layer, torch.randn(2, 6))

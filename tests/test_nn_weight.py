@@ -360,5 +360,7 @@ def test_where_somebody_traces_it_is_plain():
 @pytest.mark.parametrize("make", [MaskedLinear, lambda *args: MaskedConv2d(args[0], args[1], 1, 1, 0, 1, 1, *args[2:])])
 def test_the_constructor_takes_bias_where_the_dense_one_does(make):
     assert make(5, 6, False).bias is None
+    with pytest.raises(TypeError, match="bias: expected a bool, got a tensor; a mask is given by keyword"):
+        make(5, 6, torch.ones(6, 5) > 0)
     with pytest.raises(TypeError, match="positional"):
         make(5, 6, *[None] * 6)

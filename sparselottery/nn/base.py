@@ -57,6 +57,8 @@ class MaskedLayer(CheckpointedLayer):
 
     def _build(self, mask: Tensor | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Registers and initialises everything that is held in tensors."""
+        if isinstance(bias, Tensor):
+            raise TypeError("bias: expected a bool, got a tensor; a mask is given by keyword")
         if mask is None:
             mask = torch.ones(self.shape, dtype=torch.bool, device=device)
         if tuple(mask.shape) != self.shape:
