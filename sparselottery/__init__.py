@@ -10,6 +10,7 @@ from .nn import MaskedConv2d, MaskedLinear, MaskedSequential
 from .pattern import Pattern
 from .runtime import SparseModel, load_sparse
 from .ticket import Ticket
+from .weight_decay import SparseLotteryWarning, param_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedSequential",
     "Pattern",
+    "SparseLotteryWarning",
     "SparseModel",
     "Ticket",
     "convert",
@@ -28,6 +30,7 @@ __all__ = [
     "masks_from_scipy",
     "masks_from_torch_prune",
     "masks_from_zeros",
+    "param_groups",
     "prune",
     "to_dense",
 ]

@@ -14,6 +14,7 @@ from .execution import choose_execution
 from .maskable import MASKED, TORCH_PRUNED, unmaskable
 from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential
+from .nn.weight import plain
 from .random_state import random_state_kept
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
@@ -94,7 +95,7 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     """
     if pruned := [name for name, why in unmaskable(model).items() if why == TORCH_PRUNED]:
         raise ValueError(f"model: expected ordinary layers, got {pruned[0]!r}: {TORCH_PRUNED}")
-    return {_weight_name(name): module.weight.detach() for name, module in _layers(model)}
+    return {_weight_name(name): plain(module.weight).detach() for name, module in _layers(model)}
 
 
 def _weight_name(module_name: str) -> str:

@@ -20,7 +20,7 @@ def mask_of(*taps):
 
 
 def linear(execution="dense", **options):
-    layer = MaskedLinear(5, 4, mask_of(), **options)
+    layer = MaskedLinear(5, 4, mask=mask_of(), **options)
     layer.execution = execution
     return layer
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"masks", "pattern", "kernels", "timing", "graphs", "random_state", "ranks", "copying"},
     {"ops", "info"},
     {"nn"},
-    {"architecture", "execution", "maskable"},
+    {"architecture", "execution", "maskable", "weight_decay"},
     {"convert", "explain", "files"},
     {"ticket"},
     {"export", "interop", "lottery", "runtime"},

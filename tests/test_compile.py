@@ -14,7 +14,7 @@ from sparselottery.kernels import reference
 
 
 def layer(in_features, out_features, **options):
-    return MaskedLinear(in_features, out_features, torch.rand(out_features, in_features) < 0.5, **options)
+    return MaskedLinear(in_features, out_features, mask=torch.rand(out_features, in_features) < 0.5, **options)
 
 
 def gradients(model, x):

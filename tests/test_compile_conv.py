@@ -35,7 +35,7 @@ MODELS = {
     "padding that is not by zeros": lambda: layer(4, 6, padding="same", padding_mode="circular"),
     "fused": lambda: MaskedSequential(layer(4, 6), nn.ReLU(), layer(6, 5, stride=2), nn.ReLU()),
     "then linear": lambda: MaskedSequential(
-        layer(4, 6), nn.ReLU(), nn.Flatten(), MaskedLinear(252, 8, torch.rand(8, 252) < 0.3), nn.Tanh()
+        layer(4, 6), nn.ReLU(), nn.Flatten(), MaskedLinear(252, 8, mask=torch.rand(8, 252) < 0.3), nn.Tanh()
     ),
     "executed densely": lambda: MaskedSequential(dense(layer(4, 6)), nn.ReLU(), layer(6, 5)),
     "frozen values": lambda: layer(4, 6).requires_grad_(False),

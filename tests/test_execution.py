@@ -124,7 +124,7 @@ def test_masks_with_other_dead_rows_are_timed_anew(clock):
     for rows in ([0, 1], [2, 3], [0, 1, 2]):
         mask = torch.zeros(6, 6, dtype=torch.bool)
         mask[rows, : 6 // len(rows)] = True
-        choose_execution(MaskedLinear(6, 6, mask), torch.randn(4, 6))
+        choose_execution(MaskedLinear(6, 6, mask=mask), torch.randn(4, 6))
     assert clock.counts == [3, 3]
 
 
@@ -274,7 +274,7 @@ def test_a_whole_layer_needs_no_choice(clock):
 
 
 def test_one_layer_alone(clock):
-    layer = MaskedLinear(5, 6, torch.rand(6, 5) < 0.5)
+    layer = MaskedLinear(5, 6, mask=torch.rand(6, 5) < 0.5)
     clock.others_ms = [0.5]
     choose_execution(layer, torch.randn(3, 4, 5))
     assert layer.measured == Measured({"sparse": 1.0, "dense": 0.5}, (3, 4, 5), True)
@@ -282,12 +282,12 @@ def test_one_layer_alone(clock):
 
 def test_a_layer_that_is_shared_between_a_chain_and_others(clock):
     """Its first call is alone; the chain that it is also part of starts with a layer that is never called."""
-    twin = MaskedLinear(6, 6, torch.rand(6, 6) < 0.5)
+    twin = MaskedLinear(6, 6, mask=torch.rand(6, 6) < 0.5)
 
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.chain = MaskedSequential(MaskedLinear(5, 6, torch.rand(6, 5) < 0.5), nn.ReLU(), twin)
+            self.chain = MaskedSequential(MaskedLinear(5, 6, mask=torch.rand(6, 5) < 0.5), nn.ReLU(), twin)
 
         def forward(self, x):
             return self.chain[2](x)

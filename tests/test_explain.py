@@ -137,7 +137,7 @@ def test_layers_that_others_have_a_hand_in():
 
 
 def linear(in_features=8, out_features=8):
-    return MaskedLinear(in_features, out_features, torch.rand(out_features, in_features) < 0.5)
+    return MaskedLinear(in_features, out_features, mask=torch.rand(out_features, in_features) < 0.5)
 
 
 def dense(in_features=8, out_features=8):

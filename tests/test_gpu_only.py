@@ -34,7 +34,7 @@ def _on_gpu(monkeypatch):
 
 def linear(inputs, outputs, block, dtype=torch.float32):
     mask = blocky((outputs, inputs), block, 1, 0.4).to(DEVICE)
-    return MaskedLinear(inputs, outputs, mask, device=DEVICE, dtype=dtype)
+    return MaskedLinear(inputs, outputs, mask=mask, device=DEVICE, dtype=dtype)
 
 
 def chain():

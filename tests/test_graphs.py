@@ -55,7 +55,7 @@ class Graphs:
 
 
 def test_replays_are_timed(monkeypatch):
-    graphs, layer = Graphs(monkeypatch), MaskedLinear(6, 6, MASK)
+    graphs, layer = Graphs(monkeypatch), MaskedLinear(6, 6, mask=MASK)
     execution.choose_execution(layer, torch.randn(2, 6))
     assert graphs.timed == ["replay", "replay"]
     sparse, dense = (["aside", name] * WARM_UP + ["capture", name] for name in ("sparse", "dense"))
@@ -65,7 +65,7 @@ def test_replays_are_timed(monkeypatch):
 
 
 def test_what_cannot_be_captured_is_called(monkeypatch):
-    graphs, layer = Graphs(monkeypatch, "sparse"), MaskedLinear(6, 6, MASK)
+    graphs, layer = Graphs(monkeypatch, "sparse"), MaskedLinear(6, 6, mask=MASK)
     execution.choose_execution(layer, torch.randn(2, 6))
     assert graphs.timed == ["call", "replay"]
     reason = "sparse called: operation not permitted when stream is capturing"
@@ -73,7 +73,7 @@ def test_what_cannot_be_captured_is_called(monkeypatch):
 
 
 def test_a_capture_that_breaks_the_device_ends_the_choice(monkeypatch):
-    graphs, layer = Graphs(monkeypatch, "sparse"), MaskedLinear(6, 6, MASK)
+    graphs, layer = Graphs(monkeypatch, "sparse"), MaskedLinear(6, 6, mask=MASK)
     graphs.refusal = BrokenCaptureError("cpu does no further work of this process")
     with pytest.raises(BrokenCaptureError, match="no further work"):
         execution.choose_execution(layer, torch.randn(2, 6))
@@ -145,7 +145,7 @@ def test_a_device_works_that_ends_what_it_was_given(monkeypatch):
 def test_each_layer_of_a_call_says_how_its_own_were_timed(monkeypatch):
     dead = MASK.index_fill(0, torch.tensor(1), False)
     graphs = Graphs(monkeypatch, "compact")
-    model = MaskedSequential(MaskedLinear(6, 6, dead), nn.ReLU(), MaskedLinear(6, 6, MASK)).eval()
+    model = MaskedSequential(MaskedLinear(6, 6, mask=dead), nn.ReLU(), MaskedLinear(6, 6, mask=MASK)).eval()
     execution.choose_execution(model, torch.randn(2, 6))
     assert graphs.timed == ["replay", "call", "replay", "replay"]
     assert model[0].measured.timed.startswith("replayed; compact called: operation")
@@ -161,11 +161,11 @@ def test_a_mistake_is_no_refusal(monkeypatch):
 
     monkeypatch.setattr(execution, "on_another_stream", broken)
     with pytest.raises(RuntimeError, match="a kernel is wrong"):
-        execution.choose_execution(MaskedLinear(6, 6, MASK), torch.randn(2, 6))
+        execution.choose_execution(MaskedLinear(6, 6, mask=MASK), torch.randn(2, 6))
 
 
 def test_on_the_cpu_calls_are_timed():
-    layer = MaskedLinear(6, 6, MASK)
+    layer = MaskedLinear(6, 6, mask=MASK)
     execution.choose_execution(layer, torch.randn(2, 6))
     assert layer.measured.timed == "called"
     assert layer.why.endswith("for (2, 6), training")
@@ -179,7 +179,7 @@ def test_on_a_gpu():
     assert total.tolist() == [1] * 3
     replay()
     assert total.tolist() == [3] * 3
-    layer = MaskedLinear(6, 6, MASK).cuda()
+    layer = MaskedLinear(6, 6, mask=MASK).cuda()
     execution.choose_execution(layer, torch.randn(2, 6, device=device))
     assert layer.measured.timed == "replayed"
 

@@ -100,7 +100,7 @@ def with_frozen_bias(model: nn.Module) -> nn.Module:
 
 
 def shared() -> nn.Module:
-    layer = MaskedLinear(40, 40, torch.rand(40, 40) < 0.3)
+    layer = MaskedLinear(40, 40, mask=torch.rand(40, 40) < 0.3)
     return MaskedSequential(layer, nn.ReLU(), layer)
 
 

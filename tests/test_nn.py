@@ -120,14 +120,14 @@ def test_wrong_dtypes_are_named(dtype):
     ],
 )
 def test_wrong_masks_are_named(mask, error):
-    for make in (lambda: MaskedLinear(30, 20, mask), lambda: MaskedLinear.from_dense(nn.Linear(30, 20), mask)):
+    for make in (lambda: MaskedLinear(30, 20, mask=mask), lambda: MaskedLinear.from_dense(nn.Linear(30, 20), mask)):
         with pytest.raises(error, match="mask: expected"):
             make()
 
 
 def test_says_what_it_is():
     mask = mask_of("random")
-    layer = MaskedLinear(30, 20, mask)
+    layer = MaskedLinear(30, 20, mask=mask)
     assert torch.equal(layer.mask, mask)
     assert (layer.nnz, layer.density, layer.shape) == (int(mask.sum()), float(mask.double().mean()), (20, 30))
     assert torch.equal(layer.weight[mask], layer.values)
@@ -251,7 +251,7 @@ def test_any_mask(out_features, in_features, batch, density, seed):
 
 
 LAYERS = {
-    "linear": lambda mask: MaskedLinear(30, 20, mask),
+    "linear": lambda mask: MaskedLinear(30, 20, mask=mask),
     "conv": lambda mask: MaskedConv2d(6, 20, (1, 5), mask=mask.view(20, 6, 1, 5)),
 }
 

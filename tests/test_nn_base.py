@@ -20,7 +20,7 @@ def blocks(rows, columns, size=8):
 
 
 def linear(mask):
-    return MaskedLinear(*reversed(mask.shape), mask)
+    return MaskedLinear(*reversed(mask.shape), mask=mask)
 
 
 def conv(mask, **options):

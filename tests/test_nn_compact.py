@@ -106,12 +106,12 @@ def test_what_is_live(rows, columns, taps, density, seed):
 
 def test_it_is_offered_where_it_drops_something():
     whole_rows = torch.eye(6, dtype=torch.bool)
-    assert MaskedLinear(6, 6, whole_rows).executions == ("sparse", "dense")
+    assert MaskedLinear(6, 6, mask=whole_rows).executions == ("sparse", "dense")
     for name in DEAD:
-        assert MaskedLinear(6, 8, mask_of(name)).executions == ("sparse", "compact", "dense")
+        assert MaskedLinear(6, 8, mask=mask_of(name)).executions == ("sparse", "compact", "dense")
         assert MaskedConv2d(6, 8, 3, mask=mask_of(name, 3, 3)).executions == ("sparse", "compact", "dense")
     with pytest.raises(ValueError, match=r"expected one of \('sparse', 'dense'\), got 'compact': every row and every"):
-        MaskedLinear(6, 6, whole_rows).execution = "compact"
+        MaskedLinear(6, 6, mask=whole_rows).execution = "compact"
     with pytest.raises(ValueError, match="got 'compact': its channels are in groups"):
         MaskedConv2d(12, 8, 3, groups=2, mask=mask_of("both", 3, 3)).execution = "compact"
 

@@ -76,15 +76,15 @@ def initialised(layer):
 
 
 def loaded(layer):
-    layer.load_state_dict(MaskedLinear(5, 4, mask_of()).state_dict())
+    layer.load_state_dict(MaskedLinear(5, 4, mask=mask_of()).state_dict())
 
 
 def assigned(layer):
-    layer.load_state_dict(MaskedLinear(5, 4, mask_of()).state_dict(), assign=True)
+    layer.load_state_dict(MaskedLinear(5, 4, mask=mask_of()).state_dict(), assign=True)
 
 
 def another_pattern(layer):
-    layer.load_state_dict(MaskedLinear(5, 4, torch.eye(4, 5).bool()).state_dict())
+    layer.load_state_dict(MaskedLinear(5, 4, mask=torch.eye(4, 5).bool()).state_dict())
 
 
 def dense_loaded(layer):

@@ -103,7 +103,7 @@ def saved(thing):
 
 @pytest.mark.parametrize("execution", ["dense", "compact"])
 def test_copies_and_files_have_no_buffer(execution):
-    layer = MaskedLinear(64, 64, torch.eye(64).bool().index_fill(0, torch.tensor(1), False))
+    layer = MaskedLinear(64, 64, mask=torch.eye(64).bool().index_fill(0, torch.tensor(1), False))
     layer.execution = execution
     x, size = torch.randn(2, 64), saved(layer)
     y = layer(x)

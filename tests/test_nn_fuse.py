@@ -20,7 +20,7 @@ SEPARATE, JOINED = fuse.Rules(native_layer), fuse.Rules(native_layer, joined=Tru
 
 
 def linear():
-    return MaskedLinear(8, 8, torch.rand(8, 8) < 0.5)
+    return MaskedLinear(8, 8, mask=torch.rand(8, 8) < 0.5)
 
 
 def conv():

@@ -17,7 +17,7 @@ NOT_SOURCE = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "_nati
 USE = """
 import torch, sparselottery
 from sparselottery.info import info
-layer = sparselottery.MaskedLinear(3, 2, torch.tensor([[True, False, True], [False, False, False]]))
+layer = sparselottery.MaskedLinear(3, 2, mask=torch.tensor([[True, False, True], [False, False, False]]))
 assert torch.equal(layer(torch.eye(3)), layer.weight.t() + layer.bias)
 print(sparselottery.__file__)
 print(info()["cpu"])

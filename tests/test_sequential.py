@@ -20,7 +20,7 @@ def group_sizes(children, x):
 
 
 def layer(in_features, out_features, bias=True):
-    return MaskedLinear(in_features, out_features, torch.rand(out_features, in_features) < 0.4, bias)
+    return MaskedLinear(in_features, out_features, bias, mask=torch.rand(out_features, in_features) < 0.4)
 
 
 def shared():

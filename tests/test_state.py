@@ -11,7 +11,7 @@ from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential
 
 
 def layer(density=0.3, in_features=30, out_features=20):
-    return MaskedLinear(in_features, out_features, torch.rand(out_features, in_features) < density)
+    return MaskedLinear(in_features, out_features, mask=torch.rand(out_features, in_features) < density)
 
 
 def same(a, b):
@@ -38,7 +38,7 @@ def test_a_state_of_another_mask(assign):
 
 def test_a_state_of_another_mask_of_the_same_size():
     ours, x = layer(), torch.randn(5, 30)
-    other = MaskedLinear(30, 20, ours.mask.flip(0).flip(1))
+    other = MaskedLinear(30, 20, mask=ours.mask.flip(0).flip(1))
     ours.load_state_dict(other.state_dict())
     assert torch.equal(ours(x), other(x))
 

@@ -59,6 +59,7 @@ def export(
     source: nn.Module | Ticket,
     path: str | os.PathLike[str],
     format: str = "npz",
+    *,
     fold_batchnorm: bool = False,
     remove_dead: bool = False,
     example_input: Tensor | tuple | None = None,

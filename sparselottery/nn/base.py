@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from ..pattern import Pattern, block_of, matrix_shape
 from .checkpoint import CheckpointedLayer
 from .dense import DenseWeight, smallest
 from .executions import BY_NAME, EXECUTIONS, Measured, of
+
+_ALIVE: WeakSet[MaskedLayer] = WeakSet()
+
+
+def layers_alive() -> list[MaskedLayer]:
+    """All masked layers of the process."""
+    return list(_ALIVE)
 
 
 class MaskedLayer(CheckpointedLayer):
@@ -34,6 +42,11 @@ class MaskedLayer(CheckpointedLayer):
     geometry: Geometry | None = None  # of a convolution
     groups: int = 1
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> MaskedLayer:
+        layer = super().__new__(cls)  # copies and what is unpickled pass here, too
+        _ALIVE.add(layer)
+        return layer
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
@@ -45,6 +58,8 @@ class MaskedLayer(CheckpointedLayer):
 
     def _build(self, mask: Tensor | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Registers and initialises everything that is held in tensors."""
+        if isinstance(bias, Tensor):
+            raise TypeError("bias: expected a bool, got a tensor; a mask is given by keyword")
         device = torch.get_default_device() if device is None else torch.device(device)
         if mask is None:
             mask = torch.ones(self.shape, dtype=torch.bool, device="cpu" if device.type == "meta" else device)
@@ -100,15 +115,6 @@ class MaskedLayer(CheckpointedLayer):
             dense.weight.copy_(self.weight)
         dense.weight.requires_grad_(values.requires_grad)
         return _with_bias_and_mode(dense, self)
-
-    @property
-    def pattern(self) -> Pattern:
-        return Pattern(self.crow_indices, self.col_indices, matrix_shape(self.shape))
-
-    @property
-    def weight(self) -> Tensor:
-        """Dense copy, zeros where pruned; differentiable in `values`."""
-        return self.pattern.scatter(self.values).view(self.shape)
 
     @property
     def mask(self) -> Tensor:

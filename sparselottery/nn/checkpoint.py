@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..pattern import Pattern
-from .indices import IndexedLayer
+from .weight import WeightedLayer
 
 
-class CheckpointedLayer(IndexedLayer):
+class CheckpointedLayer(WeightedLayer):
     """The half of a masked layer that reads state_dicts; what it writes is nn.Module's."""
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):

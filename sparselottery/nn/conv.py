@@ -19,10 +19,11 @@ class MaskedConv2d(MaskedLayer):
 
     `values` (nnz,) is the parameter, in CSR order of W as the matrix (O, C / groups * kernel_h * kernel_w);
     `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers. Gradients and optimiser state are nnz-sized too.
-    `weight` is a dense copy for reading.
+    `weight` is the dense weight, made where it is used.
 
     Args:
-        mask: bool (out_channels, in_channels / groups, *kernel_size), True where a weight survives; None keeps all.
+        mask: bool (out_channels, in_channels / groups, *kernel_size), by keyword, True where a weight survives; None
+            keeps all.
         all others: as in nn.Conv2d, and refused as there.
     Raises TypeError or ValueError also if the mask is not boolean or not of that shape, for no channels, and for a
     kernel_size, stride or dilation below 1 or a negative padding.
@@ -46,6 +47,7 @@ class MaskedConv2d(MaskedLayer):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()

@@ -132,10 +132,13 @@ def _alike(weight: Tensor, values: Tensor) -> bool:
 
 def _plainly(values: Tensor) -> bool:
     """Is this a parameter with memory of its own, in a call that nobody traces or transforms?"""
-    return not (
+    return not (traced() or type(values) is not nn.Parameter or values.is_meta)
+
+
+def traced() -> bool:
+    """Does somebody trace or transform this call?"""
+    return bool(
         torch.compiler.is_compiling()
-        or type(values) is not nn.Parameter
-        or values.is_meta
         or torch._C._get_tracing_state()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()

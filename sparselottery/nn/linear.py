@@ -19,11 +19,11 @@ class MaskedLinear(MaskedLayer):
     """nn.Linear over a fixed mask: y = x Wᵀ + b, where only the surviving weights of W exist.
 
     `values` (nnz,) is the parameter, in CSR order; `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers.
-    Gradients and optimiser state are nnz-sized too. `weight` is a dense copy for reading.
+    Gradients and optimiser state are nnz-sized too. `weight` is the dense weight, made where it is used.
 
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear.
-        mask: bool (out_features, in_features), True where a weight survives; None keeps all of them.
+        mask: bool (out_features, in_features), by keyword, True where a weight survives; None keeps all of them.
     Raises TypeError or ValueError if the mask is not boolean or not of that shape.
     """
 
@@ -34,10 +34,11 @@ class MaskedLinear(MaskedLayer):
         self,
         in_features: int,
         out_features: int,
-        mask: Tensor | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

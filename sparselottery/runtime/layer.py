@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
 from ..maskable import MASKED
-from ..nn import IndexedLayer, MaskedConv2d, MaskedLayer, geometry_of
+from ..nn import MaskedConv2d, MaskedLayer, geometry_of
+from ..nn.weight import WeightedLayer
 from ..pattern import Pattern, matrix_shape
 from ..random_state import random_state_kept
 
@@ -71,17 +72,21 @@ class Cache:
         return Cache, (self._layers,)  # a copy makes its own
 
 
-class FrozenLayer(IndexedLayer):
+class FrozenLayer(WeightedLayer):
     """y = x Wᵀ + b or x * W + b as an nn.Linear or nn.Conv2d computes it, of the survivors of W alone.
 
-    `values`, `crow_indices`, `col_indices` and `bias` are buffers, and not to be changed but by `load_state_dict`.
+    It has the dense layer's attributes, `weight` among them. `values`, `crow_indices`, `col_indices` and `bias` are
+    buffers, and not to be changed but by `load_state_dict`.
     """
+
+    frozen = True
 
     def __init__(self, dense: nn.Linear | nn.Conv2d, pattern: Pattern, values: Tensor, bias: Tensor | None) -> None:
         """dense: for its arguments alone; it may be on the meta device."""
         super().__init__()
         self._kind = MASKED[type(dense)]
-        self._arguments = {name: getattr(dense, name) for name in self._kind.arguments}
+        for name in self._kind.arguments:
+            setattr(self, name, getattr(dense, name))
         self.shape, self.density = tuple(dense.weight.shape), pattern.density
         self.geometry: Geometry | None = geometry_of(dense) if self._kind is MaskedConv2d else None
         for name, tensor in (("values", values), ("bias", bias)):
@@ -101,16 +106,20 @@ class FrozenLayer(IndexedLayer):
         return self._made("masked", self._masked)(x) if x.dim() != 4 else self.convolve(x)
 
     @property
+    def _arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._kind.arguments}
+
+    @property
     def is_native(self) -> bool:
         """Do our kernels for frozen nets take it: fp32 on the CPU, padded by zeros?"""
-        zeros = self._arguments.get("padding_mode", "zeros") == "zeros"
+        zeros = getattr(self, "padding_mode", "zeros") == "zeros"
         return native.available() and self.values.is_cpu and self.values.dtype == torch.float32 and zeros
 
     def stage(self, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> cpu_stages.Stage:
         """The layer and what follows it."""
         indices = self.crow_indices, self.col_indices, self.values
         if self.geometry is None:
-            return cpu_stages.Linear(self._arguments["in_features"], *indices, self.bias, relu)
+            return cpu_stages.Linear(self.in_features, *indices, self.bias, relu)
         scale, shift = None, self.bias
         if norm is not None:
             scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -193,8 +202,8 @@ def chain_of(
     share out weights move each activation between cores, which takes many weights to pay.
     """
     threads, last = torch.get_num_threads(), len(layers) - 1
-    if features != layers[0]._arguments["in_features"]:
-        raise ValueError(f"x: expected {layers[0]._arguments['in_features']} features, got {features}")
+    if features != layers[0].in_features:
+        raise ValueError(f"x: expected {layers[0].in_features} features, got {features}")
 
     def pack() -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
         stages = [layer.stage(relu=i < last) for i, layer in enumerate(layers)]

@@ -71,6 +71,7 @@ class SparseModel(nn.Module):
 def load_sparse(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
+    *,
     device: torch.device | str = "cpu",
     example_input: Tensor | tuple | None = None,
 ) -> SparseModel:

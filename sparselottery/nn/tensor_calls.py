@@ -1,0 +1,64 @@
+"""What a `Weight` does with some functions of torch, all others of which it leaves to a dense tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+# Answered by the object itself, which has a shape but no memory.
+METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in dir(Tensor)
+        if name.startswith("is_") and name != "is_leaf" and type(getattr(Tensor, name)) is type(Tensor.is_leaf)
+    ),
+    *(getattr(Tensor, name) for name in (
+        "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_contiguous", "storage_offset",
+        "is_floating_point", "is_complex", "is_signed", "get_device", "__len__", "__hash__",
+    )),
+    torch.numel,
+    torch.is_floating_point,
+    torch.is_complex,
+}  # fmt: skip
+
+
+def _refused(what: str, instead: str) -> Callable:
+    def call(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"{what}: not of a masked layer's weight, which is made anew at each use; {instead}")
+
+    return call
+
+
+REFUSED = {
+    getattr(Tensor, name): _refused(name, instead)
+    for names, instead in (
+        (("register_hook", "register_post_accumulate_grad_hook", "retain_grad"), "ask layer.values, the parameter"),
+        (("share_memory_", "data_ptr"), "ask layer.values, which has memory"),
+        (("set_", "resize_", "resize_as_"), "its shape is the layer's"),
+    )
+    for name in names
+}
+
+
+def of_copy(func: Callable) -> Callable:
+    """For pickle and deepcopy, which take leaves only: an ordinary tensor."""
+
+    def call(weight: Tensor, *args: Any) -> Any:
+        return func(weight.detach().clone().requires_grad_(weight.requires_grad), *args)
+
+    return call
+
+
+def read_only(func: Callable, plain: Callable[[Tensor], Tensor]) -> Callable:
+    """For NumPy arrays, whose writes nobody sees."""
+
+    def call(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        array = func(plain(weight), *args, **kwargs)
+        array.flags.writeable = False
+        return array
+
+    return call

@@ -1,0 +1,94 @@
+"""Layers of whole models that others read: of torch's own modules, and frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparselottery import Ticket, convert, load_sparse, prune, to_dense
+from sparselottery.nn import weight as weights
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Notes every dense tensor that is made."""
+    calls, make = [], weights._Base._make
+    monkeypatch.setattr(weights._Base, "_make", lambda self: calls.append(self) or make(self))
+    return calls
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    """An encoder layer, dense, converted and loaded frozen, and the calls of torch's dense fast path."""
+    calls, fast = [], torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast(*args))
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("stack", [False, True])
+def test_transformer_encoders_run_sparse(encoder, made, tmp_path, norm_first, stack):
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    if stack:
+        model = nn.TransformerEncoder(model, 2, enable_nested_tensor=not norm_first)
+    model.eval()
+    converted = convert(model, prune(model, 0.8))
+    Ticket.from_model(converted).save(tmp_path / "net.safetensors")
+    frozen, dense = load_sparse(tmp_path / "net.safetensors", model), to_dense(converted)
+    x, padding = torch.randn(2, 4, 16), torch.tensor([[False] * 4, [False, False, True, True]])
+    made.clear()
+    with torch.no_grad():
+        for options in ({}, {"src_key_padding_mask": padding}):
+            keep = ~padding if options else torch.ones_like(padding)
+            expected = dense(x, **options)
+            assert encoder  # as torch runs the dense one
+            encoder.clear()
+            for net in (converted, frozen):
+                torch.testing.assert_close(net(x, **options)[keep], expected[keep], rtol=1e-4, atol=1e-5)
+            assert not encoder
+    assert not made
+
+
+def test_attention_is_right(tmp_path):
+    """Its out_proj stays dense: it is read, never called."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32))
+    converted = convert(model, prune(model, 0.8)).eval()
+    x = torch.randn(4, 2, 16)
+    torch.testing.assert_close(converted(x), to_dense(converted)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_layers_have_the_attributes_of_dense_ones(tmp_path, made):
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, dilation=(2, 1), groups=2, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(6 * 3 * 4, 5, bias=False),
+    ).eval()
+    Ticket.from_model(convert(model, prune(model, 0.8))).save(tmp_path / "net.safetensors")
+    frozen = load_sparse(tmp_path / "net.safetensors").net
+    dense = to_dense(convert(model, prune(model, 0.8)))
+    made.clear()
+    names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    for index, attributes in ((0, names), (2, ("in_features", "out_features"))):
+        for name in attributes:
+            assert getattr(frozen[index], name) == getattr(dense[index], name)
+        assert frozen[index].weight.dtype == torch.float32
+        assert frozen[index].weight.shape == dense[index].weight.shape
+        assert not frozen[index].weight.requires_grad
+        assert (frozen[index].bias is None) == (dense[index].bias is None)
+        assert not made
+        assert torch.equal(frozen[index].weight, dense[index].weight)
+        made.clear()
+    layer = frozen[2]
+    before = layer.values.clone()
+    for write in (
+        lambda: nn.init.zeros_(layer.weight),
+        lambda: layer.weight.data.t().mul_(2),
+        lambda: setattr(layer, "weight", torch.zeros(layer.shape)),
+        lambda: setattr(layer, "weight", nn.Parameter(torch.zeros(layer.shape))),
+        lambda: layer.weight.requires_grad_(),
+    ):
+        with pytest.raises(RuntimeError, match="weight: expected to be read only, as its layer is frozen"):
+            write()
+    assert torch.equal(layer.values, before)
