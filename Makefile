@@ -37,6 +37,7 @@ bench: .venv/test.stamp
 	$(BIN)/pytest benchmarks/ --benchmark-only
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.find_overhead
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.report
 

@@ -5,8 +5,11 @@ Masks are keyed by the name that the weight has in the dense model ("fc1.weight"
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .copying import copied
@@ -63,24 +66,74 @@ def to_dense(model: nn.Module) -> nn.Module:
     return _rebuild(model, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLayer)})
 
 
-def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the dense model, as clones: zeros where a converted model has pruned."""
-    return {name: tensor.detach().clone() for name, tensor in to_dense(model).state_dict().items()}
+def dense_state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict of the dense model, as copies: zeros where a converted model has pruned."""
+    with torch.no_grad():
+        return {
+            name: entry.weight if isinstance(entry, MaskedLayer) else copy_of(entry)
+            for name, entry in dense_entries(model)
+        }
 
 
-def load_dense_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_dense_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Load a `dense_state` in place: a masked layer takes the values at its mask.
 
     Raises ValueError, with nothing changed, if names or shapes differ from those of the model.
     """
-    expected = {name: tensor.shape for name, tensor in to_dense(model).state_dict().items()}
+    expected = dict(dense_entries(model))
     if expected.keys() != state.keys():
         missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         raise ValueError(f"state: expected the names of the model; missing {missing}, unexpected {extra}")
-    for name, shape in expected.items():
-        if state[name].shape != shape:
-            raise ValueError(f"state[{name!r}]: expected shape {tuple(shape)}, got {tuple(state[name].shape)}")
-    model.load_state_dict(dict(state))
+    replaced = {name: entry for name, entry in state.items() if not (_copies(entry) and _copies(expected[name]))}
+    for name in expected.keys() - replaced.keys():
+        if (expects := expected[name].shape) != (got := state[name].shape):
+            raise ValueError(f"state[{name!r}]: expected shape {tuple(expects)}, got {tuple(got)}")
+    replaced = {name: copy_of(entry) for name, entry in replaced.items()}
+    for name, entry in replaced.items():
+        path, _, buffer = name.rpartition(".")
+        if isinstance(entry, Tensor) and buffer in (buffers := model.get_submodule(path)._buffers):
+            buffers[buffer] = entry.to(buffers[buffer].device)
+    model.load_state_dict({**state, **replaced})
+
+
+def copy_of(entry: Any) -> Any:
+    """A copy of a state_dict's entry: a tensor, contiguous, or what a module's `get_extra_state` returned."""
+    if not isinstance(entry, Tensor):
+        return copy.deepcopy(entry)
+    entry = entry.detach()
+    if _irregular(entry):
+        return entry.clone()
+    return entry.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _irregular(entry: Any) -> bool:
+    """Is it a tensor that is sparse, nested or quantised?"""
+    return isinstance(entry, Tensor) and (entry.is_nested or entry.is_quantized or entry.layout != torch.strided)
+
+
+def _copies(entry: Any) -> bool:
+    """Can torch copy any tensor of the shape into this entry? Not into a sparse one, nor twice to one address."""
+    if isinstance(entry, MaskedLayer):
+        return True
+    if not isinstance(entry, Tensor) or _irregular(entry):
+        return False
+    return not any(size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride(), strict=True))
+
+
+def dense_entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The entries of the dense model's state_dict, in order, not copied; a masked layer itself for its weight."""
+    masked = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, MaskedLayer)}
+    done = set()
+    for name, entry in model.state_dict().items():
+        parts = name.split(".")
+        layer = next((path for n in range(len(parts)) if (path := ".".join(parts[:n])) in masked), None)
+        if layer is None:
+            yield name, entry
+        elif layer not in done:
+            done.add(layer)
+            yield _weight_name(layer), masked[layer]
+            if masked[layer].bias is not None:
+                yield _weight_name(layer).removesuffix("weight") + "bias", masked[layer].bias
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -116,7 +169,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy with some modules replaced (shared ones stay shared) and the Sequential classes to match."""
-    model = copied(model, replaced)
+    buffers = {id(each): each.clone() for each in model.buffers() if _irregular(each)}  # deepcopy may refuse them
+    model = copied(model, replaced, buffers)
     for module in model.modules():
         if type(module) in (nn.Sequential, MaskedSequential):
             masked = any(isinstance(child, MaskedLayer) for child in module)

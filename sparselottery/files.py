@@ -33,12 +33,12 @@ from torch import Tensor
 
 from .architecture import build
 from .pattern import MAX_INT32, Pattern, block_of, matrix_shape
+from .storable import DTYPES, check_storable
 
 VERSION = 2
 REQUIRED = {"version", "shapes", "recipe"}
 OPTIONAL = {1: set(), 2: {"blocks", "architecture"}}
 MAX_INT16_COLUMNS = 2**15
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Contents(NamedTuple):
@@ -55,8 +55,9 @@ class Contents(NamedTuple):
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
     """Write the file, atomically: at `path` there is either what was there before or all of it.
 
-    Raises OSError if it cannot be written.
+    Raises OSError if it cannot be written, TypeError naming an entry that it cannot hold.
     """
+    check_storable({name: values for name, (_, values) in contents.layers.items()}, contents.dense)
     tensors, blocks = dict(contents.dense), {}
     for name, (pattern, values) in contents.layers.items():
         narrow = torch.int16 if pattern.shape[1] <= MAX_INT16_COLUMNS else torch.int32
@@ -152,6 +153,16 @@ def checked(contents: Contents) -> Contents:
     if contents.architecture is not None:
         _check_architecture(contents)
     return contents
+
+
+def fitting(architecture: dict[str, Any] | None, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The architecture; None if a file of this dense state_dict would be refused because of it."""
+    try:
+        if architecture is not None:
+            _check_architecture(Contents({}, {}, dict(state), {}, architecture))
+    except ValueError:  # modules of several dtypes
+        return None
+    return architecture
 
 
 def _check_architecture(contents: Contents) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import ranks
-from .architecture import describe
-from .convert import dense_state, masks_of, prunable
+from .convert import dense_entries, masks_of, prunable
 from .files import json_copy, read_json, write_json
 from .masks import Granularity, Masks, as_mask, at_random, by_magnitude, check, check_blocks, pools, prune_pools
 from .random_state import random_state_kept
+from .storable import check_storable
 from .ticket import Ticket
 
 METHODS = ("magnitude", "random")
@@ -134,7 +135,8 @@ def find_ticket(
             ticket's recipe; going on in the folder of a run with other settings is refused.
         on_round: called with each round's record when it is done, or found done: round, density, nnz, total, seconds
             (of the training) and what `train` returned.
-    Returns the ticket: theta_k at the last mask. The trained weights are in `out`.
+    Returns the ticket: theta_k at the last mask. The trained weights are in `out`, whose files hold dense tensors only:
+    a model with sparse, nested or quantised buffers or with extra state is refused there, and is fine without `out`.
     Raises ValueError or TypeError, before any training, for arguments that `prune` would refuse, `rounds < 1`,
     `rewind_step < 0`, or an `out` of another run or with a damaged file in it; and after a training that altered the
     masks or returned something else than the above. In the latter case `out` keeps the training, without what was
@@ -152,12 +154,20 @@ def find_ticket(
     blocked = [pool for pool in chosen if pool.fraction and pool.block != (1, 1)]
     if blocked:  # else left out, so that runs begun before there were blocks go on
         recipe["granularity"] = {name: pool.block for pool in blocked for name in pool.names}
+    state = dict(dense_entries(model))
+    if lazy := [name for name, entry in state.items() if is_lazy(entry)]:
+        raise ValueError(
+            f"model: expected parameters with a shape, got the lazy {lazy[0]!r}: call the model once first"
+        )
+    if out is not None:
+        check_storable(weights, {name: entry for name, entry in state.items() if name not in weights})
     files = _Files(out)
     recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, (), device="cpu"))}))
 
     theta = files.load("theta")
     if theta is None:
-        theta = Ticket(dense_state(model), masks, recipe, describe(model))
+        theta = Ticket.from_model(model, recipe)
+        theta.masks.update({name: mask.cpu() for name, mask in masks.items() if name not in theta.masks})
         if rewind_step:
             theta, _, fault = _train(model, theta, train, {"start": 0, "stop": rewind_step})
         files.save("theta", theta)
@@ -182,7 +192,9 @@ def find_ticket(
             on_round(record)
         if number < rounds:
             masks = prune_pools(trained.masks, chosen, by_magnitude(trained.weights, trained.masks))
-            start = Ticket((theta if reset else trained).weights, masks, recipe, theta.architecture)
+            # Read at the masks only: nothing need be set to zero.
+            start = Ticket.of_parts((theta if reset else trained).weights, masks, recipe, theta.architecture)
+            del trained  # a model's bytes, while the next round trains
 
     ticket = Ticket(theta.weights, trained.masks, {**recipe, "rounds": rounds}, theta.architecture)
     files.save("ticket", ticket)

@@ -18,12 +18,15 @@ kernel_w) a block is R filters x C channels at one tap.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .pieces import divisible, places, spans
 
 MAX_INT32 = 2**31 - 1
 # Blocks (R, C) that kernels exist for, the preferred first.
@@ -58,13 +61,12 @@ class Pattern:
             raise ValueError(f"mask: expected shape (out_features, in_features), got {tuple(mask.shape)}")
         if mask.is_meta:
             raise ValueError("mask: expected one with data, got one on the meta device")
-        counts = mask.sum(dim=1)
+        counts = torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1)) if divisible(mask) else mask.sum(dim=1)
         if int(counts.sum()) > MAX_INT32 or max(mask.shape) > MAX_INT32:
             raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {int(counts.sum())}")
         crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=crow_indices[1:])
-        col_indices = mask.nonzero()[:, 1].to(torch.int32)
-        return cls(crow_indices, col_indices, (mask.shape[0], mask.shape[1]))
+        return cls(crow_indices, _columns(mask, crow_indices), (mask.shape[0], mask.shape[1]))
 
     def validate(self) -> Pattern:
         """Check every invariant of the format (for indices read from files), quickly; raises ValueError.
@@ -122,26 +124,66 @@ class Pattern:
 
     def positions(self) -> Tensor:
         """Of each value in the matrix when flattened: int64 (nnz,)."""
-        return self.row_indices() * self.shape[1] + self.col_indices
+        return self.row_indices().mul_(self.shape[1]).add_(self.col_indices)
+
+    def _pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Runs of rows: which they are, their values, and where these are in the rows when flattened (int64)."""
+        crow_indices, cols = self.crow_indices.numpy(), self.shape[1]
+        for rows in spans(*self.shape):
+            bounds = crow_indices[rows.start : rows.stop + 1]
+            values = slice(int(bounds[0]), int(bounds[-1]))
+            starts = np.arange(0, (len(bounds) - 1) * cols, cols) if cols else np.zeros(len(bounds) - 1, dtype=np.int64)
+            at = np.repeat(starts, np.diff(bounds))
+            at += self.col_indices[values].numpy()
+            yield rows, values, torch.from_numpy(at)
+
+    @property
+    def _whole(self) -> bool:
+        return 0 < self.nnz == self.shape[0] * self.shape[1]
 
     def mask(self) -> Tensor:
         """The boolean (O, I) mask this pattern was compiled from."""
-        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.col_indices.device)
-        mask[self.row_indices(), self.col_indices] = True
-        return mask
+        true = self.col_indices.new_ones(1, dtype=torch.bool)
+        return self.scatter(true.expand(self.nnz))
 
     def gather(self, dense: Tensor) -> Tensor:
         """The (nnz,) values of an (O, I) matrix at the pattern; differentiable."""
         if tuple(dense.shape) != self.shape:
             raise ValueError(f"dense: expected shape {self.shape}, got {tuple(dense.shape)}")
-        return dense[self.row_indices(), self.col_indices]
+        if self._whole:
+            return dense.flatten().clone(memory_format=torch.contiguous_format)
+        if not divisible(dense, self.col_indices):
+            return dense[self.row_indices(), self.col_indices]
+        values = dense.new_empty(self.nnz)
+        for rows, span, at in self._pieces():
+            torch.index_select(dense[rows].flatten(), 0, at, out=values[span])
+        return values
 
     def scatter(self, values: Tensor) -> Tensor:
         """The (O, I) matrix with `values` (nnz,) at the pattern and zeros elsewhere; differentiable."""
         if values.shape != (self.nnz,):
             raise ValueError(f"values: expected shape ({self.nnz},), got {tuple(values.shape)}")
+        if self._whole:
+            return values.clone(memory_format=torch.contiguous_format).view(self.shape)
         flat = values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.scatter(0, self.positions(), values).view(self.shape)
+        if not divisible(values, self.col_indices):
+            return flat.scatter(0, self.positions(), values).view(self.shape)
+        dense = flat.view(self.shape)
+        for rows, span, at in self._pieces():
+            dense[rows].view(-1).scatter_(0, at, values[span])
+        return dense
+
+
+def _columns(mask: Tensor, crow_indices: Tensor) -> Tensor:
+    """The column of each True of a mask (O, I): int32 (nnz,)."""
+    if not divisible(mask):
+        return mask.nonzero()[:, 1].to(torch.int32)
+    columns = torch.empty(int(crow_indices[-1]), dtype=torch.int32, device="cpu")
+    for rows in spans(*mask.shape):
+        at = places(mask[rows]).numpy()
+        at %= max(1, mask.shape[1])
+        columns.numpy()[int(crow_indices[rows.start]) : int(crow_indices[rows.stop])] = at
+    return columns
 
 
 def block_of(pattern: Pattern, shape: Sequence[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Equal tickets give equal bytes.
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .architecture import build, describe
-from .convert import convert, dense_state, load_dense_state, masks_of
-from .files import Contents, digest, json_copy, read, refusals_name, write
+from .convert import convert, copy_of, dense_state, load_dense_state, masks_of
+from .files import Contents, digest, fitting, json_copy, read, refusals_name, write
 from .masks import as_mask, check, survivors
 from .pattern import Pattern
+from .storable import why_not_storable
 
 # A ticket holds dense weights: how many a file may ask for. Real ones survive at more than 1 in 10,000.
 FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**26, 2**12
@@ -30,23 +33,23 @@ FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**26, 2**12
 class Ticket:
     """Weights of a dense model, the masks that say which of them survive, and how they were found.
 
-    weights: the dense model's state_dict; copied to the CPU, and set to zero where pruned.
+    weights: the dense model's state_dict; copied to the CPU, and set to zero where pruned. A file cannot hold all that
+        a state_dict can: `save` refuses sparse, nested and quantised buffers and what is no tensor (extra state).
     masks: bool tensors keyed by the weight they belong to ("fc1.weight"), of its shape; copied to the CPU.
     recipe: JSON-able; copied as JSON would (tuples become lists).
     architecture: the dense model as `architecture.describe` gives it; None if unknown.
     Raises TypeError or ValueError if they do not fit together.
     """
 
-    weights: dict[str, Tensor]
+    weights: dict[str, Any]
     masks: dict[str, Tensor]
     recipe: dict[str, Any]
     architecture: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check(self.masks, self.weights)
-        copies = {"copy": True, "memory_format": torch.contiguous_format}
-        masks = {name: as_mask(name, mask).to("cpu", **copies) for name, mask in self.masks.items()}
-        weights = {name: tensor.detach().to("cpu", **copies) for name, tensor in self.weights.items()}
+        masks = {name: _owned(name, as_mask(name, mask)) for name, mask in self.masks.items()}
+        weights = {name: _owned(name, entry) for name, entry in self.weights.items()}
         for name, mask in masks.items():
             if mask.dim() < 2 or name.rpartition(".")[2] != "weight":
                 raise ValueError(f"masks: expected '<layer>.weight' of 2-D or more, got {name!r} {tuple(mask.shape)}")
@@ -56,9 +59,22 @@ class Ticket:
         object.__setattr__(self, "recipe", json_copy("recipe", self.recipe))
 
     @classmethod
+    def of_parts(
+        cls, weights: dict[str, Any], masks: dict[str, Tensor], recipe: dict[str, Any], architecture: dict | None
+    ) -> Ticket:
+        """A ticket of parts that nobody else changes, nothing checked or copied: as `__post_init__` leaves them."""
+        ticket = object.__new__(cls)
+        parts = {"weights": weights, "masks": masks, "recipe": recipe, "architecture": architecture}
+        vars(ticket).update(parts)
+        return ticket
+
+    @classmethod
     def from_model(cls, model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Ticket:
         """The present weights and masks of a converted model."""
-        return cls(dense_state(model), masks_of(model), dict(recipe or {}), describe(model))
+        weights = {name: _owned(name, entry, copied=True) for name, entry in dense_state(model).items()}
+        masks = {name: mask.cpu() for name, mask in masks_of(model).items()}
+        architecture = fitting(describe(model), weights)
+        return cls.of_parts(weights, masks, json_copy("recipe", dict(recipe or {})), architecture)
 
     @classmethod
     def from_contents(cls, contents: Contents) -> Ticket:
@@ -71,7 +87,7 @@ class Ticket:
         for name, (pattern, values) in layers.items():
             masks[name] = pattern.mask().view(shapes[name])
             weights[name] = pattern.scatter(values).view(shapes[name])
-        return cls(weights, masks, recipe, architecture)
+        return cls.of_parts(weights, masks, recipe, architecture)
 
     @property
     def nnz(self) -> int:
@@ -104,7 +120,7 @@ class Ticket:
 
     def same(self, other: Ticket) -> bool:
         """Are the weights (to the bit), the masks and the recipe those of `other`?"""
-        ours, theirs = ((digest(t.recipe, t.weights), digest({}, t.masks)) for t in (self, other))
+        ours, theirs = ((digest(t.recipe, _as_tensors(t.weights)), digest({}, t.masks)) for t in (self, other))
         return ours == theirs
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
@@ -126,7 +142,10 @@ class Ticket:
         return converted
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, atomically: at `path` there is either what was there before or the whole ticket."""
+        """Write the file, atomically: at `path` there is either what was there before or the whole ticket.
+
+        Raises OSError if it cannot be written, TypeError naming an entry of the state_dict that a file cannot hold.
+        """
         write(path, self.contents())
 
     @classmethod
@@ -160,3 +179,24 @@ def _with_data(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
     return copy.deepcopy(model, memo) if memo else model
+
+
+def _owned(name: str, entry: Any, copied: bool = False) -> Any:
+    """A copy of a state_dict's entry on the CPU; if the entry is a copy already, that itself may do."""
+    if is_lazy(entry):
+        raise ValueError(f"weights[{name!r}]: expected a tensor, got a lazy one without a shape: call the model once")
+    if isinstance(entry, Tensor) and entry.is_meta:
+        raise ValueError(f"weights[{name!r}]: expected values, got a tensor on the meta device, which has none")
+    entry = entry if copied else copy_of(entry)
+    return entry.cpu() if isinstance(entry, Tensor) else entry
+
+
+def _as_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a file cannot hold as the bytes that torch.save makes of it."""
+    return {name: _bytes_of(entry) if why_not_storable(entry) else entry for name, entry in weights.items()}
+
+
+def _bytes_of(entry: Any) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(entry, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)

@@ -15,10 +15,11 @@ MAX_LINES = 400
 
 # A module imports from the lines above its own only. A new module gets a place here.
 LAYERS = [
-    {"masks", "pattern", "kernels", "timing", "graphs", "random_state", "ranks", "copying"},
+    {"kernels", "pieces", "timing", "graphs", "random_state", "ranks", "copying"},
+    {"masks", "pattern"},
     {"ops", "info"},
     {"nn"},
-    {"architecture", "execution", "maskable", "weight_decay"},
+    {"architecture", "execution", "maskable", "storable", "weight_decay"},
     {"convert", "explain", "files"},
     {"ticket"},
     {"export", "interop", "lottery", "runtime"},

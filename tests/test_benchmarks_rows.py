@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 
-from benchmarks import lab, loading, results
+from benchmarks import find_overhead, lab, loading, results
+from sparselottery import ops
 from sparselottery.lab import experiment, grid, xor
 from sparselottery.lab.settings import preset
 
@@ -49,3 +50,13 @@ def test_ways_to_load_are_measured_on_the_same_net(monkeypatch):
     assert [row["impl"] for row in rows] == [results.OURS, "dense", "dense_built"]
     assert rows[0]["file_bytes"] < 0.1 * rows[1]["file_bytes"]
     assert all(float(row["load_ms"]) <= float(row["first_ms"]) for row in rows)
+
+
+def test_overhead_rows(monkeypatch):
+    monkeypatch.setattr(ops, "compile_plan", ops.compile_plan)  # `measure` replaces it, in a process of its own
+    for what, planned in (("prune", False), ("find_ticket", True)):
+        row = find_overhead.measure(what, 200)
+        assert (row["what"], row["weights"]) == (what, 80_000)
+        assert (float(row["plan_s"]) > 0) is planned
+        assert float(row["cpu_s"]) > float(row["plan_s"])
+        assert row["peak_rss"] >= 0

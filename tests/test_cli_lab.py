@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shlex
+import signal
 import sys
 from dataclasses import asdict
 
@@ -144,12 +146,26 @@ def test_help_names_every_control_and_the_presets_values(capsys):
 
 
 def test_lab_interrupted(tmp_path, capsys, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    train, calls = experiment.train, []
 
-    monkeypatch.setattr(experiment, "train", interrupt)
-    assert cli.main([*LAB, "--out", str(tmp_path)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    def interrupted(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(experiment, "train", interrupted)
+    argv = [*LAB, "--controls", "", "--out", str(tmp_path)]
+    assert cli.main(argv) == 143
+    (folder,) = tmp_path.iterdir()
+    said = capsys.readouterr().err
+    assert said.startswith(f"\nsparselottery: interrupted; 2 of 6 trainings are kept in {folder}; goes on with: ")
+    assert said.endswith(f"sparselottery {shlex.join(argv)}\n")
+    assert cli.main(argv) == 0
+    assert len(calls) == 7
+    assert "nothing was trained" not in capsys.readouterr().out
+    assert cli.main(argv) == 0
+    assert "nothing was trained: the run was finished before\n" in capsys.readouterr().out
 
 
 def test_without_ray(tmp_path, capsys, monkeypatch):

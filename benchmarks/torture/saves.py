@@ -24,7 +24,7 @@ from .kills import until_change
 from .runs import FORMATS, ONE_THREAD, Child, Wholes, contents, find, finish, load_all, results
 
 CASES = 1_000
-ERROR, INTERRUPTED = 2, 130  # exit codes of the command
+ERROR, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes of the command
 FULL_BYTES = 96 * 1024  # of a file system: less than any run needs
 
 
@@ -109,7 +109,7 @@ def trial(folder: Path) -> Iterator[Callable[[random.Random], None]]:
         number = draw.choice([signal.SIGINT, signal.SIGINT, signal.SIGTERM])
         count, seconds = draw.randrange(1, 20), draw.choice([0.0, draw.uniform(0.0001, 0.2)])
         code, said = Child(lambda: until_change(count, save(out), number, seconds)).wait()
-        judged(kind, save, out, before, code, said, {0, INTERRUPTED, -signal.SIGTERM})
+        judged(kind, save, out, before, code, said, {0, INTERRUPTED, TERMINATED, -signal.SIGTERM})
 
     def judged(
         kind: str,
@@ -125,7 +125,7 @@ def trial(folder: Path) -> Iterator[Callable[[random.Random], None]]:
         assert "Traceback" not in said, said
         if code == ERROR:
             assert out.name in said or str(out.parent) in said, f"the error does not name the file: {said}"
-        if code == INTERRUPTED and kind == "find":
+        if code in (INTERRUPTED, TERMINATED) and kind == "find":
             assert "goes on" in said, f"it does not say how to go on: {said}"
         if code != -signal.SIGTERM:
             left = [str(path) for path in room.rglob(".*.tmp")]

@@ -18,7 +18,7 @@ from ..lab.experiment import run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from ..ticket import Ticket
 from .options import add_out, add_settings, given, positive
-from .runs import RUN_TEXT, net, round_file
+from .runs import RUN_TEXT, kept, net, round_file, trainings
 from .tables import Columns, header, print_rows, progress, row
 
 EXPLAIN_NOTE = (
@@ -70,6 +70,8 @@ def _find(args: argparse.Namespace) -> None:
     settings = scaled(preset(**given(args, Settings)), args.scale)
     out = args.out / settings.name
     rounds = settings.prunings
+    before = trainings(out, rounds + 1)
+    args.kept = lambda: kept(trainings(out, rounds + 1), rounds + 1, out)
     print(f"{settings.data}: {settings.model}, {rounds + 1} trainings of {settings.iterations} iterations, into {out}")
     images = data.load(settings.data)
     for note in filter(None, (settings.scale, images.note)):
@@ -82,6 +84,8 @@ def _find(args: argparse.Namespace) -> None:
             update(completed=0, description=f"round {min(record['round'] + 1, rounds)} of {rounds}")
 
         ticket = run(settings, images, out, on_round, on_eval=lambda iteration: update(completed=iteration))
+    if before == rounds + 1:
+        print("nothing was trained: the run was finished before")
     path = out / "ticket.safetensors"
     print(f"\nticket: {path} ({ticket.density:.1%} of the weights, {path.stat().st_size:,} bytes)")
     print(f"next:   sparselottery explain {out}\n        sparselottery export {out} --out trained")

@@ -14,6 +14,7 @@ from ..lab.executors import EXECUTORS, Event
 from ..lab.grid import Grid, Job, done, run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from .options import add_out, add_settings, given, names, positive, sizes
+from .runs import kept, trainings
 from .tables import Columns, bars, header, row
 from .xor import add_xor
 
@@ -95,6 +96,7 @@ def lab(args: argparse.Namespace) -> None:
         return
     total = sum(map(grid.trainings, grid.jobs))
     before = sum(grid.trainings(job) for job in grid.jobs if done(out, job))
+    args.kept = lambda: kept(_done(grid, out), total, out)
     print(
         f"{settings.data}: {settings.model}, {grid.trials} trials, {total} trainings of {settings.iterations} "
         f"iterations, {before} of them done, into {out}"
@@ -106,7 +108,14 @@ def lab(args: argparse.Namespace) -> None:
     if failures:
         told = "; ".join(f"{job.name}: {reason}" for job, reason in failures)
         raise ValueError(f"{len(failures)} jobs failed, which the same command tries again: {told}")
+    if before == total:
+        print("nothing was trained: the run was finished before")
     print(f"\nnext:   sparselottery report {out}")
+
+
+def _done(grid: Grid, out: Path) -> int:
+    """How many trainings of the grid are done, those of unfinished ladders too."""
+    return sum(done(out, job) if job.control else trainings(out / job.name, grid.trainings(job)) for job in grid.jobs)
 
 
 def report(args: argparse.Namespace) -> None:

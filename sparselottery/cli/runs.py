@@ -12,6 +12,16 @@ from ..ticket import Ticket
 RUN_TEXT = "a run folder of `find`, or a trial-N/ticket of `lab`"
 
 
+def trainings(run: Path, count: int) -> int:
+    """How many of a run's `count` trainings are done."""
+    return sum((run / f"round-{number:02d}.safetensors").exists() for number in range(count))
+
+
+def kept(done: int, count: int, folder: Path) -> str:
+    """What an interrupted command says."""
+    return f"{done} of {count} trainings are kept in {folder}"
+
+
 def round_file(run: Path, number: int | None) -> Path:
     """The file of a round's trained weights; the last round's for None."""
     files = sorted(run.glob("round-*.safetensors" if number is None else f"round-{number:02d}.safetensors"))

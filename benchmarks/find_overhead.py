@@ -1,0 +1,68 @@
+"""What pruning and a round cost beside training, 50 million weights (Linux): `python -m benchmarks.find_overhead`.
+
+Two layers of 5000 x 5000, and a `train` that does nothing. cpu_s: processor seconds of one `prune`, or of
+`find_ticket` for each of its rounds; plan_s: those of them in which the kernels' plans are made; peak_rss: bytes of
+the process over what it held with the model. Each row is of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import results
+from benchmarks.memory import resident
+from sparselottery import find_ticket, ops, prune
+
+SIDE, ROUNDS = 5000, 3
+
+
+def measure(what: str, side: int) -> dict[str, object]:
+    """A row."""
+    torch.set_num_threads(results.THREADS)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(side, side), nn.ReLU(), nn.Linear(side, side))
+    plans = 0.0
+    compile_plan = ops.compile_plan
+
+    def timed(*arguments: object) -> torch.Tensor:
+        nonlocal plans
+        began = time.process_time()
+        plan = compile_plan(*arguments)
+        plans += time.process_time() - began
+        return plan
+
+    ops.compile_plan = timed
+    before, began = resident("VmRSS"), time.process_time()
+    if what == "prune":
+        prune(model, 0.2)
+        parts = 1
+    else:
+        find_ticket(model, lambda _: None, rounds=ROUNDS)
+        parts = ROUNDS + 1
+    spent = time.process_time() - began
+    row = {"what": what, "weights": 2 * side * side, "impl": results.OURS, "cpu_s": f"{spent / parts:.3g}"}
+    return row | {"plan_s": f"{plans / parts:.3g}", "peak_rss": resident("VmHWM") - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "find_overhead.csv")
+    parser.add_argument("--side", type=int, default=SIDE)
+    args = parser.parse_args()
+    measured = []
+    for what in ("prune", "find_ticket"):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            measured.append(fresh.submit(measure, what, args.side).result())
+        print(" ".join(f"{key}={value}" for key, value in measured[-1].items()), flush=True)
+    results.write(args.out, measured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Passes over large CPU tensors in pieces that fit a cache: int64 positions of all weights at once would be most bytes.
+
+Elsewhere, and where somebody traces, differentiates or transforms, one operator of torch on the whole is as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+SIZE = 2**18  # weights of a piece: 2 MB of positions
+
+
+def spans(rows: int, columns: int = 1) -> Iterator[slice]:
+    """The pieces of a matrix: runs of its rows."""
+    step = max(1, SIZE // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def divisible(*tensors: Tensor) -> bool:
+    """May a pass go over them in pieces? They lie on the CPU, and nobody else follows what is done with them."""
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not (
+        learning
+        or torch.compiler.is_compiling()
+        or not all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in tensors)
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def places(mask: Tensor) -> Tensor:
+    """Where a bool tensor on the CPU is True, by index when flattened: int64 (n,)."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # eight times as fast as torch's nonzero
+
+
+def take(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A copy of the elements of a tensor (...) where a mask (...) on its device is True: (n,), by index."""
+    flat, flags = tensor.flatten(), mask.flatten()
+    count = int(flags.count_nonzero())  # 70 times as fast as the sum
+    if count == flags.numel():
+        return flat.clone(memory_format=torch.contiguous_format)
+    if not divisible(flat, flags):
+        return flat[flags]
+    taken, end = flat.new_empty(count), 0
+    for span in spans(len(flat)):
+        at = places(flags[span])
+        start, end = end, end + len(at)
+        torch.index_select(flat[span], 0, at, out=taken[start:end])
+    return taken
+
+
+def put(mask: Tensor, elements: Tensor) -> Tensor:
+    """The bool tensor (...) that is False where a mask (...) is, and elsewhere has the elements (n,), by index."""
+    flags = mask.flatten()
+    if len(elements) == flags.numel():
+        return elements.clone(memory_format=torch.contiguous_format).view(mask.shape)
+    if not divisible(flags, elements):
+        return flags.masked_scatter(flags, elements).view(mask.shape)
+    written, end = torch.zeros_like(flags), 0
+    for span in spans(len(flags)):
+        at = places(flags[span])
+        start, end = end, end + len(at)
+        written[span].scatter_(0, at, elements[start:end])
+    return written.view(mask.shape)
