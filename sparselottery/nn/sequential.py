@@ -28,7 +28,7 @@ class MaskedSequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if nn.modules.module._has_any_global_hook():
+        if nn.modules.module._has_any_global_hook() or ops.in_torch(x):
             return super().forward(x)
         children, end = list(self._modules.values()), 0
         for group in groups(children, rules(x)):
