@@ -24,7 +24,7 @@ from ..files import atomic
 from ..ticket import Ticket
 from . import dense, onnx, pt2, torch_sparse
 from .dead import remove_dead as remove_dead_units
-from .job import Job, close, outputs
+from .job import OTHER_TENSORS, Job, close, difference, outputs
 from .npz import load_npz, save_npz
 from .simplify import fold_batchnorm as fold_batchnorms
 from .torch_sparse import load_torch_sparse
@@ -43,15 +43,15 @@ class ExportReport(NamedTuple):
     notes: tuple[str, ...]
 
 
-# How each is written (returning notes), and whether what was written is what was meant.
-FORMATS: dict[str, tuple[Callable[[Job, Path], tuple[str, ...] | None], Callable[[Job, Path], bool]]] = {
-    "npz": (lambda job, path: save_npz(job.ticket, path), lambda job, path: _reads_back(job, load_npz(path))),
-    "safetensors": (lambda job, path: job.ticket.save(path), lambda job, path: _reads_back(job, Ticket.load(path))),
-    "torch-csr": (torch_sparse.write_csr, torch_sparse.holds),
-    "torch-bsr": (torch_sparse.write_bsr, torch_sparse.holds),
-    "dense": (dense.write, dense.holds),
-    "onnx": (onnx.write, onnx.holds),
-    "pt2": (pt2.write, pt2.holds),
+# How each is written (returning notes), and in words what is wrong with what was written: "" if it is what was meant.
+FORMATS: dict[str, tuple[Callable[[Job, Path], tuple[str, ...] | None], Callable[[Job, Path], str]]] = {
+    "npz": (lambda job, path: save_npz(job.ticket, path), lambda job, path: _fault(job, load_npz(path))),
+    "safetensors": (lambda job, path: job.ticket.save(path), lambda job, path: _fault(job, Ticket.load(path))),
+    "torch-csr": (torch_sparse.write_csr, torch_sparse.fault),
+    "torch-bsr": (torch_sparse.write_bsr, torch_sparse.fault),
+    "dense": (dense.write, dense.fault),
+    "onnx": (onnx.write, onnx.fault),
+    "pt2": (pt2.write, pt2.fault),
 }
 
 
@@ -92,11 +92,11 @@ def export(
         raise ValueError("source: expected a converted model or a ticket, got one without masked layers")
     original = Job(ticket, model, example_input, sparse_initializer)
     job, folded, removed, notes = _simplified(original, fold_batchnorm, remove_dead)
-    write, holds = FORMATS[format]
+    write, fault = FORMATS[format]
     with atomic(path) as temporary:
         notes += write(job, temporary) or ()
-        if not holds(job, temporary):
-            raise OSError(f"{path}: what was written does not read back equal to the source; nothing is kept")
+        if wrong := fault(job, temporary):
+            raise OSError(f"{path}: what was written does not read back equal to the source: {wrong}; nothing is kept")
         size = sum(file.stat().st_size for file in (temporary, *temporary.rglob("*")) if file.is_file())
     return ExportReport(Path(path), format, size, folded, removed, notes)
 
@@ -117,9 +117,11 @@ def _simplified(job: Job, fold: bool, remove: bool) -> tuple[Job, tuple[str, ...
         with torch.no_grad():
             before, after = (outputs(each.model(*each.example)) for each in (job, simplified))
         if not close(before, after):
-            raise OSError("the simplified model does not compute what the source computes; nothing is written")
+            wrong = difference(before, after)
+            raise OSError(f"the simplified model does not compute what the source does: {wrong}; nothing is written")
     return simplified, folded, removed, notes
 
 
-def _reads_back(job: Job, ticket: Ticket) -> bool:
-    return job.ticket.same(ticket) and job.ticket.architecture == ticket.architecture
+def _fault(job: Job, ticket: Ticket) -> str:
+    same = job.ticket.same(ticket) and job.ticket.architecture == ticket.architecture
+    return "" if same else OTHER_TENSORS

@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import digest, read_safetensors, write_safetensors
-from .job import Job
+from .job import OTHER_TENSORS, Job
 
 
 def write(job: Job, path: Path) -> None:
     write_safetensors(path, job.ticket.weights, {"format": "pt"})
 
 
-def holds(job: Job, path: Path) -> bool:
-    """Does the file read back equal, to the bit?"""
-    return digest({}, read_safetensors(path.read_bytes())[1]) == digest({}, job.ticket.weights)
+def fault(job: Job, path: Path) -> str:
+    """What is wrong with the file: it must read back equal, to the bit."""
+    same = digest({}, read_safetensors(path.read_bytes())[1]) == digest({}, job.ticket.weights)
+    return "" if same else OTHER_TENSORS

@@ -15,6 +15,7 @@ from ..ticket import Ticket
 from .simplify import leaves
 
 TOLERANCE = 1e-4  # of the largest output
+OTHER_TENSORS = "its tensors are not those of the source"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,17 @@ def outputs(result: Any) -> list[Tensor]:
 def close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Are they equal to rounding, sums having been added in another order?"""
     return len(ours) == len(theirs) and all(map(_close, ours, theirs))
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str:
+    """How far apart the outputs of the source and of what was written are, in words."""
+    shapes = [[tuple(each.shape) for each in outputs] for outputs in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        return f"its outputs are expected to have the shapes {shapes[0]}, and have {shapes[1]}"
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True) if a.numel()]
+    apart = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+    largest = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+    return f"its outputs differ from the source's by up to {apart:.3g}, where the largest is {largest:.3g}"
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..convert import to_dense
-from .job import Job, batches, close, outputs
+from .job import Job, batches, close, difference, outputs
 
 
 def write(job: Job, path: Path) -> tuple[str, ...]:
@@ -39,8 +39,8 @@ def write(job: Job, path: Path) -> tuple[str, ...]:
     return tuple(f"{name}: stored densely, as the exporter changed or renamed it" for name in left)
 
 
-def holds(job: Job, path: Path) -> bool:
-    """Does ONNX Runtime compute what the model computes, to rounding?"""
+def fault(job: Job, path: Path) -> str:
+    """What is wrong with the file: ONNX Runtime must compute what the model computes, to rounding."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
@@ -49,7 +49,8 @@ def holds(job: Job, path: Path) -> bool:
     theirs = session.run(None, {name: each.numpy() for name, each in zip(names, given, strict=True)})
     with torch.no_grad():
         ours = outputs(job.model(*job.example))
-    return close(ours, [torch.from_numpy(each) for each in theirs])
+    theirs = [torch.from_numpy(each) for each in theirs]
+    return "" if close(ours, theirs) else difference(ours, theirs)
 
 
 @contextlib.contextmanager

@@ -6,29 +6,43 @@ torch's own loader: load only files that you trust, as torch says.
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .job import Job, batches, outputs
+from .job import Job, batches, difference, outputs
 
 
 def write(job: Job, path: Path) -> None:
     dynamic = batches(job.example, torch.export.Dim.DYNAMIC)
-    with torch.no_grad():
+    with torch.no_grad(), _without_fast_path():
         program = torch.export.export(job.model, job.example, dynamic_shapes=dynamic)
     whole = io.BytesIO()  # torch's own writer ends the process where a disk is full
     torch.export.save(program, whole)
     path.write_bytes(whole.getbuffer())
 
 
-def holds(job: Job, path: Path) -> bool:
-    """Does the program that was written compute what the model computes, to the bit?"""
-    with path.open("rb") as file, torch.no_grad():
+def fault(job: Job, path: Path) -> str:
+    """What is wrong with the program that was written: it must compute what the model computes, to the bit."""
+    with path.open("rb") as file, torch.no_grad(), _without_fast_path():
         loaded = torch.export.load(file).module()
         ours, theirs = outputs(job.model(*job.example)), outputs(loaded(*job.example))
-    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    same = len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    return "" if same else difference(ours, theirs)
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention by the operators that a program has of it: those that eager inference fuses round anew."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..files import DTYPES, checked_shapes, digest, loads, read_safetensors, refusals_name, write_safetensors
 from ..pattern import Pattern, block_of
-from .job import Job
+from .job import OTHER_TENSORS, Job
 
 PARTS = ("crow_indices", "col_indices", "values")
 LAYOUTS = {"torch.sparse_csr": torch.sparse_csr_tensor, "torch.sparse_bsr": torch.sparse_bsr_tensor}
@@ -55,16 +55,16 @@ def write_bsr(job: Job, path: Path) -> None:
     _write(job, path, "torch.sparse_bsr")
 
 
-def holds(job: Job, path: Path) -> bool:
-    """Does the file read back equal: values to the bit, and as many of them?"""
+def fault(job: Job, path: Path) -> str:
+    """What is wrong with the file: it must read back equal, values to the bit, and as many of them."""
     state = load_torch_sparse(path)
     sparse = {name: tensor for name, tensor in state.items() if tensor.layout != torch.strided}
     shapes = job.ticket.shapes
     if sparse.keys() != shapes.keys() or any(sparse[name].values().numel() != _nnz(job, name) for name in shapes):
-        return False
+        return OTHER_TENSORS
     for name, tensor in sparse.items():
         state[name] = tensor.to_dense().view(shapes[name])
-    return digest({}, state) == digest({}, job.ticket.weights)
+    return "" if digest({}, state) == digest({}, job.ticket.weights) else OTHER_TENSORS
 
 
 def _nnz(job: Job, name: str) -> int:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from .. import ops
 from ..kernels.reference import Geometry
 from ..pattern import Pattern, block_of, matrix_shape
 from .checkpoint import CheckpointedLayer
-from .dense import DenseWeight, smallest
+from .dense import DenseWeight, scatter, smallest
 from .executions import BY_NAME, EXECUTIONS, Measured, of
 
 _ALIVE: WeakSet[MaskedLayer] = WeakSet()
@@ -213,6 +214,24 @@ class MaskedLayer(CheckpointedLayer):
     def _dense_weight(self) -> Tensor:
         """`weight` for a dense execution, its live part for a compact one: a view of `values` if nothing is pruned."""
         return self.values.view(self.shape) if self._dense is None else self._dense(self.values, self._positions)
+
+    def _in_torch(self, x: Tensor | fx.Proxy) -> Tensor | fx.Proxy:
+        """forward where `ops.in_torch`: for torch.fx one module, for all others the dense layer, made of the values."""
+        if isinstance(x, fx.Proxy):
+            return ops.as_one_module(self, x)
+        with ops.unrecorded():
+            positions = self.pattern.positions()
+        return self._multiply(x, scatter(self.values, positions, self.shape))
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The dense layer's forward with this weight."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError(
+            "torch.jit.script: expected a model without masked layers, got one with them: script to_dense(model), "
+            "or use torch.jit.trace or torch.export"
+        )
 
     def _follow_values(self) -> None:
         if self._dense is not None:

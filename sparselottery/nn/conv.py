@@ -78,22 +78,26 @@ class MaskedConv2d(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, OH, OW), or (C, H, W) -> (O, OH, OW); channels_last if x is, else contiguous."""
+        if ops.in_torch(x):
+            return self._in_torch(x)
         if self.execution not in NATIVE:
             self.check()
         if self.execution in NATIVE:
             return run_conv(x, self)
         if self.execution == "dense":
-            return self._dense_conv(x, self.bias)
+            return self._multiply(x, self._dense_weight())
         images = _images(x, self)
         last = image_format(images) == torch.channels_last
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
-        y = self._dense_conv(gather(images, self._columns, -3, last), bias)
+        y = self._convolve(gather(images, self._columns, -3, last), self._dense_weight(), bias)
         y = spread(y, self._rows, self.bias, self.out_channels, -3, last)
         return y if x.dim() == 4 else y[0]
 
-    def _dense_conv(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(x, weight, self.bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding if self._pad_first is None else 0
-        weight = self._dense_weight()
         return F.conv2d(_padded(x, self), weight, bias, self.stride, padding, self.dilation, self.groups)
 
 

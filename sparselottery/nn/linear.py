@@ -59,16 +59,21 @@ class MaskedLinear(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
+        if ops.in_torch(x):
+            return self._in_torch(x)
         if self.execution not in NATIVE:
             self.check()
         if self.execution in NATIVE:
             return run_chain(x, [self])
         if self.execution == "dense":
-            return F.linear(x, self._dense_weight(), self.bias)
+            return self._multiply(x, self._dense_weight())
         _check_features(x, self)
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
         y = F.linear(gather(x, self._columns), self._dense_weight(), bias)
         return spread(y, self._rows, self.bias, self.out_features)
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
 
 def _check_features(x: Tensor, layer: MaskedLinear) -> None:

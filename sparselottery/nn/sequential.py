@@ -31,7 +31,7 @@ class MaskedSequential(nn.Sequential):
     _kept: _Kept | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if nn.modules.module._has_any_global_hook():
+        if nn.modules.module._has_any_global_hook() or ops.in_torch(x):
             return super().forward(x)
         end = 0
         for group in self._groups(x):

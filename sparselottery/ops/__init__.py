@@ -11,8 +11,20 @@ filter. Four torch ops carry all of it, `torch.ops.sparselottery.chain`, `conv2d
 is a chain of one, an sddmm is its gradient. Second derivatives run on the reference.
 """
 
-from .common import takes_block, too_old
+from .common import as_one_module, in_torch, takes_block, too_old, unrecorded, untraced
 from .conv import compile_conv_plan, conv2d, takes_norm
 from .linear import chain, compile_plan
 
-__all__ = ["chain", "compile_conv_plan", "compile_plan", "conv2d", "takes_block", "takes_norm", "too_old"]
+__all__ = [
+    "as_one_module",
+    "chain",
+    "compile_conv_plan",
+    "compile_plan",
+    "conv2d",
+    "in_torch",
+    "takes_block",
+    "takes_norm",
+    "too_old",
+    "unrecorded",
+    "untraced",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.autograd import forward_ad
 
 from ..kernels import gpu
 from ..kernels.reference import Geometry
@@ -13,6 +15,14 @@ from ..kernels.reference import Geometry
 Block = tuple[int, int]  # (R, C): all of its weights survive or none
 
 LIBRARY = torch.library.Library("sparselottery", "DEF")
+
+_KEY = {name: torch._C.DispatchKeySet(key).raw_repr() for name, key in torch._C.DispatchKey.__members__.items()}
+_DENSE = _KEY["Dense"]  # the tensor has memory; with the others its memory does not hold what it shows
+_KINDS = _DENSE | sum(
+    _KEY[name]
+    for name in ("Negative", "Conjugate", "ZeroTensor", "Functionalize", "NestedTensor", "FuncTorchBatched",
+                 "FuncTorchGradWrapper")
+)  # fmt: skip
 
 
 def misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Exception:
@@ -46,4 +56,35 @@ def too_old(device: torch.device) -> str | None:
 
 def untraced(x: Tensor) -> bool:
     """Is x an ordinary tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
-    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and not torch._C._len_torch_dispatch_stack()
+    return (
+        type(x) is Tensor
+        and (x.is_cpu or x.is_cuda)
+        and torch._C._dispatch_keys(x).raw_repr() & _KINDS == _DENSE
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def in_torch(x: Tensor | fx.Proxy) -> bool:
+    """Must a call on x be torch's own operators? For functorch, forward-mode derivatives, torch.jit and torch.fx."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or isinstance(x, fx.Proxy)
+    )
+
+
+def as_one_module(module: torch.nn.Module, x: fx.Proxy) -> fx.Proxy:
+    """The call of the module as a node of the graph that torch.fx records, as layers of torch.nn are."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """For torch.jit.trace what is computed here is a constant."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import cpu, gpu, reference
 from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, misfit, misplaced, untraced
+from .common import LIBRARY, Block, autocast, in_torch, misfit, misplaced, untraced
 
 LIBRARY.define(
     "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
@@ -78,7 +78,7 @@ def conv2d(
     args = x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool
     if norm is not None:
         return _forward_impl(*args, norm)[0]
-    if torch._C._are_functorch_transforms_active():
+    if in_torch(x):
         return reference.conv(x, values, bias, crow_indices, col_indices, geometry, relu, pool)
     if torch.compiler.is_compiling():
         return _CONV2D(*args)[0]
@@ -89,7 +89,7 @@ def conv2d(
 
 def takes_norm(x: Tensor) -> bool:
     """May a call on x have a `norm`? Where nobody asks for gradients, traces or casts."""
-    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_torch(x)
     return not observed and x.is_cpu and untraced(x) and not torch.is_autocast_enabled("cpu")
 
 
@@ -124,7 +124,7 @@ def _backward(ctx, gy):
     if torch.is_grad_enabled():
         grads = _differentiable_backward(ctx, gy, (x, values, bias), needs)
     else:
-        op = _backward_impl if untraced(gy) else _CONV2D_BACKWARD
+        op = _backward_impl if untraced(gy) and untraced(x) else _CONV2D_BACKWARD
         y = x.new_empty(0) if y is None else y
         grads = op(gy, x, y, winners, values, *ctx.indices, *ctx.settings, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import cpu, gpu, reference
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, misfit, misplaced, untraced
+from .common import LIBRARY, Block, autocast, in_torch, misfit, misplaced, untraced
 
 LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
@@ -70,7 +70,7 @@ def chain(
         if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow.shape[0] - 1,)):
             raise misfit("bias", bias, x.dtype, (crow.shape[0] - 1,))
     batch_minor = batch_minor or reference.is_packed(x)
-    if torch._C._are_functorch_transforms_active():
+    if in_torch(x):
         return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
     flat = [1, 1] * len(values) if blocks is None else [side for block in blocks for side in block]
     indices, grad = (crow_indices, col_indices, plans, flat), torch.is_grad_enabled()
@@ -139,7 +139,7 @@ def _backward(ctx, gy, need_x, need_values, need_biases):
     values, biases = params[: ctx.layers], params[ctx.layers :]
     if torch.is_grad_enabled() or (saved.numel() == 0 and _saved_features(x, *ctx.indices)):
         return _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases)
-    op = _chain_backward_impl if untraced(gy) else _CHAIN_BACKWARD
+    op = _chain_backward_impl if untraced(gy) and untraced(x) else _CHAIN_BACKWARD
     gx, gvalues, gbiases = op(gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases)
     gvalues = [g if need else None for g, need in zip(gvalues, need_values, strict=True)]
     gbiases = [g if need else None for g, need in zip(gbiases, need_biases, strict=True)]

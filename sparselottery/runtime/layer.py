@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+from .. import ops
 from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
 from ..maskable import MASKED
 from ..nn import MaskedConv2d, MaskedLayer, geometry_of
+from ..nn.dense import scatter
 from ..nn.weight import WeightedLayer
 from ..pattern import Pattern, matrix_shape
 from ..random_state import random_state_kept
@@ -87,6 +90,7 @@ class FrozenLayer(WeightedLayer):
         self._kind = MASKED[type(dense)]
         for name in self._kind.arguments:
             setattr(self, name, getattr(dense, name))
+        self._dense = (self._kind.dense_type(**self._arguments, bias=False, device="meta"),)  # no child of this module
         self.shape, self.density = tuple(dense.weight.shape), pattern.density
         self.geometry: Geometry | None = geometry_of(dense) if self._kind is MaskedConv2d else None
         for name, tensor in (("values", values), ("bias", bias)):
@@ -97,13 +101,26 @@ class FrozenLayer(WeightedLayer):
         self._settle(changed=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As that of the dense layer."""
+        """As that of the dense layer; where somebody traces or transforms, by torch's own operators."""
+        if is_traced(x):
+            return self._in_torch(x)
         if not self.is_native or not runs_native(x) or x.dim() == 0:
             return self._made("masked", self._masked)(x)
         if self.geometry is None:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             return chain_of([self], self._made, *rows.shape)(rows).view(*x.shape[:-1], -1)
         return self._made("masked", self._masked)(x) if x.dim() != 4 else self.convolve(x)
+
+    def _in_torch(self, x: Tensor | fx.Proxy) -> Tensor | fx.Proxy:
+        """With a dense weight that is made anew: what a tracer sees is not for later calls. For torch.fx one module."""
+        if isinstance(x, fx.Proxy):
+            return ops.as_one_module(self, x)
+        with ops.unrecorded():
+            positions = self.pattern.positions()
+        weight = scatter(self.values, positions, self.shape)
+        if self.geometry is None:
+            return F.linear(x, weight, self.bias)
+        return self._dense[0]._conv_forward(x, weight, self.bias)
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -147,7 +164,7 @@ class FrozenLayer(WeightedLayer):
         with random_state_kept():
             masked = self._kind(
                 **self._arguments,
-                mask=_no_mask(self._kind.dense_type(**self._arguments, device="meta")),
+                mask=_no_mask(self._dense[0]),
                 bias=self.bias is not None,
                 device=self.values.device,
                 dtype=self.values.dtype,
@@ -216,16 +233,15 @@ def chain_of(
     return made((kind, threads), pack)
 
 
+def is_traced(x: Tensor | fx.Proxy) -> bool:
+    """Does somebody compile, trace or transform this call? What is made in it is then not for later ones."""
+    return torch.compiler.is_compiling() or ops.in_torch(x) or torch._C._len_torch_dispatch_stack() > 0
+
+
 def runs_native(x: Tensor) -> bool:
     """Is x an ordinary fp32 tensor on the CPU that nothing traces?"""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    ordinary = not torch.compiler.is_compiling() and not ops.in_torch(x) and ops.untraced(x)
+    return ordinary and x.is_cpu and x.dtype is torch.float32 and x.numel() > 0
 
 
 def _no_mask(dense: nn.Module) -> Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from .. import ops
 from ..architecture import build
 from ..copying import copied
 from ..files import Contents, read, refusals_name
 from ..maskable import MASKED, unmaskable
 from ..nn import MaskedLayer
-from .layer import FrozenLayer
+from .layer import FrozenLayer, runs_native
 from .sequential import FrozenSequential, Run
 from .tuning import choose_dense
 
@@ -26,12 +28,13 @@ class SparseModel(nn.Module):
     """A frozen model: evaluation only, without gradients; several threads may call it at once.
 
     It computes in the dtypes of its file. `net` is the module tree, under the names of the file; its tensors are not to
-    be changed, as kernels have packed them.
+    be changed, as kernels have packed them. torch.fx and torch.export, which read signatures, take `net`.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.requires_grad_(False)
+        self.eval()
         self._whole: Callable[[], Run | None] | None = net.whole if isinstance(net, FrozenSequential) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,20 +48,15 @@ class SparseModel(nn.Module):
 
     def _is_plain(self, x: Any) -> bool:
         """Is x what a native call takes, with nobody observing the call?"""
-        return (
-            type(x) is Tensor
-            and x.dtype is torch.float32
-            and x.is_cpu
-            and x.is_contiguous()
-            and not self._forward_pre_hooks
-            and not self._forward_hooks
-            and not torch.compiler.is_compiling()
-            and not torch._C._len_torch_dispatch_stack()
-        )
+        return runs_native(x) and x.is_contiguous() and not self._forward_pre_hooks and not self._forward_hooks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As that of the dense model in evaluation mode."""
-        with torch.no_grad():
+        if isinstance(args, fx.Proxy):
+            raise TypeError(
+                "torch.fx: expected a model whose forward has a signature, got a SparseModel: trace its `net`"
+            )
+        with nullcontext() if ops.in_torch(None) else torch.no_grad():
             return self.net(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SparseModel:
@@ -66,6 +64,11 @@ class SparseModel(nn.Module):
         if mode:
             raise ValueError("mode: expected evaluation, got training: the model is frozen")
         return super().train(False)
+
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError(
+            "torch.jit.script: expected a dense model, got a frozen sparse one: use torch.jit.trace or torch.export"
+        )
 
 
 def load_sparse(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels import cpu_net, cpu_stages
 from ..nn.fuse import NOTHING, Group, Rules, Step, Watch, groups, is_observed
 from ..pattern import Pattern, matrix_shape
-from .layer import FEW_IMAGES, Cache, FrozenLayer, chain_of, runs_native
+from .layer import FEW_IMAGES, Cache, FrozenLayer, chain_of, is_traced, runs_native
 
 SMALL = {nn.Linear: 2**16, nn.Conv2d: 2**12}  # weights of unmasked layers that join the native call of their neighbours
 
@@ -42,7 +42,7 @@ class Run:
         return packed and packed.bind(len(x))
 
     def _takes(self, x: Tensor) -> bool:
-        return x.dim() == (2 if self.steps[0].layer.geometry is None else 4) and runs_native(x)
+        return runs_native(x) and x.dim() == (2 if self.steps[0].layer.geometry is None else 4)
 
     def _pick(self, x: Tensor) -> cpu_net.Net | cpu_net.Chain | None:
         shape, threads = tuple(x.shape[1:]), torch.get_num_threads()
@@ -88,7 +88,7 @@ class FrozenSequential(nn.Sequential):
     _grouped: Grouped | None = None  # made when first asked for
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_traced(x):
             return super().forward(x)
         for part in self.grouped().parts:
             x = part(x)
