@@ -49,10 +49,10 @@ class _Packed:
 
     def bind(self, batch: int) -> Callable[[Tensor], Tensor]:
         """The call for one N: all that a call can leave to its caller is done."""
-        function, address, empty, shape = self.function(), self.address, native.empty, (batch, *self.out_shape)
+        function, address, shape = self.function(), self.address, (batch, *self.out_shape)
 
         def call(x: Tensor, _net: _Packed = self) -> Tensor:  # which lives as long as its calls
-            y = empty(*shape)
+            y = x.new_empty(shape)
             function(address, x.data_ptr(), y.data_ptr(), batch)
             return y
 
