@@ -120,7 +120,7 @@ def test_a_capture_that_fails_leaves_a_device_that_works(monkeypatch):
 
 
 def test_a_capture_that_fails_and_breaks_the_device_says_so(monkeypatch):
-    def rand(*size, device):
+    def rand(*size, dtype, device):
         assert cuda.current == "the caller's"
         raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 

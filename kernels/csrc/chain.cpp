@@ -324,8 +324,8 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
         at += read_plan(f.plan).in_features * ld;
     }
     const Plan first = read_plan(frozen[0].plan), last = read_plan(frozen[chain->layers - 1].plan);
-    const Args args{0, chain->threads, chain->layers, batch, first.in_features, ld, x, first.in_features, ROW_MAJOR, y, last.out_features,
-                    ROW_MAJOR, nullptr};
+    const Args args{0, chain->threads, chain->layers, batch, first.in_features, ld, x, first.in_features, ROW_MAJOR,
+                    y, last.out_features, ROW_MAJOR, nullptr};
     forward<float>(args, layers.data());
 }
 
