@@ -20,6 +20,7 @@ TORTURE_SEED ?= 0
 GPU_LAB_SECONDS ?= 570
 GPU_LAB ?= conv-2 resnet-18
 PIP_ARGS ?=
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 AUDITED := 3.6 3.9  # versions of Triton
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
@@ -29,8 +30,9 @@ BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
 
+# Threads that wait for others sleep, as two processes share the cores.
 test: .venv/test.stamp
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal -p no:benchmark
 
 bench: .venv/test.stamp
 	-$(MAKE) peers

@@ -55,7 +55,8 @@ def test_every_training_of_an_experiment_is_deterministic(tmp_path, monkeypatch,
     experiment.run(quick, load("digits"), tmp_path)
     monkeypatch.setattr(experiment, "train", spy)
     monkeypatch.setattr(CUDNN, "benchmark", True)
-    monkeypatch.setattr(determinism.torch, "device", lambda _: SimpleNamespace(type="cuda"))
+    stand_in = vars(torch) | {"device": lambda _: SimpleNamespace(type="cuda")}
+    monkeypatch.setattr(determinism, "torch", SimpleNamespace(**stand_in))
     if what == "ladder":
         experiment.run(quick, load("digits"), tmp_path / "other")
     else:
