@@ -22,6 +22,25 @@ MODELS = {"mlp": (mlp, (4, 20)), "cnn": (cnn, (4, 3, 8, 8))}
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """A frozen net measures by how many threads an image is shared, and that decides the last bits of its results."""
     threads = torch.get_num_threads()

@@ -3,12 +3,12 @@
 import ast
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from hosts import MODELS, case_of, mlp, one_thread, same
+from hosts import MODELS, case_of, default_device, default_dtype, mlp, one_thread, same
 from torch import Tensor, nn
 
 import sparselottery as sl
@@ -58,25 +58,6 @@ def test_factories_name_dtype_and_device():
 
 
 # Global states
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
 
 
 STATES = {
