@@ -172,6 +172,36 @@ def test_edits_of_a_frozen_net_count(tmp_path):
     assert not torch.equal(net(x), net(x))  # dropout, at last
 
 
+def rewritten(module):
+    """New values for all its floating tensors."""
+    return {name: torch.rand_like(t) + 0.5 if t.is_floating_point() else t for name, t in module.state_dict().items()}
+
+
+CHANGES = {
+    "loaded": lambda module: module.load_state_dict(rewritten(module)),
+    "assigned": lambda module: module.load_state_dict(rewritten(module), assign=True),
+    "an attribute": lambda module: setattr(module, "weight", nn.Parameter(torch.rand_like(module.weight))),
+    "in place": lambda module: module.bias.fill_(3),
+    "eps": lambda module: setattr(module, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("at", [1, 4])
+def test_what_is_beside_frozen_layers_may_change_alone(at, change, tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).eval()
+    path, x = tmp_path / "net.safetensors", torch.randn(2, 2, 6, 6)
+    Ticket.from_model(convert(model, {"0.weight": torch.rand(3, 2, 3, 3) < 0.5})).save(path)
+    net = load_sparse(path)
+    before = net(x)
+    CHANGES[change](net.net[at])
+    expected = x
+    for child in net.net:
+        expected = child(expected)
+    torch.testing.assert_close(net(x), expected)
+    assert (change, at) == ("eps", 4) or not torch.equal(before, expected)
+
+
 def test_linear_after_images_is_of_the_last_dimension(tmp_path):
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(7, 4)), torch.randn(2, 2, 9, 9)
     masked, net = frozen(model, tmp_path / "net.safetensors")

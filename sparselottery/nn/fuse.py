@@ -110,7 +110,9 @@ def attributes_of(module: nn.Module) -> tuple[str, ...]:
     """The names of what decides, besides its type, what a call can do with a module in a group."""
     if isinstance(module, nn.MaxPool2d):
         return "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
-    if type(module) in (*NOTHING, nn.BatchNorm2d):
+    if type(module) is nn.BatchNorm2d:
+        return "training", "eps"
+    if type(module) in NOTHING:
         return ("training",)
     return ("_present",) if hasattr(type(module), "execution") else ()
 
