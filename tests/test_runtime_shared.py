@@ -160,6 +160,9 @@ def test_edits_of_a_frozen_net_count(tmp_path):
     _, net = frozen(mlp(), tmp_path / "net.safetensors")
     x = torch.randn(3, 8)
     before = net(x)
+    net.net[1].tag = "one attribute more, until there is another in its place"
+    net(x)
+    del net.net[1].tag
     net.net[1].forward = lambda x: 2 * x.relu()
     hidden = net.net[0](x)
     torch.testing.assert_close(net(x), net.net[3](2 * hidden.relu()))
@@ -248,7 +251,7 @@ def test_memory_is_bounded_over_a_thousand_sizes(tmp_path, monkeypatch):
 
 
 def test_what_is_used_again_stays_cached():
-    cache, made = Cache(), []
+    cache, made = Cache([]), []
     for key in range(3 * Cache.LIMIT):
         for each in ("hot", key):
             cache(each, lambda each=each: made.append(each) or each)

@@ -126,7 +126,6 @@ class FrozenSequential(nn.Sequential):
     def grouped(self) -> Grouped:
         grouped = self._grouped
         if grouped is None or grouped.changed():
-            self._grouped = None  # an attribute from now on, as its number is watched
             grouped = self._grouped = _group(self)
         return grouped
 
