@@ -30,8 +30,9 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each named nn.Linear or
     nn.Conv2d (or, in a converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its
     weights at the mask, with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential
-    with masked layers in it becomes a MaskedSequential. DistributedDataParallel sends no indices of the survivors,
-    which every process must have of the same masks.
+    with masked layers in it becomes a MaskedSequential. DistributedDataParallel(converted) sends no indices of the
+    survivors, which every process must have of the same masks; of a module that holds the converted one it does at each
+    call, unless given `broadcast_buffers=False`.
     example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
     layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
     Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or

@@ -45,9 +45,10 @@ def survivors(masks: Mapping[str, Tensor]) -> int:
 
 
 def as_mask(name: str, mask: Tensor | np.ndarray) -> Tensor:
-    """The mask of a weight as a bool tensor; of a bool NumPy array, the same memory. Raises TypeError for others."""
+    """The mask of a weight as a bool tensor, copied where torch cannot hold an array. Raises TypeError for others."""
     if isinstance(mask, np.ndarray) and mask.dtype == bool:
-        return torch.from_numpy(mask)
+        fits = mask.flags.writeable and min(mask.strides, default=0) >= 0
+        return torch.from_numpy(mask if fits else mask.copy())
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"{type(mask).__name__} of {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
         raise TypeError(f"masks[{name!r}]: expected a bool tensor or bool NumPy array, got {got}")

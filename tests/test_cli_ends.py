@@ -87,6 +87,12 @@ def test_nobody_reads_on(argv, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_without_an_output(monkeypatch):
+    """As a shell starts it with >&-."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["info"]) == 0
+
+
 def test_another_broken_pipe_is_an_error(capsys, monkeypatch):
     def broken():
         raise BrokenPipeError("of a worker")

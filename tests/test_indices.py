@@ -13,6 +13,7 @@ import sparselottery as sl
 from sparselottery.kernels import abi, cpu, cpu_net, cpu_train, native
 from sparselottery.nn import MaskedLayer
 from sparselottery.pattern import Pattern
+from sparselottery.runtime import layer as frozen
 
 NATIVE = pytest.mark.skipif(not native.available(), reason=native.status())
 
@@ -66,6 +67,22 @@ def test_meta_to_empty_load(case, execution, assign):
     on_meta = copy.deepcopy(converted).to("meta")
     on_meta.load_state_dict(saved, assign=True)
     torch.testing.assert_close(on_meta(x), y)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_other_threads_may_call_while_it_loads(case, assign, monkeypatch):
+    model, masks, x = case
+    model = sl.convert(model, masks)
+    expected, load, seen = model(x), nn.Module._load_from_state_dict, []
+
+    def load_later(module, *args):
+        seen.append(same(model(x), expected))
+        load(module, *args)
+
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", load_later)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    assert len(seen) > 2
+    assert all(seen)
 
 
 @pytest.mark.filterwarnings("ignore:.*which is a no-op")
@@ -209,6 +226,18 @@ def test_frozen_layers(case, assign, batch, tmp_path):
         net(x)
     layer.col_indices = saved["net.0.col_indices"].clone()
     assert same(net(x), y)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_frozen_layers_show_changes_after_them(assign, case, tmp_path, monkeypatch):
+    """Else a thread that calls in between would pack the old tensors for good."""
+    model, masks, _ = case
+    sl.Ticket.from_model(sl.convert(model, masks)).save(tmp_path / "x.safetensors")
+    layer, shown = sl.load_sparse(tmp_path / "x.safetensors").net[0], []
+    monkeypatch.setattr(frozen, "_replaced", lambda old, new: shown.append(any(b is new for b in layer.buffers())))
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=assign)
+    layer.values = layer.values.clone()
+    assert all(shown)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -5,7 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sparselottery.masks import at_random, by_magnitude, check, lowest, pools, prune_pools, rearrange, survivors
+from sparselottery.masks import (
+    as_mask,
+    at_random,
+    by_magnitude,
+    check,
+    lowest,
+    pools,
+    prune_pools,
+    rearrange,
+    survivors,
+)
 
 LENET = {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}
 NAMES = ["conv.fc1.weight", "conv.fc2.weight", "head.weight"]
@@ -199,3 +209,11 @@ def test_check():
         check(whole({"a.weight": (3, 2)}), weights)
     with pytest.raises(TypeError, match="expected a bool tensor or bool NumPy array, got Tensor of torch"):
         check({"a.weight": torch.zeros(2, 3)}, weights)
+
+
+@pytest.mark.parametrize("kind", ["as it is", "read only", "reversed"])
+def test_numpy_masks(kind):
+    array = np.random.default_rng(0).random((4, 5)) < 0.5
+    array = array[::-1] if kind == "reversed" else array
+    array.flags.writeable = kind != "read only"
+    assert np.array_equal(as_mask("weight", array).numpy(), array)

@@ -279,12 +279,24 @@ def test_wrong_assignments(value, error, message):
     assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor.detach, nn.Parameter])
+def test_functional_call_leaves_the_layer_as_it_was(kind):
+    layer = masked()
+    before, bias = dense_of(layer), layer.bias.detach().clone()
+    state = {"bias": torch.ones(6), "weight": kind(torch.ones(6, 5))}
+    with pytest.raises(TypeError, match="functional_call: expected values"):
+        torch.func.functional_call(layer, state, (torch.randn(2, 5),))
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.bias, bias)
+
+
 def test_what_it_cannot_do_is_said(layer, made):
     weight = layer.weight
     for name in ("register_hook", "register_post_accumulate_grad_hook"):
         with pytest.raises(RuntimeError, match=rf"{name}: .* ask layer.values"):
             getattr(weight, name)(print)
-    for call in (weight.retain_grad, weight.data_ptr, weight.share_memory_, lambda: weight.resize_(3)):
+    refused = weight.retain_grad, weight.data_ptr, weight.untyped_storage, weight.share_memory_
+    for call in (*refused, lambda: weight.resize_(3)):
         with pytest.raises(RuntimeError, match="not of a masked layer's weight"):
             call()
     with pytest.raises(RuntimeError, match=r"torch.autograd.grad: .*layer.values"):

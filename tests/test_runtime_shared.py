@@ -160,6 +160,9 @@ def test_edits_of_a_frozen_net_count(tmp_path):
     _, net = frozen(mlp(), tmp_path / "net.safetensors")
     x = torch.randn(3, 8)
     before = net(x)
+    net.net[1].tag = "one attribute more, until there is another in its place"
+    net(x)
+    del net.net[1].tag
     net.net[1].forward = lambda x: 2 * x.relu()
     hidden = net.net[0](x)
     torch.testing.assert_close(net(x), net.net[3](2 * hidden.relu()))
@@ -170,6 +173,36 @@ def test_edits_of_a_frozen_net_count(tmp_path):
     assert (net(x) < 0).any()
     net.net[2].train()
     assert not torch.equal(net(x), net(x))  # dropout, at last
+
+
+def rewritten(module):
+    """New values for all its floating tensors."""
+    return {name: torch.rand_like(t) + 0.5 if t.is_floating_point() else t for name, t in module.state_dict().items()}
+
+
+CHANGES = {
+    "loaded": lambda module: module.load_state_dict(rewritten(module)),
+    "assigned": lambda module: module.load_state_dict(rewritten(module), assign=True),
+    "an attribute": lambda module: setattr(module, "weight", nn.Parameter(torch.rand_like(module.weight))),
+    "in place": lambda module: module.bias.fill_(3),
+    "eps": lambda module: setattr(module, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("at", [1, 4])
+def test_what_is_beside_frozen_layers_may_change_alone(at, change, tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).eval()
+    path, x = tmp_path / "net.safetensors", torch.randn(2, 2, 6, 6)
+    Ticket.from_model(convert(model, {"0.weight": torch.rand(3, 2, 3, 3) < 0.5})).save(path)
+    net = load_sparse(path)
+    before = net(x)
+    CHANGES[change](net.net[at])
+    expected = x
+    for child in net.net:
+        expected = child(expected)
+    torch.testing.assert_close(net(x), expected)
+    assert (change, at) == ("eps", 4) or not torch.equal(before, expected)
 
 
 def test_linear_after_images_is_of_the_last_dimension(tmp_path):
@@ -218,7 +251,7 @@ def test_memory_is_bounded_over_a_thousand_sizes(tmp_path, monkeypatch):
 
 
 def test_what_is_used_again_stays_cached():
-    cache, made = Cache(), []
+    cache, made = Cache([]), []
     for key in range(3 * Cache.LIMIT):
         for each in ("hot", key):
             cache(each, lambda each=each: made.append(each) or each)

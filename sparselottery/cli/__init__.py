@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Nobody reading the output any more is no error: the command ends, quietly. Interrupted, it says what is kept.
     """
+    if sys.stdout is None:  # closed, as by >&-
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            return main(argv)
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from ..pattern import Pattern
 from .weight import WeightedLayer
@@ -45,9 +45,16 @@ class CheckpointedLayer(WeightedLayer):
                 return
         loads = prefix + "values" in state_dict
         if loads:  # into new buffers: the old ones show whether the pattern is another
-            self.crow_indices = torch.empty_like(self.crow_indices)
-            self.col_indices = self.col_indices.new_empty(state_dict[prefix + "col_indices"].shape)
+            for name in ("crow_indices", "col_indices"):
+                setattr(self, name, _renewed(getattr(self, name), state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if loads:
             self._settle(changed=not self._same_as_known())
         self._follow_values()
+
+
+def _renewed(indices: Tensor, given: Tensor) -> Tensor:
+    """A new buffer for those given, where the old one is; filled at once, as other threads may call the layer."""
+    if indices.is_meta or given.is_meta:
+        return indices.new_empty(given.shape)
+    return given.to(indices.device, indices.dtype, copy=True)

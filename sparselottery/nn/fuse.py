@@ -70,7 +70,7 @@ class Watch:
     def __init__(self, parents: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in _HOOKS)]
-        self._vars = [*map(vars, modules)]  # a forward of a module's own is one entry more
+        self._vars = [*map(vars, modules)]
         self._children = [parent._modules.values() for parent in parents]
         by_names: dict[tuple[str, ...], list[nn.Module]] = {}
         for module in modules:
@@ -88,7 +88,7 @@ class Watch:
         return [*map(len, self._hooks)] if any(self._hooks) else None
 
     def _state(self) -> list:
-        state = [*map(len, self._vars), *map(type, self._modules)]
+        state = [*("forward" in each for each in self._vars), *map(type, self._modules)]
         for children in self._children:  # as they are now
             state += children
         for get, modules in self._attributes:
@@ -110,7 +110,9 @@ def attributes_of(module: nn.Module) -> tuple[str, ...]:
     """The names of what decides, besides its type, what a call can do with a module in a group."""
     if isinstance(module, nn.MaxPool2d):
         return "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
-    if type(module) in (*NOTHING, nn.BatchNorm2d):
+    if type(module) is nn.BatchNorm2d:
+        return "training", "eps"
+    if type(module) in NOTHING:
         return ("training",)
     return ("_present",) if hasattr(type(module), "execution") else ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -37,11 +38,16 @@ REFUSED = {
     getattr(Tensor, name): _refused(name, instead)
     for names, instead in (
         (("register_hook", "register_post_accumulate_grad_hook", "retain_grad"), "ask layer.values, the parameter"),
-        (("share_memory_", "data_ptr"), "ask layer.values, which has memory"),
+        (("share_memory_", "data_ptr", "storage", "untyped_storage"), "ask layer.values, which has memory"),
         (("set_", "resize_", "resize_as_"), "its shape is the layer's"),
     )
     for name in names
 }
+
+
+def for_one_call(depth: int) -> bool:
+    """Is who assigned, so many frames up, torch.func.functional_call? It takes no assignment of a `weight` back."""
+    return sys._getframe(depth + 1).f_globals.get("__name__") == torch.nn.utils._named_member_accessor.__name__
 
 
 def of_copy(func: Callable) -> Callable:

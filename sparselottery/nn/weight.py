@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ..pattern import Pattern, matrix_shape
 from .dense import traced
 from .indices import IndexedLayer
-from .tensor_calls import METADATA, REFUSED, of_copy, read_only
+from .tensor_calls import METADATA, REFUSED, for_one_call, of_copy, read_only
 
 
 class Weight(Tensor):
@@ -231,6 +231,8 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
         raise TypeError(f"weight: expected a tensor, got {type(value).__name__}")
     if isinstance(value, Weight) and value._layer is not layer:
         raise TypeError("weight: expected a tensor, got the weight of another layer: assign its clone()")
+    if for_one_call(2):
+        raise TypeError("torch.func.functional_call: expected values of a masked layer, got its weight")
     if value.requires_grad and not isinstance(value, (nn.Parameter, Weight)):
         raise TypeError("weight: expected a Parameter or a tensor without gradient: see torch.func.functional_call")
     values = layer.values

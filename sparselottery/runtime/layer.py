@@ -181,8 +181,9 @@ class FrozenLayer(WeightedLayer):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _replaced(self.__dict__.get("_buffers", {}).get(name), value)
+        before = self.__dict__.get("_buffers", {}).get(name)
         super().__setattr__(name, value)
+        _replaced(before, value)
 
     def _indices_changed(self) -> None:
         self.density = self._valid_pattern(matrix_shape(self.shape), self.values.numel()).density

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,30 @@ class Run:
         return x
 
 
+class Beside:
+    """The tensors that runs take from modules beside the frozen layers, whose own `Cache` watches: norms, dense layers.
+
+    They are held, so that no other tensor gets their ids.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = [module for module in modules if type(module) in (*SMALL, nn.BatchNorm2d)]
+        self._tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        self.held = self._tensors()
+        self._seen = self._state(self.held)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for table in self._tables for tensor in table.values() if tensor is not None]
+
+    @staticmethod
+    def _state(tensors: list[Tensor]) -> list[int]:
+        return [*map(id, tensors), *(tensor._version for tensor in tensors if not tensor.is_inference())]
+
+    def changed(self) -> bool:
+        """Are they others than when this was made, or written to since?"""
+        return self._state(self._tensors()) != self._seen
+
+
 class Grouped(NamedTuple):
     """The children of a FrozenSequential in order, as long as nothing has `changed`; whole: the run that is all."""
 
@@ -102,7 +126,6 @@ class FrozenSequential(nn.Sequential):
     def grouped(self) -> Grouped:
         grouped = self._grouped
         if grouped is None or grouped.changed():
-            self._grouped = None  # an attribute from now on, as its number is watched
             grouped = self._grouped = _group(self)
         return grouped
 
@@ -124,7 +147,8 @@ def _group(net: FrozenSequential) -> Grouped:
     parents: list[nn.Sequential] = []
     children = list(_flat(net, parents))
     watched = list(dict.fromkeys(m for parent in parents for m in (parent, *parent._modules.values())))
-    changed = Watch(parents, watched).changed
+    watch, beside = Watch(parents, watched), Beside(watched)
+    changed = (lambda: watch.changed() or beside.changed()) if beside.held else watch.changed
     if nn.modules.module._has_any_global_hook():
         return Grouped(changed, list(net), None)
     parts: list[Run | nn.Module] = []
