@@ -161,7 +161,7 @@ class Chain(_Packed):
 
 
 class Rows(_Packed):
-    """The same for some samples at once, from CSR as it is."""
+    """The same for some samples at once, from a copy of the CSR indices, which nobody else can write to."""
 
     @staticmethod
     def function() -> Callable[[int, int, int, int], None]:
@@ -172,7 +172,7 @@ class Rows(_Packed):
         self.out_shape = (sizes[-1],)
         self._kept, words = [], [len(stages), threads, max(*sizes, *(stage.in_features for stage in stages))]
         for stage, rows in zip(stages, sizes, strict=True):
-            tensors = stage.crow_indices, stage.col_indices, stage.values.detach(), stage.bias
+            tensors = stage.crow_indices.clone(), stage.col_indices.clone(), stage.values.detach(), stage.bias
             self._kept += [None if tensor is None else tensor.contiguous() for tensor in tensors]
             pointers = [0 if tensor is None else tensor.data_ptr() for tensor in self._kept[-4:]]
             words += [rows, stage.in_features, *pointers]

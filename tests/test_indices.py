@@ -240,6 +240,21 @@ def test_frozen_layers_show_changes_after_them(assign, case, tmp_path, monkeypat
     assert all(shown)
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_writes_that_show_no_version_reach_no_kernel(case, called, tmp_path):
+    model, masks, x = case
+    sl.Ticket.from_model(sl.convert(model, masks)).save(tmp_path / "x.safetensors")
+    for batch in (1, 4, 40):
+        net, inputs = sl.load_sparse(tmp_path / "x.safetensors"), x.repeat(10, *[1] * (x.dim() - 1))[:batch]
+        y = net(inputs).clone() if called else None
+        net.net[0].col_indices.data.fill_(2**30)
+        if called:
+            assert same(net(inputs), y)
+        else:
+            with pytest.raises(ValueError, match="col_indices"):
+                net(inputs)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_dense_neighbours_of_frozen_layers_load_too(assign, tmp_path):
     model, masks, x = case_of("mlp")

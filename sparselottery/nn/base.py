@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from typing import Any, ClassVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +17,12 @@ from .checkpoint import CheckpointedLayer
 from .dense import DenseWeight, scatter, smallest
 from .executions import BY_NAME, EXECUTIONS, Measured, of
 
-_ALIVE: WeakSet[MaskedLayer] = WeakSet()
+_ALIVE: WeakValueDictionary[int, MaskedLayer] = WeakValueDictionary()  # by id
 
 
 def layers_alive() -> list[MaskedLayer]:
     """All masked layers of the process."""
-    return list(_ALIVE)
+    return [layer for ref in _ALIVE.valuerefs() if (layer := ref()) is not None]  # others may come meanwhile
 
 
 class MaskedLayer(CheckpointedLayer):
@@ -45,7 +45,7 @@ class MaskedLayer(CheckpointedLayer):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MaskedLayer:
         layer = super().__new__(cls)  # copies and what is unpickled pass here, too
-        _ALIVE.add(layer)
+        _ALIVE[id(layer)] = layer
         return layer
 
     @property

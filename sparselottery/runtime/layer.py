@@ -134,7 +134,7 @@ class FrozenLayer(WeightedLayer):
 
     def stage(self, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> cpu_stages.Stage:
         """The layer and what follows it."""
-        indices = self.crow_indices, self.col_indices, self.values
+        indices = *self._validated(), self.values
         if self.geometry is None:
             return cpu_stages.Linear(self.in_features, *indices, self.bias, relu)
         scale, shift = None, self.bias
@@ -150,7 +150,7 @@ class FrozenLayer(WeightedLayer):
         if x.shape[1] != channels or min(height, width) < pool:
             raise ValueError(f"x: expected images of {channels} channels that the kernel fits, got {tuple(x.shape)}")
         indices = self.crow_indices, self.col_indices
-        plan = self._made("plan", lambda: cpu.conv_plan(*indices, self.geometry, backward=False))
+        plan = self._made("plan", lambda: cpu.conv_plan(*self._validated(), self.geometry, backward=False))
         statistics = norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         args = x, self.values, self.bias, *indices, plan, self.geometry, relu, pool, statistics
         with torch.no_grad():
@@ -191,6 +191,11 @@ class FrozenLayer(WeightedLayer):
 
     def _settle(self, changed: bool) -> None:
         self._remember("crow_indices", "col_indices")
+
+    def _validated(self) -> tuple[Tensor, Tensor]:
+        """The indices for what packs them: checked again, as writes through `data` show no version."""
+        pattern = self._valid_pattern(matrix_shape(self.shape), self.values.numel())
+        return pattern.crow_indices, pattern.col_indices
 
     def watched(self) -> list[Tensor]:
         """What kernels read or have packed."""
