@@ -124,6 +124,15 @@ def test_equals_conv2d(problem, density):
         assert_equals_conv2d(conv, masked, x)
 
 
+@pytest.mark.parametrize("size", [(1, 2), (2, 1)])
+def test_padding_may_change_the_format(size):
+    """A compact execution writes images in the format that the padded ones have."""
+    conv, masked = pair(kernel_size=1, padding=1, padding_mode="circular")
+    masked.execution = "compact"
+    x = torch.randn(3, 4, *size).to(memory_format=torch.channels_last)
+    assert masked(x).stride() == conv(x).stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"padding": "same"}, {"groups": 2, "stride": 2, "bias": False}])
 def test_half_precisions(dtype, options):

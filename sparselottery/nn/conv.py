@@ -86,7 +86,7 @@ class MaskedConv2d(MaskedLayer):
             return run_conv(x, self)
         if self.execution == "dense":
             return self._multiply(x, self._dense_weight())
-        images = _images(x, self)
+        images = _padded(_images(x, self), self)  # first, as padding may change the format
         last = image_format(images) == torch.channels_last
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
         y = self._convolve(gather(images, self._columns, -3, last), self._dense_weight(), bias)
@@ -94,11 +94,11 @@ class MaskedConv2d(MaskedLayer):
         return y if x.dim() == 4 else y[0]
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._convolve(x, weight, self.bias)
+        return self._convolve(_padded(x, self), weight, self.bias)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve(self, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding if self._pad_first is None else 0
-        return F.conv2d(_padded(x, self), weight, bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(padded, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 def geometry_of(conv: MaskedConv2d | nn.Conv2d) -> Geometry:

@@ -83,7 +83,7 @@ def _unpack_kernel(
         at = tl.arange(0, K)[:, None] * R + tl.arange(0, R)[None, :]
         partial += tile.to(tl.int64) * (K * R)
         total = tl.zeros([K, R], tl.float32)
-        for _ in tl.range(splits, loop_unroll_factor=2):  # two loads on their way
+        for _ in tl.range(splits, loop_unroll_factor=3):  # three loads on their way
             total += tl.load(partial + at)
             partial += tl.num_programs(0).to(tl.int64) * (K * R)
         n, k = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
