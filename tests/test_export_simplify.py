@@ -264,6 +264,6 @@ def test_a_simplification_that_is_wrong_is_not_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys.modules["sparselottery.export"], "fold_batchnorms", wrong)
     ticket = ticket_of(nn.Linear(4, 6), nn.Linear(6, 5))
-    with pytest.raises(OSError, match="does not compute what the source computes"):
+    with pytest.raises(OSError, match="does not compute what the source does"):
         export(ticket, tmp_path / "out", fold_batchnorm=True, example_input=torch.ones(2, 4).double())
     assert not list(tmp_path.iterdir())
