@@ -164,7 +164,8 @@ class _Shard:
             "SHARD_DONE": str(self._done),
         }  # fmt: skip
         self._command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.shard", *PLAIN, "-m", marks]
-        self._command += map(str, paths)
+        # Else names would depend on where the folder of the tests and this one meet.
+        self._command += [f"--rootdir={paths[0].parent}", *map(str, paths)]
         self._limit, self._restarts, self._read = limit, 0, 0
         self.over, self.why = False, ""
         self._start()
