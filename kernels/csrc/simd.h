@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -121,17 +122,33 @@ INLINE Vec<T> load_lanes(Row row, int64_t at) {
 #endif
 }
 
+// Elements Pick::at(0), Pick::at(1), ... of a and b, which are counted through. GCC before 12 has but its own word for it.
+template <class T, class Pick, int... L>
+INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, L...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, Pick::at(L)...);
+#else
+    return __builtin_shuffle(a, b, typename Simd<T>::I{Pick::at(L)...});
+#endif
+}
+template <class T, class Pick>
+INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+    return shuffle<T, Pick>(a, b, std::make_integer_sequence<int, kWidth<T>>());
+}
+
+// The halves of all lanes, the lower or the UPPER, interleaved.
+template <class T, bool UPPER>
+struct Interleaved {
+    static constexpr int at(int l) {
+        constexpr int W = kWidth<T>, E = 16 / sizeof(T);
+        return (l & 1 ? W : 0) + l / E * E + l % E / 2 + (UPPER ? E / 2 : 0);
+    }
+};
+
 // from(i)[j] -> to(j)[i], a block of kWidth x kWidth.
 template <class T, class From, class To>
 INLINE void transpose(From from, To to) {
-    typedef typename Simd<T>::I I;
     constexpr int W = kWidth<T>, E = 16 / sizeof(T);
-    I lo, hi;  // interleave the lower and the upper halves of lanes
-#pragma GCC unroll 16
-    for (int l = 0; l < W; ++l) {
-        lo[l] = (l & 1 ? W : 0) + l / E * E + l % E / 2;
-        hi[l] = lo[l] + E / 2;
-    }
 #pragma GCC unroll 4
     for (int c = 0; c < W; c += E) {  // lane q of v[k] holds columns c.. of row q E + k: transpose within lanes
         Vec<T> v[E], next[E];
@@ -141,8 +158,8 @@ INLINE void transpose(From from, To to) {
         for (int stage = 1; stage < E; stage *= 2) {
 #pragma GCC unroll 4
             for (int k = 0; k < E / 2; ++k) {
-                next[2 * k] = __builtin_shuffle(v[k], v[k + E / 2], lo);
-                next[2 * k + 1] = __builtin_shuffle(v[k], v[k + E / 2], hi);
+                next[2 * k] = shuffle<T, Interleaved<T, false>>(v[k], v[k + E / 2]);
+                next[2 * k + 1] = shuffle<T, Interleaved<T, true>>(v[k], v[k + E / 2]);
             }
 #pragma GCC unroll 4
             for (int k = 0; k < E; ++k) v[k] = next[k];
@@ -152,21 +169,21 @@ INLINE void transpose(From from, To to) {
     }
 }
 
-// (a, b) -> sums of neighbouring units of a, then of b: units are elements within 128-bit lanes (two shuffles a cycle),
-// or where ACROSS the lanes themselves.
+// The even units of (a, b), or the ODD: units are elements within 128-bit lanes (two shuffles a cycle), or where ACROSS the
+// lanes themselves.
+template <class T, bool ACROSS, bool ODD>
+struct Alternate {
+    static constexpr int at(int l) {
+        constexpr int W = kWidth<T>, E = 16 / sizeof(T), units = ACROSS ? W / E : E, size = ACROSS ? E : 1;
+        const int unit = l / size % units, rest = l - unit * size;  // rest: lane offset, or place within the unit
+        return rest + (unit < units / 2 ? 0 : W) + (2 * unit % units + ODD) * size;
+    }
+};
+
+// (a, b) -> sums of neighbouring units of a, then of b.
 template <class T, bool ACROSS>
 INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
-    typedef typename Simd<T>::I I;
-    constexpr int W = kWidth<T>, E = 16 / sizeof(T), units = ACROSS ? W / E : E, size = ACROSS ? E : 1;
-    I even, odd;
-#pragma GCC unroll 16
-    for (int l = 0; l < W; ++l) {
-        const int unit = l / size % units, rest = l - unit * size;  // rest: lane offset, or place within the unit
-        const int from = rest + (unit < units / 2 ? 0 : W) + 2 * unit % units * size;
-        even[l] = from;
-        odd[l] = from + size;
-    }
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    return shuffle<T, Alternate<T, ACROSS, false>>(a, b) + shuffle<T, Alternate<T, ACROSS, true>>(a, b);
 }
 
 // kWidth vectors -> one vector whose lane i is the sum of vector i.
@@ -181,7 +198,7 @@ INLINE Vec<T> sums(const T* vectors) {
 #pragma GCC unroll 8
         for (int i = 0; i < n; ++i)
             v[i] = n * E >= W ? add_neighbours<T, false>(v[2 * i], v[2 * i + 1])
-                              : add_neighbours<T, true>(v[2 * i], v[2 * i + 1]);
+                              : add_neighbours<T, (W > E)>(v[2 * i], v[2 * i + 1]);  // of one lane: never
     return v[0];
 }
 
