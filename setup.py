@@ -3,8 +3,11 @@
 Each level is an *optional* extension: where it does not compile, the install succeeds and plain torch runs instead.
 """
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,15 +37,25 @@ def extension(level: str) -> Extension:
     )
 
 
-class BuildPerLevel(build_ext):
-    """Keeps the objects of each level apart: they come from the same sources."""
+class ParallelBuild(build_ext):
+    """Compiles all files of all levels at once; objects of each level apart, as they come from the same sources."""
+
+    def build_extensions(self) -> None:
+        compile_files = self.compiler.compile
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+
+            def compile_each(sources: list[str], **options: object) -> list[str]:
+                objects = pool.map(lambda source: compile_files([source], **options), sources)
+                return [name for names in objects for name in names]
+
+            self.compiler.compile = compile_each
+            self.parallel = len(self.extensions)  # threads that but wait for their files
+            super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+        own = copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        build_ext.build_extension(own, ext)
 
 
-setup(ext_modules=[extension(level) for level in LEVELS], cmdclass={"build_ext": BuildPerLevel})
+setup(ext_modules=[extension(level) for level in LEVELS], cmdclass={"build_ext": ParallelBuild})

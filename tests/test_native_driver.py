@@ -1,0 +1,64 @@
+"""The native code on other processors and by other compilers: a driver without torch compares it with plain loops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [*sorted((ROOT / "kernels/csrc").glob("*.cpp")), ROOT / "tests/native_driver.cpp"]
+FLAGS = ["-std=c++17", "-Wno-psabi", f"-I{ROOT / 'kernels/csrc'}"]
+# Of the levels in setup.py, this processor's: flags, and bits of a vector.
+WIDEST = {
+    "AVX512": (["-march=x86-64-v4", "-DVECTOR_BYTES=64"], 512),
+    "AVX2": (["-march=x86-64-v3", "-DVECTOR_BYTES=32"], 256),
+}.get(torch.backends.cpu.get_cpu_capability(), ([], 128))
+
+
+def found(*names: str) -> str:
+    """The first of these programs that is here; without any of them the test is skipped."""
+    paths = [path for path in map(shutil.which, names) if path]
+    if not paths:
+        pytest.skip(f"no {names[0]} here")
+    return paths[0]
+
+
+def driver(folder: Path, compiler: str, *flags: str) -> Path:
+    objects = [folder / f"{source.name}.o" for source in SOURCES]
+
+    def compiled(source: Path, to: Path) -> None:
+        subprocess.run([compiler, *FLAGS, *flags, "-c", source, "-o", to], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, SOURCES, objects))
+    subprocess.run([compiler, *flags, *objects, "-o", folder / "driver"], check=True)
+    return folder / "driver"
+
+
+def output(*command: object) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_aarch64(tmp_path):
+    compiler, emulator = found("aarch64-linux-gnu-g++"), found("qemu-aarch64", "qemu-aarch64-static")
+    program = driver(tmp_path, compiler, "-O3", "-static")
+    assert output(emulator, program, 2) == "equal, vectors of 128 bits\n"
+
+
+def test_without_openmp(tmp_path):
+    program = driver(tmp_path, found("g++", "c++", "clang++"), "-O1")
+    assert output(program, 2) == "equal, vectors of 128 bits\n"
+
+
+def test_clang(tmp_path):
+    flags, bits = WIDEST
+    program = driver(tmp_path, found("clang++", "clang++-14"), "-O3", *flags)
+    assert output(program, 2) == f"equal, vectors of {bits} bits\n"
