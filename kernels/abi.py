@@ -8,7 +8,7 @@ from .reference import LANES
 PIXELS, STRIP, SLACK, ROWS = 128, 64, 64, 8  # of a frozen net: kPixels, kStrip, kSlackElements, kRows
 
 # Words of 8 bytes.
-CHAIN_ARGS, CHAIN_LAYER, FROZEN_ARGS, FROZEN_LAYER = 13, 11, 2, 3
+CHAIN_ARGS, CHAIN_LAYER, FROZEN_ARGS, FROZEN_LAYER = 15, 10, 2, 3
 CONV_ARGS = 42
 NET_ARGS, NET_STAGE, NET_FIELD = 18, 25, 11
 ROWS_ARGS, ROWS_LAYER = 3, 6

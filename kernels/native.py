@@ -41,6 +41,10 @@ def load(path: Path) -> ctypes.CDLL:
         function = getattr(library, f"sparselottery_{name}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         function.restype = None
+    library.sparselottery_unpack.argtypes = [
+        ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+    ]  # fmt: skip
+    library.sparselottery_unpack.restype = None
     library.sparselottery_train.argtypes = [ctypes.c_void_p]
     library.sparselottery_train.restype = None
     for name in ("chain_forward", "chain_backward", "conv_forward", "conv_backward"):
@@ -67,6 +71,10 @@ LIBRARY, _STATUS = _best()
 
 def available() -> bool:
     return LIBRARY is not None
+
+
+def vector_bytes() -> int:
+    return ctypes.c_int64.in_dll(LIBRARY, "sparselottery_vector_bytes").value
 
 
 def status() -> str:

@@ -75,6 +75,11 @@ def saved_features(x: Tensor, crow_indices: list[Tensor]) -> list[int]:
     return ([] if is_packed(x) else [x.shape[1]]) + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
 
 
+def saved_input(saved: Tensor, batch: int, features: int) -> Tensor:
+    """x (N, I) of what the chain saved of it: `saved` begins with it."""
+    return unpack(saved[: features * leading_dim(batch)].view(features, -1), batch)
+
+
 # A chain is the one fused op: h_l = h_{l-1} W_lᵀ + b_l, with a ReLU between layers and none after the last.
 
 

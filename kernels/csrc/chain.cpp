@@ -1,36 +1,31 @@
 // The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward and backward, each in one parallel region.
 //
-// Forward, threads share out the batch and then strips of output rows (`Team`); backward, strips. Nothing is written by
-// two threads.
-#include <algorithm>
+// Nothing is written by two threads, and no sum depends on how many there are.
 #include <vector>
 
-#include "pack.h"
-#include "plan.h"
-#include "team.h"
-#include "tile.h"
+#include "layer.h"
 
 namespace {
-
-enum Layout : int64_t { ROW_MAJOR = 0, BATCH_MINOR = 1, PACKED = 2 };
 
 struct Layer {  // mirrored in cpu.py
     const int32_t* plan;
     int64_t plan_size, rows, nnz;
     const void *values, *bias;  // bias: null if none
     void* input;                // packed input of the layer; written by forward, read by backward
-    int64_t ld_input;
-    void *gvalues, *gbias;  // null where not needed
-    void* ginput;           // backward of hidden layers: packed gradient of the input
+    void *gvalues, *gbias;      // null where not needed
+    void* ginput;               // backward of hidden layers: packed gradient of the input
+};
+
+struct Matrix {  // mirrored in cpu.py: the caller's, (batch, features)
+    void* data;
+    int64_t stride, batch_minor;  // from sample to sample or, where batch-minor, from feature to feature
 };
 
 struct Args {  // mirrored in cpu.py
-    int64_t is_double, threads, layers, batch, features, ld;  // ld: of all packed buffers but a PACKED x or gy
-    const void* x;
-    int64_t x_stride, x_layout;  // forward: x -> layer[0].input unless PACKED
-    void* y;                     // forward: the output; backward: gx, or null
-    int64_t y_stride, y_layout;
-    void* packed_gy;  // backward: gy (in x) is packed to here unless PACKED
+    int64_t is_double, threads, layers, batch, features;
+    Matrix x, y;      // forward: input and output; backward: gy, and gx, whose data is null where not needed
+    Matrix input;     // backward: x, where forward did not save it
+    void* packed_gy;  // backward: gy is packed to here
 };
 
 struct FrozenLayer {  // mirrored in cpu_net.py
@@ -42,93 +37,34 @@ struct Frozen {  // mirrored in cpu_net.py; its layers follow
     int64_t threads, layers;
 };
 
-thread_local Scratch scratch;    // a strip's output on its way to row-major
+thread_local Scratch scratch;    // of a thread: a strip's output, and values and gradients in their order
+thread_local Scratch ordered;    // the caller's: values of all layers in their order
 thread_local Scratch workspace;  // the caller's: packed activations that nobody keeps
 
-struct BatchTile {
-    int64_t begin, groups;  // columns [begin, begin + groups * kLanes)
-};
-
-// Lane groups [from, to) of the batch in `count` equal tiles of at most 8 vectors.
+// Tile i of x, some of its features -> packed.
 template <class T>
-struct Batches {
-    Batches(int64_t from, int64_t to, int64_t count) : from(from), groups(to - from), count(count) {}
-    explicit Batches(int64_t batch) : Batches(0, padded(batch) / kLanes, tiles(padded(batch) / kLanes)) {}
-    static int64_t tiles(int64_t groups) { return (groups + kMaxGroups<T> - 1) / kMaxGroups<T>; }
-    BatchTile operator[](int64_t i) const {
-        const int64_t begin = groups * i / count;
-        return {(from + begin) * kLanes, groups * (i + 1) / count - begin};
-    }
-    int64_t from, groups, count;
-};
-
-// How a parallel region shares out the work: the batch in parts, and each part's strips among `sharers` threads.
-//
-// A part has at least `least` lane groups: with fewer, each thread would stream the weights for too few columns. A thread
-// keeps its samples from the first layer to the last. What it packs it also multiplies, so activations stay in
-// its own caches (moving a line to another core costs 30 to 300 ns) and, unless threads share a part, no layer waits.
-struct Team {
-    Team(int64_t groups, int64_t least, int64_t threads) {
-        parts = std::max<int64_t>(1, std::min(threads, groups / least));
-        while (threads % parts) --parts;
-        sharers = threads / parts;
-        part = thread_index() / sharers;
-        share = thread_index() % sharers;
-    }
-    template <class T>
-    Batches<T> batches(int64_t groups) const {
-        const int64_t most = (groups + parts - 1) / parts;  // all parts have as many tiles, so that barriers match
-        return {groups * part / parts, groups * (part + 1) / parts, Batches<T>::tiles(most)};
-    }
-    void wait() const {
-        if (sharers > 1) barrier();
-    }
-    int64_t parts, sharers, part, share;
-};
-
-// Packs features [from, to) of a tile, and of the columns up to ld after the last one.
-template <class T>
-void pack_tile(const Args& a, void* packed, BatchTile tile, int64_t from, int64_t to) {
-    const int64_t end = tile.begin + tile.groups * kLanes, width = (end < padded(a.batch) ? end : a.ld) - tile.begin;
-    const int64_t valid = std::min(a.batch - tile.begin, width), row = a.x_layout == ROW_MAJOR ? a.x_stride : 1;
-    (a.x_layout == ROW_MAJOR ? pack<T> : repack<T>)(static_cast<const T*>(a.x) + tile.begin * row, a.x_stride, valid,
-                                                    from, to, static_cast<T*>(packed) + tile.begin, a.ld, width);
+void pack_tile(const Matrix& x, int64_t batch, int64_t features, int64_t i, Range some, T* packed) {
+    const BatchTiles<T> tiles(batch);
+    const int64_t begin = tiles.begin(i), width = tiles.width(i);
+    const T* first = static_cast<const T*>(x.data) + begin * (x.batch_minor ? 1 : x.stride);
+    (x.batch_minor ? repack<T> : pack<T>)(first, x.stride, std::min(batch - begin, width), some.begin, some.end,
+                                          tiles.of(packed, features, i), width, width);
 }
 
+// Rows [row, row + rows) of tile i, packed -> y; a batch-minor one to its last column.
 template <class T>
-void pack_input(const Args& a, void* packed, int64_t features) {
-    constexpr int64_t chunk = 64;
-    const BatchTile all{0, padded(a.batch) / kLanes};
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < (features + chunk - 1) / chunk; ++c)
-        pack_tile<T>(a, packed, all, c * chunk, std::min(features, (c + 1) * chunk));
-}
-
-// One strip of a layer's output, for one tile of the batch.
-template <class T>
-void forward_strip(const Args& a, const Layer& layer, const Layer* next, const Schedule& s, int64_t strip,
-                   BatchTile tile) {
-    const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
-    const bool row_major = !next && a.y_layout == ROW_MAJOR;
-    const int64_t ld = layer.ld_input, ld_out = next ? next->ld_input : a.y_stride;
-    const int64_t row0 = strip * s.strip, height = std::min<int64_t>(s.strip, s.rows - row0);
-    const int64_t width = tile.groups * kLanes, ldy = row_major ? width : ld_out;
-    const T* x = static_cast<const T*>(layer.input) + tile.begin;
-    T* packed = static_cast<T*>(next ? next->input : a.y);
-    T* y = row_major ? scratch.get<T>(s.strip * width) : packed + row0 * ld_out + tile.begin;
-    for (int64_t r = 0; r < height; ++r) std::fill_n(y + r * ldy, width, bias ? bias[row0 + r] : T(0));
-    with_registers<T>(tile.groups, [&](auto R) {
-        for (int64_t b = 0; b < s.blocks; ++b)
-            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld, Strided{ld}, y, ldy);
-    });
-    if (next)
-        for (int64_t r = 0; r < height; ++r)
-            for (int64_t n = 0; n < width; ++n) y[r * ldy + n] = y[r * ldy + n] < 0 ? T(0) : y[r * ldy + n];
-    if (next && tile.begin + width == padded(a.batch))
-        for (int64_t r = 0; r < height; ++r) std::fill(y + r * ldy + width, y + r * ldy + ld_out - tile.begin, T(0));
-    if (row_major)
-        unpack<T>(y, ldy, height, std::min(width, a.batch - tile.begin),
-                  static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);
+void unpack_rows(const T* packed, int64_t batch, int64_t i, int64_t row, int64_t rows, const Matrix& y) {
+    const BatchTiles<T> tiles(batch);
+    const int64_t begin = tiles.begin(i), width = tiles.width(i);
+    T* to = static_cast<T*>(y.data);
+    if (!y.batch_minor)
+        return unpack<T>(packed, width, rows, std::min(width, batch - begin), to + begin * y.stride + row, y.stride);
+    const int64_t end = i + 1 == tiles.count ? y.stride : begin + width;
+    for (int64_t r = 0; r < rows; ++r) {
+        T* out = to + (row + r) * y.stride;
+        std::copy_n(packed + r * width, width, out + begin);
+        std::fill(out + begin + width, out + end, T(0));
+    }
 }
 
 // Σ values * x[columns], in scalar chains: they keep up with memory, and gathers are no faster.
@@ -154,8 +90,8 @@ void forward_single(const Args& a, const Layer* layers) {
         const Plan plan = read_plan(layer.plan);
         const bool hidden = l + 1 < a.layers;
         const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
-        const T* x = static_cast<const T*>(l ? layer.input : a.x);
-        T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y);
+        const T* x = static_cast<const T*>(l ? layer.input : a.x.data);
+        T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y.data);
 #pragma omp for schedule(static)
         for (int32_t r = 0; r < plan.out_features; ++r) {
             const int32_t begin = plan.crow_indices[r], n = plan.crow_indices[r + 1] - begin;
@@ -166,6 +102,17 @@ void forward_single(const Args& a, const Layer* layers) {
     }
 }
 
+// This thread's share of the work on tiles of the batch: it takes some alone, and its part of those that are left over.
+//
+// A tile goes through all layers before the next: its activations stay in the caches, those of one core where a thread
+// has it alone (moving a line to another core costs 30 to 300 ns); then nobody waits.
+template <class F>
+void each_tile_of_batch(int64_t count, F f) {
+    const int64_t threads = team_size(), alone = count / threads;
+    for (int64_t i = alone * thread_index(); i < alone * (thread_index() + 1); ++i) f(i, 0, 1);
+    for (int64_t i = alone * threads; i < count; ++i) f(i, thread_index(), threads);
+}
+
 template <class T>
 void forward(const Args& a, const Layer* layers) {
     if (a.batch == 1 && !layers[0].input) {
@@ -173,116 +120,122 @@ void forward(const Args& a, const Layer* layers) {
         forward_single<T>(a, layers);
         return;
     }
+    const BatchTiles<T> tiles(a.batch);
+    const bool in_csr = tiles.count == 1;  // values are read but once
+    int64_t entries = 0;
+    for (int64_t l = 0; l < a.layers; ++l) entries += in_csr ? 0 : layers[l].nnz;
+    T* const all = ordered.get<T>(entries + kLanes);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
-        const int64_t groups = padded(a.batch) / kLanes;
-        const Team team(groups, kMaxGroups<T>, team_size());
-        const Batches<T> batches = team.batches<T>(groups);
-        for (int64_t i = 0; i < batches.count; ++i) {
-            const BatchTile tile = batches[i];
-            if (a.x_layout != PACKED) {
-                const int64_t features = read_plan(layers[0].plan).in_features;
-                pack_tile<T>(a, layers[0].input, tile, features * team.share / team.sharers,
-                             features * (team.share + 1) / team.sharers);
-                team.wait();
-            }
-            for (int64_t l = 0; l < a.layers; ++l) {
+        if (!in_csr) {
+            T* values = all;
+            for (int64_t l = 0; l < a.layers; values += layers[l].nnz, ++l) {
                 const Schedule s = read_plan(layers[l].plan).forward;
-                const Layer* next = l + 1 < a.layers ? layers + l + 1 : nullptr;
-                for (int64_t strip = team.share; strip < s.strips; strip += team.sharers)
-                    forward_strip<T>(a, layers[l], next, s, strip, tile);
-                if (next) team.wait();
+                const Range strips = share(s.strips, thread_index(), team_size());
+                to_order<false>(s, strips, static_cast<const T*>(layers[l].values), values + first_entry(s, strips.begin));
             }
+            barrier();
         }
-    }
-}
-
-template <class T>
-void bias_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, int64_t width) {
-    T* gbias = static_cast<T*>(layer.gbias);
-#pragma omp for schedule(static) nowait
-    for (int32_t r = 0; r < s.rows; ++r) {
-        Vec<T> total = {};
-        for (int64_t n = 0; n < width; n += kWidth<T>) total += load<T>(gy + r * ld + n);
-        gbias[r] = sum<T>(total);
-    }
-}
-
-// gvalues alone, strips of W: each thread owns the values of its rows.
-template <class T>
-void values_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, const Batches<T>& batches) {
-    const T* x = static_cast<const T*>(layer.input);
-    T* gvalues = static_cast<T*>(layer.gvalues);
-    const int64_t ldx = layer.ld_input;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < s.strips; ++strip)
-        for (int64_t i = 0; i < batches.count; ++i) {
-            const BatchTile tile = batches[i];
-            with_registers<T>(tile.groups, [&](auto R) {
-                for (int64_t b = 0; b < s.blocks; ++b)
-                    sddmm_tile<T, R>(s, s.tiles + strip * s.blocks + b, gy + strip * s.strip * ld + tile.begin, ld,
-                                     x + b * s.block * ldx + tile.begin, Strided{ldx}, gvalues, i > 0);
-            });
-        }
-}
-
-// gx, and gvalues with it where wanted, by strips of Wᵀ.
-template <class T>
-void input_gradient(const Args& a, const Schedule& s, const Layer& layer, bool hidden, const T* gy, int64_t ld,
-                    const Batches<T>& batches) {
-    const T* values = static_cast<const T*>(layer.values);
-    T* gvalues = static_cast<T*>(layer.gvalues);
-    const bool row_major = !hidden && a.y_layout == ROW_MAJOR;
-    T* packed = static_cast<T*>(hidden ? layer.ginput : a.y);
-    const int64_t ld_out = hidden ? a.ld : a.y_stride;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < s.strips; ++strip)
-        for (int64_t i = 0; i < batches.count; ++i) {
-            const BatchTile tile = batches[i];
-            const int64_t row0 = strip * s.strip, height = std::min<int64_t>(s.strip, s.rows - row0);
-            const int64_t width = tile.groups * kLanes, ldgx = row_major ? width : ld_out;
-            T* gx = row_major ? scratch.get<T>(s.strip * width) : packed + row0 * ld_out + tile.begin;
-            const T* x = static_cast<const T*>(layer.input) + row0 * layer.ld_input + tile.begin;
-            for (int64_t r = 0; r < height; ++r) std::fill_n(gx + r * ldgx, width, T(0));
-            with_registers<T>(tile.groups, [&](auto R) {
-                for (int64_t b = 0; b < s.blocks; ++b) {
-                    const Tile* t = s.tiles + strip * s.blocks + b;
-                    const T* in = gy + b * s.block * ld + tile.begin;
-                    if (gvalues)
-                        fused_tile<T, R>(s, t, values, in, Strided{ld}, x, layer.ld_input, gx, ldgx, gvalues, i > 0);
-                    else
-                        spmm_tile<T, R, true>(s, t, values, in, Strided{ld}, gx, ldgx);
+        each_tile_of_batch(tiles.count, [&](int64_t i, int64_t part, int64_t parts) {
+            const int64_t width = tiles.width(i);
+            const auto wait = [&] {
+                if (parts > 1) barrier();
+            };
+            pack_tile<T>(a.x, a.batch, a.features, i, share(a.features, part, parts), static_cast<T*>(layers[0].input));
+            wait();
+            const T* values = all;
+            for (int64_t l = 0; l < a.layers; values += in_csr ? 0 : layers[l].nnz, ++l) {
+                const Layer &layer = layers[l], *next = l + 1 < a.layers ? layers + l + 1 : nullptr;
+                const Schedule s = read_plan(layer.plan).forward;
+                const T *x = tiles.of(static_cast<const T*>(layer.input), s.cols, i), *bias = static_cast<const T*>(layer.bias);
+                const Range mine = share(s.strips, part, parts);
+                for (int64_t strip = mine.begin; strip < mine.end; ++strip) {
+                    const int64_t row = first_row(s, strip);
+                    T* y = next ? tiles.of(static_cast<T*>(next->input), s.rows, i) + row * width
+                                : scratch.get<T>(s.strip * kWidest<T>);
+                    forward_strip<T>(s, strip, in_csr ? static_cast<const T*>(layer.values) : values + first_entry(s, strip),
+                                     in_csr, bias, x, y, width, next);
+                    if (!next) unpack_rows<T>(y, a.batch, i, row, height(s, strip), a.y);
                 }
-            });
-            if (hidden)
-                for (int64_t r = 0; r < height; ++r)
-                    for (int64_t n = 0; n < width; ++n)
-                        gx[r * ldgx + n] = x[r * layer.ld_input + n] <= 0 ? T(0) : gx[r * ldgx + n];
-            if (row_major)
-                unpack<T>(gx, ldgx, height, std::min(width, a.batch - tile.begin),
-                          static_cast<T*>(a.y) + tile.begin * a.y_stride + row0, a.y_stride);
-        }
+                if (next) wait();
+            }
+        });
+    }
 }
 
+// The strips of a layer that one thread owns, for all of the batch: it alone reads their values and writes their gradient,
+// in the order of tiles, in its own scratch. Of Wᵀ where the gradient of the input is needed, else of W.
+template <class T>
+struct Owned {
+    Owned(const Layer& layer, bool input) : layer(layer), input(input) {
+        const Plan plan = read_plan(layer.plan);
+        s = input ? plan.transpose() : plan.forward;
+        strips = input || layer.gvalues ? owned_strips(s, thread_index(), team_size()) : Range{0, 0};
+        entries = (first_entry(s, strips.end) - first_entry(s, strips.begin) + kLanes) / kLanes * kLanes;
+    }
+    int64_t before(int64_t strip) const { return first_entry(s, strip) - first_entry(s, strips.begin); }
+    const Layer& layer;
+    const bool input;
+    Schedule s;
+    Range strips;
+    int64_t entries;
+    T *values = nullptr, *gvalues = nullptr;
+};
+
+// Every sum is taken by one thread, tile after tile of the batch.
 template <class T>
 void backward(const Args& a, const Layer* layers) {
-    const Batches<T> batches(a.batch);
+    const BatchTiles<T> tiles(a.batch);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
-        const T* gy = static_cast<const T*>(a.x_layout == PACKED ? a.x : a.packed_gy);
-        int64_t ld = a.x_layout == PACKED ? a.x_stride : a.ld;
-        if (a.x_layout != PACKED) pack_input<T>(a, a.packed_gy, read_plan(layers[a.layers - 1].plan).out_features);
-        for (int64_t l = a.layers - 1; l >= 0; --l) {
-            const Layer& layer = layers[l];
-            const Plan plan = read_plan(layer.plan);
-            if (layer.gbias) bias_gradient<T>(plan.forward, layer, gy, ld, padded(a.batch));
-            if (l || a.y)
-                input_gradient<T>(a, plan.transpose(), layer, l > 0, gy, ld, batches);
-            else if (layer.gvalues)
-                values_gradient<T>(plan.forward, layer, gy, ld, batches);
-            gy = static_cast<const T*>(layer.ginput);
-            ld = a.ld;
+        const int64_t part = thread_index(), parts = team_size();
+        std::vector<Owned<T>> owned;
+        int64_t entries = 0, strip = 0;
+        for (int64_t l = 0; l < a.layers; ++l) {
+            owned.emplace_back(layers[l], l || a.y.data);
+            entries += 2 * owned.back().entries;
+            strip = std::max<int64_t>(strip, owned.back().s.strip);
         }
+        T *rows = scratch.get<T>(strip * kWidest<T> + entries), *at = rows + strip * kWidest<T>;
+        for (Owned<T>& own : owned) {
+            own.values = at, own.gvalues = at + own.entries, at += 2 * own.entries;
+            if (own.input) to_order<true>(own.s, own.strips, static_cast<const T*>(own.layer.values), own.values);
+        }
+        for (int64_t i = 0; i < tiles.count; ++i) {
+            const int64_t width = tiles.width(i), out_features = layers[a.layers - 1].rows;
+            pack_tile<T>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
+            if (a.input.data)
+                pack_tile<T>(a.input, a.batch, a.features, i, share(a.features, part, parts), static_cast<T*>(layers[0].input));
+            barrier();
+            const T* gy = static_cast<const T*>(a.packed_gy);
+            for (int64_t l = a.layers - 1; l >= 0; --l) {
+                const Owned<T>& own = owned[l];
+                const Layer& layer = own.layer;
+                const Schedule& s = own.s;
+                const int64_t in_features = l ? layers[l - 1].rows : a.features;
+                const T *g = tiles.of(gy, layer.rows, i), *x = tiles.of(static_cast<const T*>(layer.input), in_features, i);
+                if (layer.gbias) bias_gradient<T>(g, width, share(layer.rows, part, parts), static_cast<T*>(layer.gbias), i > 0);
+                for (int64_t strip = own.strips.begin; strip < own.strips.end; ++strip) {
+                    const int64_t row = first_row(s, strip), k = own.before(strip);
+                    if (!own.input) {
+                        values_gradient_strip<T>(s, strip, g + row * width, x, own.gvalues + k, i > 0, width);
+                        continue;
+                    }
+                    T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), s.rows, i) + row * width : rows;
+                    input_gradient_strip<T>(s, strip, own.values + k, g, x + row * width, gx,
+                                            layer.gvalues ? own.gvalues + k : nullptr, i > 0, width, l);
+                    if (!l) unpack_rows<T>(gx, a.batch, i, row, height(s, strip), a.y);
+                }
+                if (l) barrier();
+                gy = static_cast<const T*>(layer.ginput);
+            }
+        }
+        for (const Owned<T>& own : owned)
+            if (own.layer.gvalues) {
+                T* gvalues = static_cast<T*>(own.layer.gvalues);
+                own.input ? from_order<true>(own.s, own.strips, own.gvalues, gvalues)
+                          : from_order<false>(own.s, own.strips, own.gvalues, gvalues);
+            }
     }
 }
 
@@ -302,6 +255,17 @@ ABI(chain, kLanes, words_of<Args>, words_of<Layer>, words_of<Frozen>, words_of<F
 // Memory of the calling thread, valid until it asks again.
 EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>(bytes + 64); }
 
+// Packed x -> y (batch, features), row-major.
+EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y) {
+    const Matrix to{y, features, 0};
+    const auto all = [&](auto* x) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
+        const BatchTiles<T> tiles(batch);
+        for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T>(tiles.of(x, features, i), batch, i, 0, features, to);
+    };
+    is_double ? all(static_cast<const double*>(packed)) : all(static_cast<const float*>(packed));
+}
+
 // The layers follow their args.
 EXPORT int64_t sparselottery_chain_forward(const Args* args) {
     const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
@@ -313,19 +277,19 @@ EXPORT int64_t sparselottery_chain_forward(const Args* args) {
 // The same for a frozen chain, fp32: x (batch, in_features) -> y (batch, out_features), both row-major.
 EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* y, int64_t batch) {
     const FrozenLayer* frozen = reinterpret_cast<const FrozenLayer*>(chain + 1);
-    int64_t ld = padded(batch), features = 0;
-    ld += ld / kLanes / 16 * kLanes;  // as reference.leading_dim
+    const int64_t columns = padded(batch);
+    int64_t features = 0;
     std::vector<Layer> layers(chain->layers);
     for (int64_t l = 0; l < chain->layers; ++l) features += read_plan(frozen[l].plan).in_features;
-    float* at = workspace.get<float>(features * ld + kLanes);
+    float* at = workspace.get<float>(features * columns);
     for (int64_t l = 0; l < chain->layers; ++l) {
         const FrozenLayer& f = frozen[l];
-        layers[l] = {f.plan, 0, 0, 0, f.values, f.bias, at, ld, nullptr, nullptr, nullptr};
-        at += read_plan(f.plan).in_features * ld;
+        const Plan plan = read_plan(f.plan);
+        layers[l] = {f.plan, 0, plan.out_features, plan.nnz, f.values, f.bias, at, nullptr, nullptr, nullptr};
+        at += plan.in_features * columns;
     }
-    const Plan first = read_plan(frozen[0].plan), last = read_plan(frozen[chain->layers - 1].plan);
-    const Args args{0, chain->threads, chain->layers, batch, first.in_features, ld, x, first.in_features, ROW_MAJOR,
-                    y, last.out_features, ROW_MAJOR, nullptr};
+    const int64_t in = read_plan(frozen[0].plan).in_features, out = layers.back().rows;
+    const Args args{0, chain->threads, chain->layers, batch, in, {const_cast<void*>(x), in, 0}, {y, out, 0}, {}, nullptr};
     forward<float>(args, layers.data());
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "cut.h"
+#include "order.h"
 #include "tile.h"
 
 namespace {
@@ -14,6 +15,14 @@ namespace {
 thread_local Scratch blocks;         // of a thread
 thread_local Scratch gradients;      // of the calling thread: every thread's share of gvalues and gbias
 thread_local Scratch offset_tables;  // of the calling thread
+thread_local Scratch ordered;        // of the calling thread: values in the order of tiles
+
+// This thread's share of the values -> the order of tiles.
+template <bool TRANSPOSED, class T>
+void order_share(const Schedule& s, const T* values, T* ordered) {
+    const Range strips = share(s.strips, thread_index(), team_size());
+    to_order<TRANSPOSED>(s, strips, values, ordered + first_entry(s, strips.begin));
+}
 
 // Channel o by its running statistics: (y - mean) / sqrt(variance + epsilon) * gain + offset.
 template <class T>
@@ -28,7 +37,8 @@ template <class T>
 bool forward(const ConvArgs& a) {
     expect_writes(a.y, a.batch * a.out_channels * a.pooled_height() * a.pooled_width() * sizeof(T));
     const Schedule s = read_plan(a.plan).forward;
-    const T *values = static_cast<const T*>(a.values), *bias = static_cast<const T*>(a.bias);
+    const T* bias = static_cast<const T*>(a.bias);
+    T* values = ordered.get<T>(a.nnz + kLanes);
     const Cut<T> cut = cut_output<T>(a);
     const Input<T> input(a, cut.lanes, cut.height);
     const Block output{cut.height, input.block.pitch, {1, 1}, cut.lanes};
@@ -43,6 +53,8 @@ bool forward(const ConvArgs& a) {
         T* packed = blocks.get<T>(input.elements() + a.out_channels * plane);
         T* out = packed + input.elements();
         std::fill_n(packed, input.elements(), T(0));
+        order_share<false>(s, static_cast<const T*>(a.values), values);
+        barrier();
         auto item = [&](int64_t i, int64_t strip_from, int64_t strip_to) {
             const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
             const int64_t channel = strip_from * s.strip, channels = std::min<int64_t>(s.rows, strip_to * s.strip) - channel;
@@ -51,10 +63,12 @@ bool forward(const ConvArgs& a) {
             for (const Step& step : steps(end - begin, a.out_width, output.pitch, cut.lanes, kMaxGroups<T>))
                 with_registers<T>(step.groups, [&](auto R) {
                     for (int64_t strip = strip_from; strip < strip_to; ++strip)
-                        for (int64_t b = 0; b < s.blocks; ++b)
-                            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, packed + step.at,
+                        for (int64_t b = 0; b < s.blocks; ++b) {
+                            const Tile* tile = s.tiles + strip * s.blocks + b;
+                            spmm_tile<T, R, false>(s, tile, values + tile->entry, packed + step.at,
                                                    Mapped{table + b * s.block}, out + strip * s.strip * plane + step.at,
                                                    plane);
+                        }
                 });
             for (int64_t o = channel; o < channel + channels; ++o) {
                 T* y = out + o * plane;
@@ -96,7 +110,8 @@ void add_bias_gradient(const T* gy, const Block& block, int64_t channels, int64_
         }
 }
 
-// Every thread adds to its own copy of (gvalues, gbias); these are summed at the end, in order of the threads.
+// Every thread adds to its own copy of (gvalues in the order of tiles, gbias); these are summed at the end, in order of the
+// threads.
 template <class T>
 struct Gradients {
     Gradients(const ConvArgs& a, int64_t nnz)
@@ -108,15 +123,26 @@ struct Gradients {
         std::fill_n(copy, size(), T(0));
         return copy;
     }
-    void reduce() const {
+    // TRANSPOSED: tiles are those of Wᵀ, phase after phase.
+    template <bool TRANSPOSED>
+    void reduce(const Plan& plan) const {
         barrier();
-        const int64_t team = team_size(), all = nnz + outputs;
-        const int64_t from = all * thread_index() / team, to = all * (thread_index() + 1) / team;
-        for (int64_t i = from; i < to; ++i) {
-            T total = copies[i];
-            for (int64_t t = 1; t < team; ++t) total += copies[t * size() + i];
-            (i < nnz ? values[i] : bias[i - nnz]) = total;
+        int64_t begin = 0;
+        for (int phase = 0; nnz && phase < (TRANSPOSED ? plan.phases : 1); ++phase) {
+            const Schedule s = TRANSPOSED ? plan.transpose(phase) : plan.forward;
+            const Range strips = share(s.strips, thread_index(), team_size());
+            const int64_t from = begin + first_entry(s, strips.begin), to = begin + first_entry(s, strips.end);
+            for (int64_t i = from; i < to; ++i) copies[i] = total(i);
+            from_order<TRANSPOSED>(s, strips, copies + from, values);
+            begin += first_entry(s, s.strips);
         }
+        const Range mine = share(outputs, thread_index(), team_size());
+        for (int64_t o = mine.begin; o < mine.end; ++o) bias[o] = total(nnz + o);
+    }
+    T total(int64_t i) const {
+        T total = copies[i];
+        for (int64_t t = 1; t < team_size(); ++t) total += copies[t * size() + i];
+        return total;
     }
     T *values, *bias;
     int64_t nnz, outputs;
@@ -193,12 +219,14 @@ bool values_gradient(const ConvArgs& a) {
             for (const Step& step : steps(end - begin, a.out_width, output.pitch, cut.lanes, kMaxGroups<T>))
                 with_registers<T>(step.groups, [&](auto R) {
                     for (int64_t strip = 0; strip < s.strips; ++strip)
-                        for (int64_t b = 0; b < s.blocks; ++b)
-                            sddmm_tile<T, R>(s, s.tiles + strip * s.blocks + b, gy + strip * s.strip * plane + step.at,
-                                             plane, packed + step.at, Mapped{table + b * s.block}, mine, true);
+                        for (int64_t b = 0; b < s.blocks; ++b) {
+                            const Tile* tile = s.tiles + strip * s.blocks + b;
+                            sddmm_tile<T, R>(s, tile, gy + strip * s.strip * plane + step.at, plane, packed + step.at,
+                                             Mapped{table + b * s.block}, mine + tile->entry, true);
+                        }
                 });
         });
-        sums.reduce();
+        sums.template reduce<false>(plan);
     }
     return true;
 }
@@ -241,7 +269,7 @@ bool input_gradient(const ConvArgs& a) {
         });
     const int64_t left = around.at(0, -low[1]);
     const Gradients<T> sums(a, plan.nnz);
-    const T* values = static_cast<const T*>(a.values);
+    T* values = ordered.get<T>(a.nnz + kLanes);
     const int64_t plane = inner.plane(), slack = kLanes * kMaxGroups<T>;
     const int64_t gy_elements = gradient.elements(), x_elements = a.channels * plane + slack;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -249,6 +277,12 @@ bool input_gradient(const ConvArgs& a) {
         T* gy = blocks.get<T>(gy_elements + 2 * x_elements);
         T *x = gy + gy_elements, *gx = x + x_elements, *mine = sums.mine();
         std::fill_n(gy, gy_elements + x_elements, T(0));
+        for (int64_t phase = 0, begin = 0; phase < phases; ++phase) {
+            const Schedule s = plan.transpose(int(phase));
+            order_share<true>(s, static_cast<const T*>(a.values), values + begin);
+            begin += first_entry(s, s.strips);
+        }
+        barrier();
         each_item(cut, [&](int64_t i) {
             const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
             const int64_t top = begin + low[0];  // the row of gy that is the first of its block
@@ -267,8 +301,11 @@ bool input_gradient(const ConvArgs& a) {
                 add_bias_gradient<T>(gy + left, around, a.out_channels, begin ? around.rows - cut.height : from,
                                      std::min(to, around.rows), a.out_width, mine + sums.nnz);
             std::fill_n(gx, x_elements, T(0));
-            for (int64_t phase = 0; phase < phases; ++phase) {
+            for (int64_t phase = 0, before = 0; phase < phases; ++phase) {
                 const Schedule s = plan.transpose(int(phase));
+                const T* own = values + before;
+                T* gown = mine + before;
+                before += first_entry(s, s.strips);
                 const int32_t* table = tables + phase * table_size;
                 const int64_t base = phase * inner.phase_size(), row = phase / stride[1], column = phase % stride[1];
                 for (const Step& step : steps(ceil_div(last - first - row, stride[0]),
@@ -280,17 +317,17 @@ bool input_gradient(const ConvArgs& a) {
                                 const int64_t at = strip * s.strip * plane + base + step.at;
                                 const Mapped map{table + b * s.block};
                                 if (sums.values)
-                                    fused_tile<T, R>(s, tile, values, gy + step.at, map, x + at, plane, gx + at, plane, mine,
-                                                     true);
+                                    fused_tile<T, R>(s, tile, own + tile->entry, gy + step.at, map, x + at, plane, gx + at,
+                                                     plane, gown + tile->entry, true);
                                 else
-                                    spmm_tile<T, R, true>(s, tile, values, gy + step.at, map, gx + at, plane);
+                                    spmm_tile<T, R, false>(s, tile, own + tile->entry, gy + step.at, map, gx + at, plane);
                             }
                     });
             }
             unpack_images<T>(gx, plane, place_x.data(), images<T>(a, a.gx, a.gx_strides, false), image, cut.lanes, first,
                              last);
         });
-        sums.reduce();
+        sums.template reduce<true>(plan);
     }
     return true;
 }

@@ -1,6 +1,7 @@
-// Row-major (N, features) <-> packed (features, ld): batch-minor, columns N.. zero.
+// Row-major (N, features) <-> packed: batch-minor, columns N.. zero.
 #pragma once
 #include "simd.h"
+#include "team.h"
 
 // The rows of a matrix.
 template <class T>
@@ -9,6 +10,22 @@ INLINE auto rows_of(T* matrix, int64_t stride) {
 }
 
 inline int64_t padded(int64_t batch) { return (batch + kLanes - 1) / kLanes * kLanes; }
+
+// The batch in equal tiles of at most 8 vectors, as few as there can be. Packed activations are tile after tile, each
+// (features, width) and contiguous: a page then holds many features. What the tiles are depends on the batch alone.
+template <class T>
+constexpr int64_t kWidest = kMaxGroups<T> * kLanes;
+
+template <class T>
+struct BatchTiles {
+    explicit BatchTiles(int64_t batch)
+        : groups(padded(batch) / kLanes), count((groups + kMaxGroups<T> - 1) / kMaxGroups<T>) {}
+    int64_t begin(int64_t i) const { return groups * i / count * kLanes; }  // first column
+    int64_t width(int64_t i) const { return begin(i + 1) - begin(i); }
+    template <class U>
+    U* of(U* packed, int64_t features, int64_t i) const { return packed + features * begin(i); }
+    int64_t groups, count;
+};
 
 // Features [from, to) of x, whose rows (samples) are `stride` apart, to `width` columns.
 template <class T>

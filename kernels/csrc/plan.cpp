@@ -1,4 +1,5 @@
 #include "plan.h"
+#include "simd.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -151,6 +152,7 @@ bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, 
            h.phases >= int32_t(backward) && !std::memcmp(&h.taps, &expected, sizeof expected);
 }
 
+EXPORT const int64_t sparselottery_vector_bytes = VECTOR_BYTES;
 ABI(plan, FORWARD, sizeof(Taps) / 4);
 
 // Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is

@@ -105,23 +105,6 @@ INLINE Vec<T> exponentials(Vec<T> v) {
     }
 }
 
-// One 128-bit lane from each of row(0) + at, row(1) + at, ...: the loads do what would else take shuffles.
-template <class T, class Row>
-INLINE Vec<T> load_lanes(Row row, int64_t at) {
-    typedef typename Simd<T>::Lane Lane;
-    auto lane = [&](int i) __attribute__((always_inline)) { return *reinterpret_cast<const Lane*>(row(i) + at); };
-#if VECTOR_BYTES == 64
-    __m512 v = _mm512_castps128_ps512((__m128)lane(0));
-    v = _mm512_insertf32x4(v, (__m128)lane(1), 1);
-    v = _mm512_insertf32x4(v, (__m128)lane(2), 2);
-    return (Vec<T>)_mm512_insertf32x4(v, (__m128)lane(3), 3);
-#elif VECTOR_BYTES == 32
-    return (Vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)lane(0)), (__m128)lane(1), 1);
-#else
-    return (Vec<T>)lane(0);
-#endif
-}
-
 // Elements Pick::at(0), Pick::at(1), ... of a and b, which are counted through. GCC before 12 has but its own word for it.
 template <class T, class Pick, int... L>
 INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, L...>) {
@@ -145,30 +128,6 @@ struct Interleaved {
     }
 };
 
-// from(i)[j] -> to(j)[i], a block of kWidth x kWidth.
-template <class T, class From, class To>
-INLINE void transpose(From from, To to) {
-    constexpr int W = kWidth<T>, E = 16 / sizeof(T);
-#pragma GCC unroll 4
-    for (int c = 0; c < W; c += E) {  // lane q of v[k] holds columns c.. of row q E + k: transpose within lanes
-        Vec<T> v[E], next[E];
-#pragma GCC unroll 4
-        for (int k = 0; k < E; ++k) v[k] = load_lanes<T>([&](int q) { return from(q * E + k); }, c);
-#pragma GCC unroll 2
-        for (int stage = 1; stage < E; stage *= 2) {
-#pragma GCC unroll 4
-            for (int k = 0; k < E / 2; ++k) {
-                next[2 * k] = shuffle<T, Interleaved<T, false>>(v[k], v[k + E / 2]);
-                next[2 * k + 1] = shuffle<T, Interleaved<T, true>>(v[k], v[k + E / 2]);
-            }
-#pragma GCC unroll 4
-            for (int k = 0; k < E; ++k) v[k] = next[k];
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < E; ++k) store<T>(to(c + k), v[k]);
-    }
-}
-
 // The even units of (a, b), or the ODD: units are elements within 128-bit lanes (two shuffles a cycle), or where ACROSS the
 // lanes themselves.
 template <class T, bool ACROSS, bool ODD>
@@ -179,6 +138,44 @@ struct Alternate {
         return rest + (unit < units / 2 ? 0 : W) + (2 * unit % units + ODD) * size;
     }
 };
+
+// from(i)[j] -> to(j)[i], a block of kWidth x kWidth. Rows are read whole, once: a power of two apart, they share a set of L1.
+template <class T, class From, class To>
+INLINE void transpose(From from, To to) {
+    constexpr int W = kWidth<T>, E = 16 / sizeof(T), L = W / E;
+    Vec<T> v[W], next[E];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = load<T>(from(i));
+#pragma GCC unroll 4
+    for (int q = 0; q < W; q += E)  // within lanes, E rows at a time
+#pragma GCC unroll 2
+        for (int stage = 1; stage < E; stage *= 2) {
+#pragma GCC unroll 4
+            for (int k = 0; k < E / 2; ++k) {
+                next[2 * k] = shuffle<T, Interleaved<T, false>>(v[q + k], v[q + k + E / 2]);
+                next[2 * k + 1] = shuffle<T, Interleaved<T, true>>(v[q + k], v[q + k + E / 2]);
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < E; ++k) v[q + k] = next[k];
+        }
+    const auto even = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return shuffle<T, Alternate<T, (L > 1), false>>(a, b); };
+    const auto odd = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return shuffle<T, Alternate<T, (L > 1), true>>(a, b); };
+#pragma GCC unroll 4
+    for (int j = 0; j < E; ++j)  // lane p of v[q E + j] goes to lane q of column p E + j
+        if constexpr (L == 1) {
+            store<T>(to(j), v[j]);
+        } else if constexpr (L == 2) {
+            store<T>(to(j), even(v[j], v[E + j]));
+            store<T>(to(E + j), odd(v[j], v[E + j]));
+        } else {
+            const Vec<T> a = even(v[j], v[E + j]), b = even(v[2 * E + j], v[3 * E + j]);
+            const Vec<T> c = odd(v[j], v[E + j]), d = odd(v[2 * E + j], v[3 * E + j]);
+            store<T>(to(j), even(a, b));
+            store<T>(to(E + j), even(c, d));
+            store<T>(to(2 * E + j), odd(a, b));
+            store<T>(to(3 * E + j), odd(c, d));
+        }
+}
 
 // (a, b) -> sums of neighbouring units of a, then of b.
 template <class T, bool ACROSS>

@@ -1,19 +1,19 @@
 // The inner loops, over one tile. Activations are packed: row = feature, `R` vectors of consecutive batch columns.
+//
+// An entry costs R multiply-adds, each with a load of x, and a load of its value and one of its column: (R + 2) / 2 cycles
+// where a cycle loads two vectors, against R / 2 of multiplying. So R = 8 reaches four fifths of the peak if x is in L1:
+// `block` rows of x are, 32 KiB. What a segment adds to, R vectors read and written, comes from L2: it is asked for two
+// segments before. Values stand in the order in which they are read, so that they stream (order.h).
 #pragma once
 #include "plan.h"
 #include "simd.h"
 
 constexpr int kParked = 64;  // partial dot products held back and reduced together
 
-// Values are read along rows of W but stored in CSR order, so a tile touches many short runs that no hardware prefetcher
-// follows. Asking for them this many entries ahead takes a third off the backward pass of a large layer.
-constexpr int kAhead = 256;
-static_assert(kAhead <= kSlack, "the plan's arrays are read this far past their end");
-
-// Where a tile finds the row of an entry: rows of a matrix are `ld` apart; taps of a convolution have a table.
-struct Strided {
-    int64_t ld;
-    INLINE int64_t operator()(uint16_t column) const { return column * ld; }
+// Where a tile finds the row of an entry: packed rows follow each other; taps of a convolution have a table.
+template <int WIDTH>
+struct Packed {
+    INLINE int64_t operator()(uint16_t column) const { return int64_t(column) * WIDTH; }
 };
 struct Mapped {
     const int32_t* offset;
@@ -25,25 +25,32 @@ struct Mapped {
 template <int R>
 constexpr int kSums = R >= 4 ? 1 : R == 3 ? 2 : 4;
 
-// y[row] += Σ values * x[col]. For W the values of a segment are consecutive; for Wᵀ each has its own index.
-template <class T, int R, bool TRANSPOSED, class Rows>
+// Asks for the rows of y that the segment after next adds to.
+template <class T, int R>
+INLINE void expect(const T* y, int64_t ldy, const uint16_t* segment_row) {
+    const char* row = reinterpret_cast<const char*>(y + segment_row[2] * ldy);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < R * VECTOR_BYTES; i += 64) __builtin_prefetch(row + i, 1);
+}
+
+// y[row] += Σ values * x[col]. values: of this tile, in its order; or, if IN_CSR, all of W.
+template <class T, int R, bool IN_CSR, class Rows>
 void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x, Rows rows, T* y, int64_t ldy) {
     constexpr int W = kWidth<T>, U = kSums<R>;
     const Bucket* last = s.buckets + tile[1].bucket;
     const uint16_t* col = s.entry_col + tile->entry;
-    const int32_t* at = s.entry_value + tile->entry;
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
         const int32_t length = b->length;
         for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
             T* out = y + s.segment_row[segment] * ldy;
-            const T* v = TRANSPOSED ? nullptr : values + s.segment_value[segment];
-            if (!TRANSPOSED) __builtin_prefetch(v + 2 * length);  // this row's segment in the next tile
+            const T* v = IN_CSR ? values + s.segment_value[segment] : values;
+            if (IN_CSR) __builtin_prefetch(v + 2 * length);  // this row's segment in the next tile
+            expect<T, R>(y, ldy, s.segment_row + segment);
             Vec<T> acc[U][R] = {};
             auto entry = [&](int32_t k, Vec<T>(&to)[R]) __attribute__((always_inline)) {
                 const T* in = x + rows(col[k]);
-                const T value = TRANSPOSED ? values[at[k]] : v[k];
-                if (TRANSPOSED) __builtin_prefetch(values + at[k + kAhead]);
+                const T value = v[k];
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) to[r] += value * load<T>(in + r * W);
             };
@@ -59,52 +66,72 @@ void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x,
                 store<T>(out + r * W, load<T>(out + r * W) + acc[0][r]);
             }
             col += length;
-            at += length;
+            values += IN_CSR ? 0 : length;
         }
     }
 }
 
-// Sums parked partial dot products across lanes, 16 at a time: gvalues[at[i]] (+)= Σ lanes of parked[i].
+// Partial dot products, a vector each, held back until there are kParked of them, then summed across lanes and written, or
+// added, one after the other.
 template <class T>
-void unpark(const T* parked, int count, const int32_t* at, T* gvalues, bool add) {
-    constexpr int W = kWidth<T>;
-    for (int i = 0; i < count; i += W) {
-        alignas(64) T total[W];
-        store<T>(total, sums<T>(parked + i * W));
-        const int n = count - i < W ? count - i : W;
-        if (add)
-            for (int l = 0; l < n; ++l) gvalues[at[i + l]] += total[l];
-        else
-            for (int l = 0; l < n; ++l) gvalues[at[i + l]] = total[l];
+class Parked {
+  public:
+    Parked(T* to, bool add) : to_(to), add_(add) {}
+    ~Parked() { flush(); }
+    // Room for n of `wanted` more, n at least 1.
+    INLINE T* reserve(int32_t wanted, int32_t* n) {
+        if (count_ == kParked) flush();
+        *n = wanted < kParked - count_ ? wanted : kParked - count_;
+        T* room = parked_ + count_ * kWidth<T>;
+        count_ += *n;
+        return room;
     }
-}
 
-// Over Wᵀ: gx[row] += Σ values * gy[col], and from the same loads gvalues (+)= <x[row], gy[col]>.
+  private:
+    void flush() {
+        constexpr int W = kWidth<T>;
+        for (int i = 0; i < count_; i += W) {
+            Vec<T> total = sums<T>(parked_ + i * W);
+            if (count_ - i >= W) {
+                store<T>(to_ + i, add_ ? load<T>(to_ + i) + total : total);
+                continue;
+            }
+            for (int l = 0; l < count_ - i; ++l) to_[i + l] = add_ ? to_[i + l] + total[l] : total[l];
+        }
+        to_ += count_;
+        count_ = 0;
+    }
+    alignas(64) T parked_[kParked * kWidth<T>];
+    T* to_;
+    int32_t count_ = 0;
+    const bool add_;
+};
+
+// Over Wᵀ: gx[row] += Σ values * gy[col], and from the same loads gvalues (+)= <x[row], gy[col]>. Values and their gradient
+// are of this tile, in its order.
 template <class T, int R, class Rows>
 void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* gy, Rows rows, const T* x, int64_t ldx,
                 T* gx, int64_t ldgx, T* gvalues, bool add) {
     constexpr int W = kWidth<T>;
-    alignas(64) T parked[kParked * W];
-    int count = 0;
+    Parked<T> dots(gvalues, add);
     const Bucket* last = s.buckets + tile[1].bucket;
     const uint16_t* col = s.entry_col + tile->entry;
-    const int32_t *at = s.entry_value + tile->entry, *parked_at = at;
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b)
         for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
             const int64_t row = s.segment_row[segment];
             T* out = gx + row * ldgx;
+            expect<T, R>(gx, ldgx, s.segment_row + segment);
+            expect<T, R>(x, ldx, s.segment_row + segment);
             Vec<T> acc[R], mine[R];
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) acc[r] = load<T>(out + r * W), mine[r] = load<T>(x + row * ldx + r * W);
             for (int32_t left = b->length; left;) {
-                const int n = left < kParked - count ? left : kParked - count;
-                T* park = parked + count * W;
-                for (int k = 0; k < n; ++k) {
+                int32_t n;
+                T* park = dots.reserve(left, &n);
+                for (int32_t k = 0; k < n; ++k) {
                     const T* in = gy + rows(col[k]);
-                    const T value = values[at[k]];
-                    __builtin_prefetch(values + at[k + kAhead]);
-                    __builtin_prefetch(gvalues + at[k + kAhead], 1);
+                    const T value = values[k];
                     Vec<T> dot = {}, dot2 = {};
 #pragma GCC unroll 16
                     for (int r = 0; r < R; ++r) {
@@ -115,17 +142,11 @@ void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* g
                     }
                     store<T>(park + k * W, R > 1 ? dot + dot2 : dot);
                 }
-                col += n, at += n, left -= n, count += n;
-                if (count == kParked) {
-                    unpark<T>(parked, kParked, parked_at, gvalues, add);
-                    parked_at = at;
-                    count = 0;
-                }
+                col += n, values += n, left -= n;
             }
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) store<T>(out + r * W, acc[r]);
         }
-    unpark<T>(parked, count, parked_at, gvalues, add);
 }
 
 // Over W: gvalues (+)= <gy[row], x[col]>, where gx is not wanted.
@@ -133,37 +154,28 @@ template <class T, int R, class Rows>
 void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, const T* x, Rows rows, T* gvalues,
                 bool add) {
     constexpr int W = kWidth<T>;
-    alignas(64) T parked[kParked * W];
-    int32_t parked_at[kParked];
-    int count = 0;
+    Parked<T> dots(gvalues, add);
     const Bucket* last = s.buckets + tile[1].bucket;
     const uint16_t* col = s.entry_col + tile->entry;
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b)
         for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
             const T* row = gy + s.segment_row[segment] * ld;
-            int32_t at = s.segment_value[segment];
-            __builtin_prefetch(gvalues + at + 2 * b->length, 1);
+            expect<T, R>(gy, ld, s.segment_row + segment);
             Vec<T> mine[R];
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) mine[r] = load<T>(row + r * W);
             for (int32_t left = b->length; left;) {
-                const int n = left < kParked - count ? left : kParked - count;
-                T* park = parked + count * W;
-                for (int k = 0; k < n; ++k) {
+                int32_t n;
+                T* park = dots.reserve(left, &n);
+                for (int32_t k = 0; k < n; ++k) {
                     const T* in = x + rows(col[k]);
                     Vec<T> dot = {}, dot2 = {};
 #pragma GCC unroll 16
                     for (int r = 0; r < R; ++r) (r & 1 ? dot2 : dot) += mine[r] * load<T>(in + r * W);
                     store<T>(park + k * W, R > 1 ? dot + dot2 : dot);
                 }
-                for (int k = 0; k < n; ++k) parked_at[count + k] = at + k;
-                col += n, at += n, left -= n, count += n;
-                if (count == kParked) {
-                    unpark<T>(parked, kParked, parked_at, gvalues, add);
-                    count = 0;
-                }
+                col += n, left -= n;
             }
         }
-    unpark<T>(parked, count, parked_at, gvalues, add);
 }

@@ -8,10 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "pack.h"
-#include "plan.h"
-#include "team.h"
-#include "tile.h"
+#include "layer.h"
 
 namespace {
 
@@ -33,97 +30,26 @@ struct Training {  // mirrored in cpu_train.py; its layers follow
     const double* constants;  // ADAM: beta1, beta2, eps, weight decay. SGD: momentum, weight decay
 };
 
-thread_local Scratch workspace;
-
-struct Range {
-    int64_t begin, end;
-};
-
-// The rows of one thread's strips: about its share of the entries.
-Range owned_strips(const Schedule& s, int64_t part, int64_t parts) {
-    const auto weight = [&](int64_t strip) { return s.tiles[strip * s.blocks].entry + strip * s.strip; };
-    const auto first = [&](int64_t p) {
-        int64_t strip = 0;
-        if (p == parts) return int64_t(s.strips);
-        while (strip < s.strips && weight(strip) * parts < weight(s.strips) * p) ++strip;
-        return strip;
-    };
-    return {first(part), first(part + 1)};
-}
-
-Range rows_of_strips(const Schedule& s, Range strips) {
-    return {std::min<int64_t>(strips.begin * s.strip, s.rows), std::min<int64_t>(strips.end * s.strip, s.rows)};
-}
-
-// f(strip, its first row, its rows, a tile of at most 8 vectors' first column, R, is it the first tile?)
-template <class T, class F>
-INLINE void each_tile(const Schedule& s, Range strips, int64_t width, F f) {
-    const int64_t groups = width / kLanes, count = (groups + kMaxGroups<T> - 1) / kMaxGroups<T>;
-    for (int64_t strip = strips.begin; strip < strips.end; ++strip)
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t begin = groups * i / count, row0 = strip * s.strip;
-            with_registers<T>(groups * (i + 1) / count - begin, [&](auto R) {
-                f(strip, row0, std::min<int64_t>(s.strip, s.rows - row0), begin * kLanes, R, i == 0);
-            });
-        }
-}
-
-// y = W x + b, then ReLU if `relu`.
-template <class T>
-void forward(const Schedule& s, Range strips, const T* values, const T* bias, const T* x, T* y, int64_t width, int64_t ld,
-             bool relu) {
-    each_tile<T>(s, strips, width, [&](int64_t strip, int64_t row0, int64_t height, int64_t column, auto R, bool) {
-        constexpr int64_t columns = R * kWidth<T>;
-        T* out = y + row0 * ld + column;
-        for (int64_t r = 0; r < height; ++r) std::fill_n(out + r * ld, columns, bias ? bias[row0 + r] : T(0));
-        for (int64_t b = 0; b < s.blocks; ++b)
-            spmm_tile<T, R, false>(s, s.tiles + strip * s.blocks + b, values, x + b * s.block * ld + column, Strided{ld}, out,
-                                   ld);
-        for (int64_t r = 0; relu && r < height; ++r)
-            for (int64_t n = 0; n < columns; ++n) out[r * ld + n] = out[r * ld + n] < 0 ? T(0) : out[r * ld + n];
-    });
-}
-
-// gx = Wᵀ gy, but 0 where x <= 0, and the gradient of the values.
-template <class T>
-void input_gradient(const Schedule& s, Range strips, const T* values, const T* gy, const T* x, T* gx, T* gvalues,
-                    int64_t width, int64_t ld) {
-    each_tile<T>(s, strips, width, [&](int64_t strip, int64_t row0, int64_t height, int64_t column, auto R, bool first) {
-        constexpr int64_t columns = R * kWidth<T>;
-        const T* in = x + row0 * ld + column;
-        T* out = gx + row0 * ld + column;
-        for (int64_t r = 0; r < height; ++r) std::fill_n(out + r * ld, columns, T(0));
-        for (int64_t b = 0; b < s.blocks; ++b)
-            fused_tile<T, R>(s, s.tiles + strip * s.blocks + b, values, gy + b * s.block * ld + column, Strided{ld}, in, ld,
-                             out, ld, gvalues, !first);
-        for (int64_t r = 0; r < height; ++r)
-            for (int64_t n = 0; n < columns; ++n) out[r * ld + n] = in[r * ld + n] <= 0 ? T(0) : out[r * ld + n];
-    });
-}
-
-template <class T>
-void values_gradient(const Schedule& s, Range strips, const T* gy, const T* x, T* gvalues, int64_t width, int64_t ld) {
-    each_tile<T>(s, strips, width, [&](int64_t strip, int64_t row0, int64_t, int64_t column, auto R, bool first) {
-        for (int64_t b = 0; b < s.blocks; ++b)
-            sddmm_tile<T, R>(s, s.tiles + strip * s.blocks + b, gy + row0 * ld + column, ld, x + b * s.block * ld + column,
-                             Strided{ld}, gvalues, !first);
-    });
-}
+thread_local Scratch workspace;  // the caller's: what threads share
+thread_local Scratch scratch;    // of a thread: its values and their gradients in the order of tiles
 
 // Features `range` of the images `order` as packed columns, zeros after the last image.
 template <class T>
-void pack_images(const T* images, int64_t features, const int64_t* order, int64_t batch, const T* zeros, Range range, T* x,
-                 int64_t width, int64_t ld) {
+void pack_images(const T* images, int64_t features, const int64_t* order, int64_t batch, const T* zeros, Range range, T* x) {
     constexpr int W = kWidth<T>;
-    for (int64_t n = 0; n < width; n += W) {
-        const T* row[W];
-        for (int i = 0; i < W; ++i) row[i] = n + i < batch ? images + order[n + i] * features : zeros;
-        int64_t f = range.begin;
-        for (; f + W <= range.end; f += W)
-            transpose<T>([&](int i) { return row[i] + f; }, rows_of(x + f * ld + n, ld));
-        for (; f < range.end; ++f)
-            for (int i = 0; i < W; ++i) x[f * ld + n + i] = row[i][f];
-    }
+    const BatchTiles<T> tiles(batch);
+    for (int64_t i = 0; i < tiles.count; ++i)
+        for (int64_t n = 0, width = tiles.width(i); n < width; n += W) {
+            T* packed = tiles.of(x, features, i) + n;
+            const int64_t first = tiles.begin(i) + n;
+            const T* row[W];
+            for (int j = 0; j < W; ++j) row[j] = first + j < batch ? images + order[first + j] * features : zeros;
+            int64_t f = range.begin;
+            for (; f + W <= range.end; f += W)
+                transpose<T>([&](int j) { return row[j] + f; }, rows_of(packed + f * width, width));
+            for (; f < range.end; ++f)
+                for (int j = 0; j < W; ++j) packed[f * width + j] = row[j][f];
+        }
 }
 
 // Asks for what `pack_images` will read: images are anywhere in memory.
@@ -134,26 +60,31 @@ void prefetch(const T* images, int64_t features, const int64_t* order, int64_t b
             __builtin_prefetch(images + order[n] * features + f, 0, 2);
 }
 
-// Logits (classes, ld) of columns `range` -> the gradient of their mean cross-entropy, in place.
+// Logits, packed, of columns `range` -> the gradient of their mean cross-entropy, in place.
 template <class T>
 void cross_entropy_gradient(T* logits, int64_t classes, const int64_t* labels, const int64_t* order, int64_t batch,
-                            Range range, int64_t ld) {
+                            Range range) {
     constexpr int W = kWidth<T>;
-    for (int64_t n = range.begin; n < range.end; n += W) {
-        Vec<T> top = load<T>(logits + n), total = {};
-        for (int64_t c = 1; c < classes; ++c) {
-            const Vec<T> v = load<T>(logits + c * ld + n);
-            top = v > top ? v : top;
+    const BatchTiles<T> tiles(batch);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t width = tiles.width(t), begin = tiles.begin(t);
+        for (int64_t n = std::max(range.begin, begin); n < std::min(range.end, begin + width); n += W) {
+            T* column = tiles.of(logits, classes, t) + n - begin;
+            Vec<T> top = load<T>(column), total = {};
+            for (int64_t c = 1; c < classes; ++c) {
+                const Vec<T> v = load<T>(column + c * width);
+                top = v > top ? v : top;
+            }
+            for (int64_t c = 0; c < classes; ++c) {
+                const Vec<T> e = exponentials<T>(load<T>(column + c * width) - top);
+                store<T>(column + c * width, e);
+                total += e;
+            }
+            Vec<T> scale = T(1) / (total * T(batch));
+            for (int i = 0; i < W; ++i) scale[i] = n + i < batch ? scale[i] : T(0);
+            for (int64_t c = 0; c < classes; ++c) store<T>(column + c * width, load<T>(column + c * width) * scale);
+            for (int i = 0; i < W && n + i < batch; ++i) column[labels[order[n + i]] * width + i] -= T(1) / T(batch);
         }
-        for (int64_t c = 0; c < classes; ++c) {
-            const Vec<T> e = exponentials<T>(load<T>(logits + c * ld + n) - top);
-            store<T>(logits + c * ld + n, e);
-            total += e;
-        }
-        Vec<T> scale = T(1) / (total * T(batch));
-        for (int i = 0; i < W; ++i) scale[i] = n + i < batch ? scale[i] : T(0);
-        for (int64_t c = 0; c < classes; ++c) store<T>(logits + c * ld + n, load<T>(logits + c * ld + n) * scale);
-        for (int i = 0; i < W && n + i < batch; ++i) logits[labels[order[n + i]] * ld + n + i] -= T(1) / T(batch);
     }
 }
 
@@ -218,38 +149,78 @@ struct Layer {
     }
     const T* values() const { return static_cast<const T*>(params->values); }
     const T* bias() const { return static_cast<const T*>(params->bias); }
+    // output = W input + b of my rows, with a ReLU if `relu`.
+    void forward(const BatchTiles<T>& tiles, const T* input, bool relu) const {
+        const bool in_csr = tiles.count == 1;  // values are read but once
+        const T* ordered = values();
+        if (!in_csr) {
+            T* own = scratch.get<T>(entries(rows, strips));
+            to_order<false>(rows, strips, values(), own);
+            ordered = own;
+        }
+        for (int64_t i = 0; i < tiles.count; ++i)
+            for (int64_t strip = strips.begin; strip < strips.end; ++strip)
+                forward_strip<T>(rows, strip, in_csr ? ordered : ordered + before(rows, strips, strip), in_csr, bias(),
+                                 tiles.of(input, rows.cols, i),
+                                 tiles.of(output, rows.rows, i) + first_row(rows, strip) * tiles.width(i), tiles.width(i), relu);
+    }
+    // ginput = Wᵀ goutput of my columns, 0 where input <= 0, and the gradient of their values.
+    void backward(const BatchTiles<T>& tiles, const T* input, T* ginput) const {
+        T *own = scratch.get<T>(2 * entries(columns, strips_back)), *gown = own + entries(columns, strips_back);
+        to_order<true>(columns, strips_back, values(), own);
+        for (int64_t i = 0; i < tiles.count; ++i)
+            for (int64_t strip = strips_back.begin; strip < strips_back.end; ++strip) {
+                const int64_t at = first_row(columns, strip) * tiles.width(i), k = before(columns, strips_back, strip);
+                input_gradient_strip<T>(columns, strip, own + k, tiles.of(goutput, columns.cols, i),
+                                        tiles.of(input, columns.rows, i) + at, tiles.of(ginput, columns.rows, i) + at,
+                                        gown + k, i > 0, tiles.width(i), true);
+            }
+        from_order<true>(columns, strips_back, gown, gvalues);
+    }
+    // The gradient of my rows' values, of a layer whose input needs none.
+    void values_gradient(const BatchTiles<T>& tiles, const T* input) const {
+        T* gown = scratch.get<T>(entries(rows, strips));
+        for (int64_t i = 0; i < tiles.count; ++i)
+            for (int64_t strip = strips.begin; strip < strips.end; ++strip)
+                values_gradient_strip<T>(rows, strip,
+                                         tiles.of(goutput, rows.rows, i) + first_row(rows, strip) * tiles.width(i),
+                                         tiles.of(input, rows.cols, i), gown + before(rows, strips, strip), i > 0,
+                                         tiles.width(i));
+        from_order<false>(rows, strips, gown, gvalues);
+    }
     // Of the rows that this thread owns: the values' gradient is there.
-    void update(const Update<T>& rule, int64_t width, int64_t ld) const {
+    void update(const Update<T>& rule, const BatchTiles<T>& tiles) const {
         rule(params->values, params->values_moments, gvalues, owned_values);
         if (!params->bias) return;
-        for (int64_t r = owned_rows.begin; r < owned_rows.end; ++r) {
-            Vec<T> total = {};
-            for (int64_t n = 0; n < width; n += kWidth<T>) total += load<T>(goutput + r * ld + n);
-            gbias[r] = sum<T>(total);
-        }
+        for (int64_t i = 0; i < tiles.count; ++i)
+            bias_gradient<T>(tiles.of(goutput, rows.rows, i), tiles.width(i), owned_rows, gbias, i > 0);
         rule(params->bias, params->bias_moments, gbias, owned_rows);
     }
+    static int64_t before(const Schedule& s, Range strips, int64_t strip) {
+        return first_entry(s, strip) - first_entry(s, strips.begin);
+    }
+    static int64_t entries(const Schedule& s, Range strips) { return before(s, strips, strips.end) + kLanes; }
 };
 
 template <class T>
 void train(const Training& a, const TrainedLayer* params) {
-    const int64_t width = padded(a.batch), ld = width + width / kLanes / 16 * kLanes;  // as reference.leading_dim
-    const int64_t features = read_plan(params[0].plan).in_features;
+    const BatchTiles<T> tiles(a.batch);
+    const int64_t columns = padded(a.batch), features = read_plan(params[0].plan).in_features;
     int64_t size = 0;
-    const auto reserve = [&](int64_t elements) {  // each array a multiple of a cache line, and slack for look-ahead
+    const auto reserve = [&](int64_t elements) {  // each array a multiple of a cache line
         const int64_t at = size;
-        size += (elements + kSlack + 15) / 16 * 16;
+        size += (elements + 15) / 16 * 16;
         return at;
     };
     struct Offsets {
         int64_t output, goutput, gvalues, gbias;
     };
     std::vector<Offsets> offsets(a.layers);
-    const int64_t at_zeros = reserve(features), at_x[2] = {reserve(features * ld), reserve(features * ld)};
+    const int64_t at_zeros = reserve(features), at_x[2] = {reserve(features * columns), reserve(features * columns)};
     for (int64_t l = 0; l < a.layers; ++l) {
         const Plan plan = read_plan(params[l].plan);
-        offsets[l].output = reserve(plan.out_features * ld);
-        offsets[l].goutput = l + 1 < a.layers ? reserve(plan.out_features * ld) : offsets[l].output;
+        offsets[l].output = reserve(plan.out_features * columns);
+        offsets[l].goutput = l + 1 < a.layers ? reserve(plan.out_features * columns) : offsets[l].output;
         offsets[l].gvalues = reserve(plan.nnz), offsets[l].gbias = reserve(plan.out_features);
     }
     T* base = workspace.get<T>(size);
@@ -271,31 +242,29 @@ void train(const Training& a, const TrainedLayer* params) {
         const Layer<T>& last = layers.back();
         const auto feature = [&](int64_t p) { return p == parts ? features : features * p / parts / 16 * 16; };
         const Range my_features{feature(part), feature(part + 1)};
-        const Range my_columns{width / kLanes * part / parts * kLanes, width / kLanes * (part + 1) / parts * kLanes};
+        const Range my_columns{tiles.groups * part / parts * kLanes, tiles.groups * (part + 1) / parts * kLanes};
         for (int64_t step = 0; step < a.steps; ++step) {
             const int64_t* order = a.order + step * a.batch;
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
-            pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x, width, ld);
+            pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x);
             meeting.wait();
             if (step + 1 < a.steps) prefetch(static_cast<const T*>(a.images), features, order + a.batch, a.batch, my_features);
             const T* input = x;
             for (const Layer<T>& l : layers) {
-                forward(l.rows, l.strips, l.values(), l.bias(), input, l.output, width, ld, &l != &last);
+                l.forward(tiles, input, &l != &last);
                 meeting.wait();
                 input = l.output;
             }
-            cross_entropy_gradient(last.output, last.rows.rows, a.labels, order, a.batch, my_columns, ld);
+            cross_entropy_gradient(last.output, last.rows.rows, a.labels, order, a.batch, my_columns);
             meeting.wait();
             const Update<T> rule(a, step);
             for (int64_t i = a.layers - 1; i > 0; --i) {
-                const Layer<T>&l = layers[i], &before = layers[i - 1];
-                input_gradient(l.columns, l.strips_back, l.values(), l.goutput, before.output, before.goutput, l.gvalues,
-                               width, ld);
+                layers[i].backward(tiles, layers[i - 1].output, layers[i - 1].goutput);
                 meeting.wait();
-                l.update(rule, width, ld);
+                layers[i].update(rule, tiles);
             }
-            values_gradient(layers[0].rows, layers[0].strips, layers[0].goutput, x, layers[0].gvalues, width, ld);
-            layers[0].update(rule, width, ld);
+            layers[0].values_gradient(tiles, x);
+            layers[0].update(rule, tiles);
         }
     }
 }

@@ -1,0 +1,69 @@
+// Values in the order in which tiles read them, and back: in CSR they are short runs at odd places, whose misses no
+// prefetcher foresees. Bringing 4 bytes over costs half a nanosecond, once a call; a tile of the batch then streams them.
+#pragma once
+#include <algorithm>
+
+#include "plan.h"
+
+struct Range {
+    int64_t begin, end;
+};
+
+// One of `parts` parts of `count` rows or strips.
+inline Range share(int64_t count, int64_t part, int64_t parts) {
+    return {count * part / parts, count * (part + 1) / parts};
+}
+
+// How many entries come before a strip.
+inline int64_t first_entry(const Schedule& s, int64_t strip) { return s.tiles[strip * s.blocks].entry; }
+
+// The strips of one thread: about its share of the entries.
+inline Range owned_strips(const Schedule& s, int64_t part, int64_t parts) {
+    const auto weight = [&](int64_t strip) { return first_entry(s, strip) + strip * s.strip; };
+    const auto first = [&](int64_t p) {
+        int64_t strip = 0;
+        if (p == parts) return int64_t(s.strips);
+        while (strip < s.strips && weight(strip) * parts < weight(s.strips) * p) ++strip;
+        return strip;
+    };
+    return {first(part), first(part + 1)};
+}
+
+inline Range rows_of_strips(const Schedule& s, Range strips) {
+    return {std::min<int64_t>(strips.begin * s.strip, s.rows), std::min<int64_t>(strips.end * s.strip, s.rows)};
+}
+
+inline Range entries_of_strips(const Schedule& s, Range strips) {
+    return {first_entry(s, strips.begin), first_entry(s, strips.end)};
+}
+
+// f(place in the order, place in CSR, how many follow) for runs of the entries of `strips`.
+template <bool TRANSPOSED, class F>
+inline void each_run(const Schedule& s, Range strips, F f) {
+    const Tile *first = s.tiles + strips.begin * s.blocks, *last = s.tiles + strips.end * s.blocks;
+    if (TRANSPOSED) {
+        for (int64_t k = first->entry; k < last->entry; ++k) f(k, s.entry_value[k], 1);
+        return;
+    }
+    int64_t segment = first->segment, k = first->entry;
+    for (const Bucket* b = s.buckets + first->bucket; b < s.buckets + last->bucket; ++b)
+        for (const int64_t stop = segment + b->count; segment < stop; ++segment, k += b->length)
+            f(k, s.segment_value[segment], b->length);
+}
+
+// ordered: what comes first in it is the first entry of `strips`. TRANSPOSED: s is of Wᵀ.
+template <bool TRANSPOSED, class T>
+void to_order(const Schedule& s, Range strips, const T* values, T* ordered) {
+    const int64_t first = first_entry(s, strips.begin);
+    each_run<TRANSPOSED>(s, strips, [&](int64_t to, int64_t from, int32_t count) __attribute__((always_inline)) {
+        for (int32_t i = 0; i < count; ++i) ordered[to - first + i] = values[from + i];
+    });
+}
+
+template <bool TRANSPOSED, class T>
+void from_order(const Schedule& s, Range strips, const T* ordered, T* values) {
+    const int64_t first = first_entry(s, strips.begin);
+    each_run<TRANSPOSED>(s, strips, [&](int64_t from, int64_t to, int32_t count) __attribute__((always_inline)) {
+        for (int32_t i = 0; i < count; ++i) values[to + i] = ordered[from - first + i];
+    });
+}
