@@ -155,14 +155,14 @@ def checked(contents: Contents) -> Contents:
     return contents
 
 
-def fitting(architecture: dict[str, Any] | None, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The architecture; None if a file of this dense state_dict would be refused because of it."""
+def fitting(contents: Contents) -> Contents:
+    """The same; without the architecture if a file would be refused because of it."""
     try:
-        if architecture is not None:
-            _check_architecture(Contents({}, {}, dict(state), {}, architecture))
+        if contents.architecture is not None:
+            _check_architecture(contents)
     except ValueError:  # modules of several dtypes
-        return None
-    return architecture
+        return contents._replace(architecture=None)
+    return contents
 
 
 def _check_architecture(contents: Contents) -> None:
