@@ -89,7 +89,8 @@ class IndexedLayer(nn.Module):
         except ValueError as error:
             raise ValueError(
                 f"{error}. These indices of a {type(self).__name__} of {shape} were never loaded, or were changed by "
-                "hand: load_state_dict values and indices of a converted model first"
+                "hand or averaged (AveragedModel: use_buffers=False): load_state_dict values and indices of a "
+                "converted model first"
             ) from None
         return pattern
 
