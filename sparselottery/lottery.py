@@ -237,8 +237,11 @@ def _train(
         returned = train(current, **steps)
         seconds = perf_counter() - began
     layers = masked_layers(current)
+    doubtful = {name: layer for name, layer in layers.items() if name not in seen or not seen[name].still(layer)}
+    for layer in doubtful.values():
+        layer.check()
     if layers.keys() != start.masks.keys() or not all(
-        seen[name].still(layer) or torch.equal(layer.mask.cpu(), start.masks[name]) for name, layer in layers.items()
+        torch.equal(layer.mask.cpu(), start.masks[name]) for name, layer in doubtful.items()
     ):
         raise ValueError("train: expected it to leave the masks as they are, but it altered them")
     trained = result(current, start.recipe)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pieces import count, divisible, put, spans, take
+from .pieces import count, divisible, put, scratch, spans, take
 
 Masks = dict[str, Tensor]
 Block = tuple[int, int]
@@ -69,9 +69,9 @@ def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
 
 def lowest(scores: Tensor, k: int) -> Tensor:
     """Bool (n,), True at exactly the k lowest of `scores` (n,); among equal scores the first by index. O(n) time."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
     if k == 0:
-        return chosen
+        return torch.zeros_like(scores, dtype=torch.bool)
+    chosen = torch.empty_like(scores, dtype=torch.bool)
     if divisible(scores) and scores.dtype in (torch.float32, torch.float64):  # NumPy compares and selects faster
         array = scores.numpy()
         threshold = _smallest(array, k)
@@ -155,7 +155,12 @@ def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 
 def by_magnitude_of_survivors(values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
     """As `by_magnitude`, given the weights (n,) of a layer that survive, by index, alone."""
-    return _by_mean(lambda name: values[name].detach().to(masks[name].device).abs(), masks)
+
+    def magnitudes(name: str) -> Tensor:
+        alive = values[name].detach().to(masks[name].device)
+        return alive.abs() if alive.is_complex() else torch.abs(alive, out=scratch(len(alive), alive))
+
+    return _by_mean(magnitudes, masks)
 
 
 def by_score(score_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:

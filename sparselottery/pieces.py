@@ -41,6 +41,16 @@ def places(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))  # eight times as fast as torch's nonzero
 
 
+def scratch(size: int, like: Tensor) -> Tensor:
+    """Memory (size,) of the dtype and device of another tensor, for results that live for one pass.
+
+    NumPy asks the system for large pages: memory that is written once is ready in half the time.
+    """
+    if size and divisible(like) and like.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.empty(size, dtype=np.float32 if like.dtype == torch.float32 else np.float64))
+    return like.new_empty(size)
+
+
 def count(mask: Tensor) -> int:
     """How many elements of a bool tensor are True."""
     if divisible(mask):
@@ -61,11 +71,11 @@ def take(tensor: Tensor, mask: Tensor) -> Tensor:
     """A copy of the elements of a tensor (...) where a mask (...) on its device is True: (n,), by index."""
     flat, flags = tensor.flatten(), mask.flatten()
     survivors = count(flags)
-    if survivors == flags.numel():
-        return flat.clone(memory_format=torch.contiguous_format)
     if not divisible(flat, flags):
-        return flat[flags]
-    taken, end = flat.new_empty(survivors), 0
+        return flat.clone() if survivors == flags.numel() else flat[flags]
+    if survivors == flags.numel():
+        return scratch(survivors, flat).copy_(flat)
+    taken, end = scratch(survivors, flat), 0
     for span in spans(len(flat)):
         at = places(flags[span])
         start, end = end, end + len(at)
