@@ -6,6 +6,7 @@ One shared library per instruction-set level is built by setup.py; the best one 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -101,15 +102,15 @@ def empty(
 
 
 def take(build: Callable[..., int], *args: object) -> Tensor:
-    """The words that a native plan builder leaves, as an int32 tensor."""
+    """The words that a native plan builder leaves, as an int32 tensor in the builder's memory."""
     words = ctypes.POINTER(ctypes.c_int32)()
     count = build(*args, ctypes.byref(words))
     if count < 0:
         raise MemoryError("no memory for the plan")
-    out = empty(count, dtype=torch.int32)
-    ctypes.memmove(out.data_ptr(), words, 4 * count)
-    LIBRARY.sparselottery_free(words)
-    return out
+    memory = (ctypes.c_int32 * count).from_address(ctypes.addressof(words.contents))
+    # With the tensor's storage; not at exit, where some tensors still live.
+    weakref.finalize(memory, LIBRARY.sparselottery_free, words).atexit = False
+    return torch.frombuffer(memory, dtype=torch.int32)
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

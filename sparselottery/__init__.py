@@ -1,5 +1,6 @@
 """Lottery tickets that train and infer faster: only the surviving weights are stored and multiplied."""
 
+from . import started  # noqa: F401 - first: what follows takes seconds to import
 from .convert import convert, to_dense
 from .explain import explain
 from .export import export

@@ -211,4 +211,5 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
         beyond = [row["p99_ms"] - row["median_ms"] for row in here]
         axes.barh(names, medians, xerr=[[0] * len(here), beyond], color=["C1" if n == OURS else "C0" for n in names])
         axes.set(title=f"batch {batch}", xlabel="ms, median and p99")
-    figure.savefig(file)
+    with atomic(file) as temporary:
+        figure.savefig(temporary, format="svg")

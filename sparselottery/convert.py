@@ -18,7 +18,6 @@ from .maskable import MASKED, TORCH_PRUNED, unmaskable
 from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential
 from .nn.weight import plain
-from .random_state import random_state_kept
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
 
@@ -39,6 +38,14 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     is parametrized or pruned by torch's own utilities) or a mask has the wrong shape, TypeError if a mask is not
     boolean.
     """
+    converted = converted_with(model, masks, {})
+    if example_input is not None:
+        choose_execution(converted, example_input)
+    return converted
+
+
+def converted_with(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> nn.Module:
+    """As `convert`, with other weights, by name, in the masked layers: of the same shapes, not checked."""
     refused = unmaskable(model)
     layers = {_weight_name(name): module for name, module in _layers(model)}
     masks = {name: as_mask(name, mask) for name, mask in masks.items()}
@@ -51,15 +58,11 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
         if tuple(mask.shape) != shape:
             raise ValueError(f"masks[{name!r}]: expected shape {shape}, got {tuple(mask.shape)}")
     replaced = {}
-    with random_state_kept():  # a layer initialises itself before it takes its values
-        for name, mask in masks.items():
-            module = layers[name]
-            dense = module.to_dense() if isinstance(module, MaskedLayer) else module
-            replaced[module] = MASKED[type(dense)].from_dense(dense, mask)
-    converted = _rebuild(model, replaced)
-    if example_input is not None:
-        choose_execution(converted, example_input)
-    return converted
+    for name, mask in masks.items():
+        module = layers[name]
+        dense = module.to_dense() if isinstance(module, MaskedLayer) else module
+        replaced[module] = MASKED[type(dense)].from_dense(dense, mask, weights.get(name))
+    return _rebuild(model, replaced)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -139,7 +142,12 @@ def dense_entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The bool masks of all masked layers, keyed by weight name."""
-    return {_weight_name(name): module.mask for name, module in _layers(model) if isinstance(module, MaskedLayer)}
+    return {name: layer.mask for name, layer in masked_layers(model).items()}
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """All masked layers, keyed by weight name."""
+    return {_weight_name(name): module for name, module in _layers(model) if isinstance(module, MaskedLayer)}
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:

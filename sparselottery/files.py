@@ -15,12 +15,14 @@ of it. Files of version 1 have int32 indices and neither blocks nor an architect
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,14 +157,14 @@ def checked(contents: Contents) -> Contents:
     return contents
 
 
-def fitting(architecture: dict[str, Any] | None, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The architecture; None if a file of this dense state_dict would be refused because of it."""
+def fitting(contents: Contents) -> Contents:
+    """The same; without the architecture if a file would be refused because of it."""
     try:
-        if architecture is not None:
-            _check_architecture(Contents({}, {}, dict(state), {}, architecture))
+        if contents.architecture is not None:
+            _check_architecture(contents)
     except ValueError:  # modules of several dtypes
-        return None
-    return architecture
+        return contents._replace(architecture=None)
+    return contents
 
 
 def _check_architecture(contents: Contents) -> None:
@@ -223,17 +225,46 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(f"{path}: expected a file, a folder or nothing there, got a device, a pipe or a socket")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    owner = f".{path.name}.{platform.node()}."
+    with suppress(OSError):  # those of another user, or gone meanwhile
+        _remove_those_of_the_dead(path.parent, owner)
+    temporary = path.with_name(f"{owner}{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write: a full disk
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def _remove_those_of_the_dead(folder: Path, owner: str) -> None:
+    """Removes what processes of this machine that were killed have left in a folder: `owner`, their number, ".tmp"."""
+    for path in folder.glob(f"{glob.escape(owner)}*.tmp"):
+        number = path.name.removeprefix(owner).removesuffix(".tmp")
+        if number.isdecimal() and not _runs(int(number)):
+            _remove(path)
+
+
+def _runs(number: int) -> bool:
+    """Is there a process of this number? Yes, where that cannot be asked without ending it."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,14 +19,27 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ranks
-from .convert import dense_entries, masks_of, prunable
-from .files import json_copy, read_json, write_json
-from .masks import Granularity, Masks, as_mask, at_random, by_magnitude, check, check_blocks, pools, prune_pools
+from .convert import dense_entries, masked_layers, masks_of, prunable
+from .files import Contents, json_copy, read_json, write, write_json
+from .masks import (
+    Granularity,
+    Masks,
+    as_mask,
+    at_random,
+    by_magnitude,
+    by_magnitude_of_survivors,
+    check,
+    check_blocks,
+    pools,
+    prune_pools,
+)
+from .nn.indices import Seen
 from .random_state import random_state_kept
 from .storable import check_storable
-from .ticket import Ticket
+from .ticket import Ticket, contents_of
 
 METHODS = ("magnitude", "random")
+Trained = TypeVar("Trained")
 
 
 def prune(
@@ -161,6 +174,7 @@ def find_ticket(
         )
     if out is not None:
         check_storable(weights, {name: entry for name, entry in state.items() if name not in weights})
+    del weights, state  # of a converted model, new dense tensors
     files = _Files(out)
     recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, (), device="cpu"))}))
 
@@ -169,7 +183,7 @@ def find_ticket(
         theta = Ticket.from_model(model, recipe)
         theta.masks.update({name: mask.cpu() for name, mask in masks.items() if name not in theta.masks})
         if rewind_step:
-            theta, _, fault = _train(model, theta, train, {"start": 0, "stop": rewind_step})
+            theta, _, fault = _train(model, theta, train, {"start": 0, "stop": rewind_step}, Ticket.from_model)
         files.save("theta", theta)
         if rewind_step and fault:
             raise fault
@@ -177,58 +191,69 @@ def find_ticket(
     steps = {"start": rewind_step, "stop": None} if rewind_step else {}
     start = theta
     for number in range(rounds + 1):
-        name = f"round-{number:02d}"
-        trained = files.load(name)
-        if trained is None:
-            trained, record, fault = _train(model, start, retrain if retrain and number else train, steps)
+        name, masks = f"round-{number:02d}", start.masks
+        done = files.load(name)
+        if done is None:
+            trainer = retrain if retrain and number else train
+            trained, record, fault = _train(model, start, trainer, steps, contents_of)
             record = {"round": number, **record}
             files.save_record(name, record)
             files.save(name, trained)  # last: the round is done when this file is there
             if fault:
                 raise fault
         else:
-            record = files.load_record(name)
-        if on_round is not None:
-            on_round(record)
-        if number < rounds:
-            masks = prune_pools(trained.masks, chosen, by_magnitude(trained.weights, trained.masks))
-            # Read at the masks only: nothing need be set to zero.
-            start = Ticket.of_parts((theta if reset else trained).weights, masks, recipe, theta.architecture)
-            del trained  # a model's bytes, while the next round trains
+            trained, masks, record = done.contents(), done.masks, files.load_record(name)
+        try:  # before anybody can change the trained weights, which are the model's own
+            if number < rounds:
+                weights = theta.weights if reset else Ticket.from_contents(trained).weights
+                survivors = {layer: values for layer, (_, values) in trained.layers.items()}
+                score = by_magnitude_of_survivors(survivors, masks)
+                del done, trained  # a model's bytes or two
+                masks = prune_pools(masks, chosen, score)
+                # Read at the masks only: nothing need be set to zero.
+                start = Ticket.of_parts(weights, masks, recipe, theta.architecture)
+                del weights, survivors, score
+        finally:
+            if on_round is not None:
+                on_round(record)
 
-    ticket = Ticket(theta.weights, trained.masks, {**recipe, "rounds": rounds}, theta.architecture)
+    ticket = theta.pruned(masks, {**recipe, "rounds": rounds})
     files.save("ticket", ticket)
     files.wait()
     return ticket
 
 
 def _train(
-    model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any]
-) -> tuple[Ticket, dict[str, Any], Exception | None]:
-    """The ticket after one training from `start`, what to record of it, and what is wrong with what `train` returned.
-
-    The training is then kept all the same, its record without that.
+    model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any], result: Callable[..., Trained]
+) -> tuple[Trained, dict[str, Any], Exception | None]:
+    """`result` of the model after one training from `start` and of the recipe, what to record of the training, and what
+    is wrong with what `train` returned: it is then kept all the same, its record without that.
     """
     with random_state_kept():
         current = start.apply(model)
+        seen = {name: Seen(layer) for name, layer in masked_layers(current).items()}
         _seed(start.recipe["seed"])
         began = perf_counter()
-        result = train(current, **steps)
+        returned = train(current, **steps)
         seconds = perf_counter() - began
-    trained = Ticket.from_model(current, start.recipe)
-    if trained.masks.keys() != start.masks.keys() or any(
-        not torch.equal(mask, start.masks[name]) for name, mask in trained.masks.items()
+    layers = masked_layers(current)
+    doubtful = {name: layer for name, layer in layers.items() if name not in seen or not seen[name].still(layer)}
+    for layer in doubtful.values():
+        layer.check()
+    if layers.keys() != start.masks.keys() or not all(
+        torch.equal(layer.mask.cpu(), start.masks[name]) for name, layer in doubtful.items()
     ):
         raise ValueError("train: expected it to leave the masks as they are, but it altered them")
+    trained = result(current, start.recipe)
     total = sum(mask.numel() for mask in start.masks.values())
     record = {"density": start.density, "nnz": start.nnz, "total": total, "seconds": seconds}
     try:
-        result = json_copy("train", {} if result is None else result)
-        if not isinstance(result, dict) or {"round", *record} & result.keys():
-            raise ValueError(f"train: expected None or a mapping without {['round', *record]}, got {result!r}")
+        returned = json_copy("train", {} if returned is None else returned)
+        if not isinstance(returned, dict) or {"round", *record} & returned.keys():
+            raise ValueError(f"train: expected None or a mapping without {['round', *record]}, got {returned!r}")
     except (TypeError, ValueError) as fault:
         return trained, record, fault
-    return trained, {**record, **result}, None
+    return trained, {**record, **returned}, None
 
 
 def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
@@ -299,9 +324,9 @@ class _Files:
             return None
         return Ticket.load(self.folder / f"{name}.safetensors")
 
-    def save(self, name: str, ticket: Ticket) -> None:
+    def save(self, name: str, kept: Ticket | Contents) -> None:
         if self.writes:
-            ticket.save(self.folder / f"{name}.safetensors")
+            write(self.folder / f"{name}.safetensors", kept.contents() if isinstance(kept, Ticket) else kept)
 
     def load_record(self, name: str) -> dict[str, Any]:
         return read_json(self.folder / f"{name}.json")

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pieces import divisible, places, put, take
+from .pieces import count, divisible, put, scratch, spans, take
 
 Masks = dict[str, Tensor]
 Block = tuple[int, int]
 Granularity = Block | Mapping[str, Block]  # of all layers, or by name or fnmatch pattern, the others being (1, 1)
 Score = Callable[[str, Block], Tensor]  # layer -> scores (n,) of its n surviving blocks, in order; the lowest go first
 SCOPES = ("layer", "global")
+SAMPLE = 2**16  # scores, of which it is learnt where to look for the k-th smallest
 
 
 class Pool(NamedTuple):
@@ -41,7 +42,7 @@ class Pool(NamedTuple):
 
 def survivors(masks: Mapping[str, Tensor]) -> int:
     """How many weights survive, over all masks."""
-    return sum(int(mask.count_nonzero()) for mask in masks.values())
+    return sum(map(count, masks.values()))
 
 
 def as_mask(name: str, mask: Tensor | np.ndarray) -> Tensor:
@@ -68,22 +69,38 @@ def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
 
 def lowest(scores: Tensor, k: int) -> Tensor:
     """Bool (n,), True at exactly the k lowest of `scores` (n,); among equal scores the first by index. O(n) time."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
     if k == 0:
-        return chosen
-    threshold = _smallest(scores, k)
-    chosen = scores < threshold
-    equal = scores == threshold
-    ties = places(equal) if divisible(equal) else equal.nonzero().squeeze(1)
-    chosen[ties[: k - int(chosen.count_nonzero())]] = True
+        return torch.zeros_like(scores, dtype=torch.bool)
+    chosen = torch.empty_like(scores, dtype=torch.bool)
+    if divisible(scores) and scores.dtype in (torch.float32, torch.float64):  # NumPy compares and selects faster
+        array = scores.numpy()
+        threshold = _smallest(array, k)
+        np.less(array, threshold, out=chosen.numpy())
+        ties = torch.from_numpy(np.flatnonzero(array == threshold))
+    else:
+        threshold = scores.kthvalue(k).values
+        torch.lt(scores, threshold, out=chosen)
+        ties = (scores == threshold).nonzero().squeeze(1)
+    chosen[ties[: k - count(chosen)]] = True
     return chosen
 
 
-def _smallest(scores: Tensor, k: int) -> Tensor:
-    """The k-th smallest of `scores` (n,): () of its dtype and device."""
-    if scores.is_cuda or scores.dtype not in (torch.float32, torch.float64):
-        return scores.kthvalue(k).values
-    return torch.from_numpy(np.partition(scores.numpy(), k - 1)[k - 1 : k])[0]  # four times as fast as kthvalue
+def _smallest(scores: np.ndarray, k: int) -> np.floating:
+    """The k-th smallest of `scores` (n,), partitioning only those between two that a sample puts around it."""
+    sample = np.sort(scores[:: -(-len(scores) // SAMPLE)])
+    rank, margin = k / len(scores) * len(sample), 4 * len(sample) ** 0.5  # eight standard deviations or more
+    low = sample[int(rank - margin)] if rank >= margin else -np.inf
+    high = sample[int(rank + margin)] if rank + margin < len(sample) else np.inf
+    below, between = 0, []
+    for span in spans(len(scores)):
+        part = scores[span]
+        at_least, at_most = part >= low, part <= high
+        below += len(part) - np.count_nonzero(at_least)
+        between.append(part[at_least & at_most])
+    near = np.concatenate(between)
+    if not below < k <= below + len(near):  # the sample misled, as of scores in a repeated order
+        near, below = scores, 0
+    return np.partition(near, k - below - 1)[k - below - 1]
 
 
 def grid_of(masks: Mapping[str, Tensor], name: str, block: Block) -> Tensor:
@@ -128,11 +145,22 @@ def block_sums(tensor: Tensor, block: Block) -> Tensor:
 
 def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
     """The blocks with the smallest mean |w| go first; see `by_score`."""
-    return _by_mean(lambda name: weights[name].detach(), masks, _magnitude)
+
+    def magnitudes(name: str) -> Tensor:
+        copy = take(weights[name].detach().to(masks[name].device), masks[name])
+        return copy.abs() if copy.is_complex() else copy.abs_()
+
+    return _by_mean(magnitudes, masks)
 
 
-def _magnitude(copy: Tensor) -> Tensor:
-    return copy.abs() if copy.is_complex() else copy.abs_()
+def by_magnitude_of_survivors(values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
+    """As `by_magnitude`, given the weights (n,) of a layer that survive, by index, alone."""
+
+    def magnitudes(name: str) -> Tensor:
+        alive = values[name].detach().to(masks[name].device)
+        return alive.abs() if alive.is_complex() else torch.abs(alive, out=scratch(len(alive), alive))
+
+    return _by_mean(magnitudes, masks)
 
 
 def by_score(score_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:
@@ -142,19 +170,14 @@ def by_score(score_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> 
     float32 scores tie, whatever their sizes. The result raises ValueError for a layer with survivors that are not
     finite.
     """
-    return _by_mean(score_of, masks)
+    return _by_mean(lambda name: take(score_of(name).to(masks[name].device), masks[name]), masks)
 
 
-def _by_mean(
-    score_of: Callable[[str], Tensor], masks: Mapping[str, Tensor], change: Callable[[Tensor], Tensor] | None = None
-) -> Score:
-    """As `by_score`. change: what the scores of the survivors, a copy, become."""
+def _by_mean(alive_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:
+    """As `by_score`. alive_of: layer -> new scores (n,) of the weights that survive, by index."""
 
     def score(name: str, block: Block = (1, 1)) -> Tensor:
-        mask = masks[name]
-        alive = take(score_of(name).to(mask.device), mask)
-        if change is not None:
-            alive = change(alive)
+        mask, alive = masks[name], alive_of(name)
         if alive.numel() and not all(map(math.isfinite, map(float, alive.aminmax()))):
             bad = int(alive.isfinite().logical_not_().count_nonzero())
             raise ValueError(f"{name}: expected finite weights, got {bad} that are nan or inf")
@@ -258,7 +281,7 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
         if pool.fraction == 0:
             continue
         before = [grid_of(masks, name, pool.block) for name in pool.names]
-        counts = [int(grid.count_nonzero()) for grid in before]
+        counts = [count(grid) for grid in before]
         k = round(pool.fraction * sum(counts))
         if k == 0:
             continue

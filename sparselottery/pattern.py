@@ -55,6 +55,20 @@ class Pattern:
 
         Raises TypeError if it is not boolean and ValueError if it is not 2-D or too large for int32 indices.
         """
+        return cls._compiled(mask)[0]
+
+    @classmethod
+    def of_survivors(cls, mask: Tensor, dense: Tensor) -> tuple[Pattern, Tensor]:
+        """`from_mask(mask)` and what it gathers from an (O, I) matrix, not differentiable, in one pass over both."""
+        dense = dense.detach()
+        if dense.shape == mask.shape and divisible(mask, dense):
+            return cls._compiled(mask, dense)
+        pattern = cls.from_mask(mask)
+        return pattern, pattern.gather(dense)
+
+    @classmethod
+    def _compiled(cls, mask: Tensor, dense: Tensor | None = None) -> tuple[Pattern, Tensor | None]:
+        """The pattern, and of a matrix that can be passed in pieces the values."""
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
         if mask.dim() != 2:
@@ -66,7 +80,25 @@ class Pattern:
             raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {int(counts.sum())}")
         crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=crow_indices[1:])
-        return cls(crow_indices, _columns(mask, crow_indices), (mask.shape[0], mask.shape[1]))
+        shape = mask.shape[0], mask.shape[1]
+        if not divisible(mask):
+            return cls(crow_indices, mask.nonzero()[:, 1].to(torch.int32), shape), None
+        columns = torch.empty(int(crow_indices[-1]), dtype=torch.int32, device="cpu")
+        values = None if dense is None else dense.new_empty(len(columns))
+        column = torch.arange(shape[1], dtype=torch.int32, device="cpu")
+        for rows in spans(*shape):
+            part, span = mask[rows], slice(int(crow_indices[rows.start]), int(crow_indices[rows.stop]))
+            of_part = column.expand(len(part), -1).flatten()  # of all weights: faster than dividing positions
+            if len(columns[span]) == part.numel():
+                columns[span] = of_part
+                if dense is not None:
+                    values[span] = dense[rows].flatten()
+                continue
+            at = places(part)
+            torch.index_select(of_part, 0, at, out=columns[span])
+            if dense is not None:
+                torch.index_select(dense[rows].flatten(), 0, at, out=values[span])
+        return cls(crow_indices, columns, shape), values
 
     def validate(self) -> Pattern:
         """Check every invariant of the format (for indices read from files), quickly; raises ValueError.
@@ -172,18 +204,6 @@ class Pattern:
         for rows, span, at in self._pieces():
             dense[rows].view(-1).scatter_(0, at, values[span])
         return dense
-
-
-def _columns(mask: Tensor, crow_indices: Tensor) -> Tensor:
-    """The column of each True of a mask (O, I): int32 (nnz,)."""
-    if not divisible(mask):
-        return mask.nonzero()[:, 1].to(torch.int32)
-    columns = torch.empty(int(crow_indices[-1]), dtype=torch.int32, device="cpu")
-    for rows in spans(*mask.shape):
-        at = places(mask[rows]).numpy()
-        at %= max(1, mask.shape[1])
-        columns.numpy()[int(crow_indices[rows.start]) : int(crow_indices[rows.stop])] = at
-    return columns
 
 
 def block_of(pattern: Pattern, shape: Sequence[int]) -> tuple[int, int]:

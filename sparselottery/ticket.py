@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .architecture import build, describe
-from .convert import convert, copy_of, dense_state, load_dense_state, masks_of
+from .convert import (
+    converted_with,
+    copy_of,
+    dense_entries,
+    dense_state,
+    load_dense_state,
+    masked_layers,
+    masks_of,
+)
 from .files import Contents, digest, fitting, json_copy, read, refusals_name, write
 from .masks import as_mask, check, survivors
 from .pattern import Pattern
+from .pieces import keep
 from .storable import why_not_storable
 
 # A ticket holds dense weights: how many a file may ask for. Real ones survive at more than 1 in 10,000.
@@ -53,7 +62,7 @@ class Ticket:
         for name, mask in masks.items():
             if mask.dim() < 2 or name.rpartition(".")[2] != "weight":
                 raise ValueError(f"masks: expected '<layer>.weight' of 2-D or more, got {name!r} {tuple(mask.shape)}")
-            weights[name].masked_fill_(~mask, 0)
+            keep(weights[name], mask)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "masks", masks)
         object.__setattr__(self, "recipe", json_copy("recipe", self.recipe))
@@ -73,8 +82,16 @@ class Ticket:
         """The present weights and masks of a converted model."""
         weights = {name: _owned(name, entry, copied=True) for name, entry in dense_state(model).items()}
         masks = {name: mask.cpu() for name, mask in masks_of(model).items()}
-        architecture = fitting(describe(model), weights)
-        return cls.of_parts(weights, masks, json_copy("recipe", dict(recipe or {})), architecture)
+        recipe = json_copy("recipe", dict(recipe or {}))
+        architecture = fitting(Contents({}, {}, weights, recipe, describe(model))).architecture
+        return cls.of_parts(weights, masks, recipe, architecture)
+
+    def pruned(self, masks: dict[str, Tensor], recipe: dict[str, Any]) -> Ticket:
+        """The ticket of these weights with fewer survivors, in this one's memory."""
+        check(masks, self.weights)
+        for name, mask in masks.items():
+            keep(self.weights[name], mask)
+        return Ticket.of_parts(self.weights, masks, json_copy("recipe", recipe), self.architecture)
 
     @classmethod
     def from_contents(cls, contents: Contents) -> Ticket:
@@ -137,8 +154,9 @@ class Ticket:
             model.load_state_dict(self.weights, assign=True)
         else:
             model = _with_data(model, self.weights)
-        converted = convert(model, self.masks)
-        load_dense_state(converted, self.weights)
+        converted = converted_with(model, self.masks, self.weights)
+        present = {name: layer.weight for name, layer in masked_layers(converted).items() if name in self.masks}
+        load_dense_state(converted, {**self.weights, **present})
         return converted
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,6 +179,22 @@ class Ticket:
 
     def __repr__(self) -> str:
         return f"Ticket({len(self.masks)} masked layers, {self.nnz} weights survive, density {self.density:.4g})"
+
+
+def contents_of(model: nn.Module, recipe: dict[str, Any]) -> Contents:
+    """What the file of `Ticket.from_model(model, recipe)` holds, with no dense weight made of a masked one.
+
+    On the CPU, values and indices are those of the layers themselves: to be used up before anybody changes them.
+    """
+    layers, sparse = masked_layers(model), {}
+    for name, layer in layers.items():
+        layer.check()
+        pattern, values = layer.pattern, _owned(name, layer.values.detach(), copied=True)
+        sparse[name] = Pattern(pattern.crow_indices.cpu(), pattern.col_indices.cpu(), pattern.shape), values
+    entries = ((name, entry) for name, entry in dense_entries(model) if name not in layers)
+    dense = {name: _owned(name, copy_of(entry), copied=True) for name, entry in entries}
+    shapes = {name: tuple(layer.shape) for name, layer in layers.items()}
+    return fitting(Contents(sparse, shapes, dense, recipe, describe(model)))
 
 
 def _with_data(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

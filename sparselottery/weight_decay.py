@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -27,11 +28,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Decayed are the `values` of masked layers and all parameters of two or more dimensions; not decayed are the biases
     and the weights of norms. Of a dense model these are the groups by `p.ndim >= 2`, so that a model and its converted
     one train alike. Shared parameters are in one group, once; frozen ones are in none.
+    Raises ValueError for lazy parameters, which have no dimensions before the model's first call.
     """
     survivors = {id(layer.values) for layer in model.modules() if isinstance(layer, MaskedLayer)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            if is_lazy(parameter):
+                raise ValueError(f"model: expected parameters with a shape, got the lazy {name!r}: call it once first")
             groups[parameter.dim() >= 2 or id(parameter) in survivors].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,3 +84,20 @@ def test_command(ways, ticket, tmp_path, capsys):
         assert [row["impl"] for row in csv.DictReader(file)] == ["sparselottery", "torch", "other"] * 2
     assert (out / "plot.svg").stat().st_size > 1000
     assert main(["bench-model", str(tmp_path / "missing.safetensors")]) == 2
+
+
+def test_a_plot_that_cannot_be_written_leaves_the_one_before(ways, ticket, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    rows, out = bench_model.bench_model(ticket, [1], seconds=0.01), tmp_path / "out"
+    bench_model.write_bench(rows, out)
+    before = (out / "plot.svg").read_bytes()
+
+    def half(self, file, **_):
+        Path(file).write_text("<svg")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", half)
+    with pytest.raises(OSError, match=r"plot\.svg"):
+        bench_model.write_bench(rows, out)
+    assert (out / "plot.svg").read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == ["plot.svg", "table.csv"]

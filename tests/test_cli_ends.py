@@ -70,6 +70,25 @@ def test_how_it_was_started(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_interrupted_while_it_imports_torch(tmp_path, how):
+    root = Path(sparselottery.__file__).parent.parent
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    script = tmp_path / "sparselottery"
+    script.write_text("import sys\nsys.path.pop(0)\nfrom sparselottery.cli import main\nsys.exit(main())\n")
+    command = [script] if how == "script" else ["-m", "sparselottery"]
+    paths = os.pathsep.join(map(str, (root, tmp_path)))
+    done = subprocess.run([sys.executable, *command, "info"], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": paths}, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "\nsparselottery: interrupted before anything was begun\n"
+
+
+def test_a_program_that_imports_it_keeps_its_own_ends():
+    code = "import sys, sparselottery; assert sys.excepthook is sys.__excepthook__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def no_reader():
     """The end of a pipe that nobody reads."""
     reads, writes = os.pipe()

@@ -1,9 +1,12 @@
 """Files that cannot be written, and places where none may be."""
 
 import os
+import platform
 import re
 import resource
 import stat
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -95,6 +98,26 @@ def test_a_full_disk_is_named(tmp_path):
         temporary.write_text("half" * 100)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "before"
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    """A later write of the same name does it; files of others, of processes that run and of other machines stay."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    dead, host, path = child.pid, platform.node(), tmp_path / "a[1]"
+    (tmp_path / f".a[1].{host}.{dead}.tmp").mkdir()
+    (tmp_path / f".a[1].{host}.{dead}.tmp" / "part").touch()
+    stay = {f".a[1].{host}.{os.getppid()}.tmp", f".a[1].elsewhere.{dead}.tmp", f".a1.{host}.{dead}.tmp"}
+    stay |= {f".a[1].{host}.{10**30}.tmp", f".a[1].{host}.b.tmp"}
+    for name in stay:
+        (tmp_path / name).touch()
+    with atomic(path) as temporary:
+        temporary.touch()
+    assert set(os.listdir(tmp_path)) == stay | {"a[1]"}
+    (tmp_path / f".a[1].{host}.{dead}.tmp").touch()
+    with atomic(path) as temporary:
+        temporary.touch()
+    assert set(os.listdir(tmp_path)) == stay | {"a[1]"}
 
 
 def test_others_may_read_it_if_the_umask_lets_them(tmp_path):

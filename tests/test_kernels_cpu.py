@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +36,28 @@ MASKS = {
     "the last one": lambda mask: mask.zero_()[-1, -1].fill_(True),
     "diagonal": lambda mask: mask.zero_().fill_diagonal_(True),
 }
+
+
+def test_a_plan_lies_in_the_memory_that_was_built_for_it(monkeypatch):
+    """It is freed once, when the last tensor of it is gone."""
+    freed, real = [], native.LIBRARY
+
+    def free(words):
+        freed.append(ctypes.addressof(words.contents))
+        real.sparselottery_free(words)
+
+    mine = SimpleNamespace(sparselottery_plan=real.sparselottery_plan, sparselottery_free=free)
+    monkeypatch.setattr(native, "LIBRARY", mine)
+    crow_indices, col_indices = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 4, 1], dtype=torch.int32)
+    plan = cpu.plan(crow_indices, col_indices, 5)
+    address, part = plan.data_ptr(), plan[3:]
+    assert address % 64 == 0
+    del plan
+    gc.collect()
+    assert not freed
+    del part
+    gc.collect()
+    assert freed == [address]
 
 
 def gaussian(*shape):

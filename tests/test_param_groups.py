@@ -20,6 +20,14 @@ def model():
     return convert(dense, masks)
 
 
+def test_lazy_parameters_are_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"expected parameters with a shape, got the lazy '1\.weight': call it once"):
+        param_groups(net, 0.1)
+    net(torch.randn(2, 3))
+    assert [len(group["params"]) for group in param_groups(net, 0.1)] == [2, 2]
+
+
 def by_ndim(net):
     return [p for p in net.parameters() if p.ndim >= 2], [p for p in net.parameters() if p.ndim < 2]
 

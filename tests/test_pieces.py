@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparselottery import Pattern, pieces
+from sparselottery import Pattern, masks, pieces
 from sparselottery.masks import by_magnitude, lowest, pools, prune_pools
-from sparselottery.pieces import divisible, put, spans, take
+from sparselottery.pieces import divisible, keep, put, spans, take
 
 
 @pytest.fixture(autouse=True, params=[1, 7, 40])
@@ -36,6 +36,11 @@ def test_every_pass(mask):
         assert torch.equal(found, values)
         assert torch.equal(found.signbit(), values.signbit())
         assert found.stride() == (1,)
+    found, taken = Pattern.of_survivors(mask, weight)
+    assert torch.equal(found.crow_indices, pattern.crow_indices)
+    assert torch.equal(found.col_indices, pattern.col_indices)
+    assert torch.equal(taken, values)
+    assert torch.equal(taken.signbit(), values.signbit())
     dense = pattern.scatter(values)
     assert torch.equal(dense, weight.masked_fill(~mask, 0))
     assert torch.equal(dense[mask].signbit(), values.signbit())
@@ -68,12 +73,42 @@ def test_passes_that_somebody_follows_are_one():
 
 def test_pruning_in_pieces():
     """Ties across pieces go by index."""
-    weights, masks = {"weight": torch.full((11, 9), -0.5)}, {"weight": MASKS["some"]}
-    pruned = prune_pools(masks, pools(["weight"], 0.5), by_magnitude(weights, masks))["weight"]
+    weights, some = {"weight": torch.full((11, 9), -0.5)}, {"weight": MASKS["some"]}
+    pruned = prune_pools(some, pools(["weight"], 0.5), by_magnitude(weights, some))["weight"]
     count = int(MASKS["some"].sum())
     assert pruned[MASKS["some"]].tolist() == [index >= round(0.5 * count) for index in range(count)]
     assert (weights["weight"] == -0.5).all()
     assert lowest(torch.full((99,), 2.0), 40).nonzero().flatten().tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("of", ["few", "repeated", "ties", "all"])
+def test_a_sample_that_misleads_finds_the_same(of, monkeypatch):
+    """Where every fifth score is seen, and these are the smallest, the largest, equal or as all are."""
+    monkeypatch.setattr(masks, "SAMPLE", 40)
+    scores = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    scores[::5] += {"few": -9, "repeated": 9, "ties": 0, "all": 0}[of]
+    if of == "ties":
+        scores[::5] = 0.25
+    for k in (1, 2, 39, 40, 41, 100, 159, 160, 161, 199, 200):
+        expected = torch.zeros(200, dtype=torch.bool)
+        expected[torch.argsort(scores, stable=True)[:k]] = True
+        assert torch.equal(lowest(scores, k), expected)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.complex128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_kept_is_zero_to_the_bit(dtype):
+    mask = torch.tensor([[True, False, False], [False, True, False]])
+    values = torch.tensor([[-2.0, -2.0, -0.0], [1.0, 1.0, 3.0]]).to(dtype)
+    if dtype.is_floating_point:
+        values[0, 1], values[1, 0] = torch.nan, -torch.inf
+    expected = torch.where(mask, values, torch.zeros((), dtype=dtype))
+    for each in (values.clone(), values.t().clone().t()):
+        keep(each, mask)
+        bits = each.contiguous().view(torch.uint8)
+        assert torch.equal(bits, expected.view(torch.uint8))
 
 
 def test_spans_cover_all_rows():

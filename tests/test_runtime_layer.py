@@ -92,3 +92,29 @@ def test_frozen_layers_have_the_attributes_of_dense_ones(tmp_path, made):
         with pytest.raises(RuntimeError, match="weight: expected to be read only, as its layer is frozen"):
             write()
     assert torch.equal(layer.values, before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged, torch.sparse_coo])
+def test_nested_and_sparse_inputs_are_refused(tmp_path, layout):
+    """By layers on our kernels, compact ones and frozen ones; a dense execution takes what torch does."""
+    model, conv = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), nn.Sequential(nn.Conv2d(3, 4, 3))
+    converted, images = convert(model, prune(model, 0.5)), convert(conv, prune(conv, 0.5))
+    compact = convert(model[0], {"weight": torch.arange(8).expand(6, 8) < 4})
+    compact.execution = "compact"
+    Ticket.from_model(converted).save(tmp_path / "net")
+    frozen = load_sparse(tmp_path / "net")
+    x, image = torch.randn(5, 8).to_sparse(), torch.randn(3, 9, 9).to_sparse()
+    if layout != torch.sparse_coo:
+        x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+        image = torch.nested.nested_tensor([torch.randn(3, 9, 9), torch.randn(3, 8, 9)], layout=layout)
+    calls = [(net, x) for net in (converted, converted[0], compact, frozen, *frozen.children())]
+    for net, given in [*calls, (images, image), (images[0], image)]:
+        if isinstance(net, nn.ReLU):
+            continue
+        with pytest.raises(TypeError, match=r"x: expected a dense tensor, got (a nested|one of torch)"):
+            net(given)
+    if layout != torch.sparse_coo:
+        converted[0].execution = "dense"
+        for ours, theirs in zip(converted[0](x).unbind(), x.unbind(), strict=True):
+            torch.testing.assert_close(ours, torch.nn.functional.linear(theirs, converted[0].weight, model[0].bias))

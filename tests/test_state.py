@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, Pattern
 
 
 def layer(density=0.3, in_features=30, out_features=20):
@@ -78,6 +78,22 @@ def test_a_state_of_a_whole_model_by_safetensors(tmp_path):
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     x = torch.randn(5, 30)
     assert torch.equal(other(x), model(x))
+
+
+def test_its_own_weight_is_there_already(monkeypatch):
+    """Nothing is gathered, and indices and what is made of them stay."""
+    ours, bias, x = layer(), torch.randn(20), torch.randn(5, 30)
+    before, plan, weight = ours.values.clone(), ours.plan, ours.weight
+    monkeypatch.setattr(Pattern, "gather", None)
+    ours.load_state_dict({"weight": weight, "bias": bias})
+    monkeypatch.undo()
+    assert torch.equal(ours.values, before)
+    assert torch.equal(ours.bias, bias)
+    assert ours.plan is plan
+    ours(x)
+    assert ours.plan is plan
+    ours.load_state_dict({"weight": layer(1.0).weight, "bias": bias})
+    assert not torch.equal(ours.values, before)
 
 
 def test_a_dense_state_of_a_whole_model():

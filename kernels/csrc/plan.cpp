@@ -38,7 +38,7 @@ class Writer {
     int64_t give(int32_t** to) {
         header.size = int32_t(words.size());
         std::memcpy(words.data(), &header, sizeof header);
-        *to = static_cast<int32_t*>(std::malloc(words.size() * 4));
+        *to = static_cast<int32_t*>(std::aligned_alloc(64, (words.size() * 4 + 63) / 64 * 64));
         if (!*to) return -1;
         std::memcpy(*to, words.data(), words.size() * 4);
         return static_cast<int64_t>(words.size());

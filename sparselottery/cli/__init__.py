@@ -18,9 +18,10 @@ import torch
 
 from .. import __version__
 from ..lab.distributed import TORCHRUN
+from ..started import EXIT_INTERRUPTED
 from . import bench, export, find, lab
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 2, 130, 141, 143  # from 128 on: as of a signal's death
+EXIT_ERROR, EXIT_PIPE, EXIT_TERMINATED = 2, 141, 143  # from 128 on: as of a signal's death
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export", "ray": "ray"}  # of the others: lab
 
 

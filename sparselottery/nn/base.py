@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,6 +23,13 @@ _ALIVE: WeakValueDictionary[int, MaskedLayer] = WeakValueDictionary()  # by id
 def layers_alive() -> list[MaskedLayer]:
     """All masked layers of the process."""
     return [layer for ref in _ALIVE.valuerefs() if (layer := ref()) is not None]  # others may come meanwhile
+
+
+class Survivors(NamedTuple):
+    """A mask with the dense weight that the survivors are copied from: to a constructor, in place of a mask alone."""
+
+    mask: Tensor
+    weight: Tensor
 
 
 class MaskedLayer(CheckpointedLayer):
@@ -57,8 +64,9 @@ class MaskedLayer(CheckpointedLayer):
         """The native kernels' plan for a pattern of this layer and blocks of it."""
         raise NotImplementedError
 
-    def _build(self, mask: Tensor | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
-        """Registers and initialises everything that is held in tensors."""
+    def _build(self, mask: Tensor | Survivors | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        """Registers and initialises everything that is held in tensors; of `Survivors`, all but the bias."""
+        mask, weight = mask if isinstance(mask, Survivors) else (mask, None)
         if isinstance(bias, Tensor):
             raise TypeError("bias: expected a bool, got a tensor; a mask is given by keyword")
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -66,7 +74,13 @@ class MaskedLayer(CheckpointedLayer):
             mask = torch.ones(self.shape, dtype=torch.bool, device="cpu" if device.type == "meta" else device)
         if tuple(mask.shape) != self.shape:
             raise ValueError(f"mask: expected shape {self.shape}, got {tuple(mask.shape)}")
-        pattern = Pattern.from_mask((mask if device.type == "meta" else mask.to(device)).flatten(1))
+        mask = (mask if device.type == "meta" else mask.to(device)).flatten(1)
+        if weight is None or device.type == "meta":
+            pattern = Pattern.from_mask(mask)
+            values = torch.empty(pattern.nnz, device=device, dtype=dtype)
+        else:
+            pattern, values = Pattern.of_survivors(mask, weight.to(device).flatten(1))
+            values = values.to(dtype)
         self.register_buffer("crow_indices", pattern.crow_indices.to(device))
         self.register_buffer("col_indices", pattern.col_indices.to(device))
         self.register_buffer("plan", self._no_plan(), persistent=False)
@@ -76,11 +90,12 @@ class MaskedLayer(CheckpointedLayer):
         self.measured: Measured | None = None
         self.block = (1, 1)
         self._mask_block: tuple[int, int] | None = None  # not looked for
-        self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
+        self.values = nn.Parameter(values)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(self.shape[0], device=device, dtype=dtype))
-        self.reset_parameters()
+        if weight is None:
+            self.reset_parameters()
         self._prepare()
 
     def reset_parameters(self) -> None:
@@ -92,17 +107,16 @@ class MaskedLayer(CheckpointedLayer):
                 nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, mask: Tensor) -> MaskedLayer:
+    def from_dense(cls, dense: nn.Module, mask: Tensor, weight: Tensor | None = None) -> MaskedLayer:
         """The survivors of an nn.Linear or nn.Conv2d: copies of its weights at `mask`, and of its bias.
 
         mask: bool, of the weight's shape. Raises TypeError or ValueError if it is not.
+        weight: another of that shape, in place of the layer's own; dtype, device and requires_grad stay the layer's.
         """
-        weight = dense.weight
+        given, weight = weight, dense.weight
         arguments = {name: getattr(dense, name) for name in cls.arguments}
         arguments |= {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
-        layer = cls(**arguments, mask=mask)
-        with torch.no_grad():
-            layer.values.copy_(layer.pattern.gather(weight.flatten(1)))
+        layer = cls(**arguments, mask=Survivors(mask, weight if given is None else given))
         layer.values.requires_grad_(weight.requires_grad)
         return _with_bias_and_mode(layer, dense)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..pattern import Pattern
-from .weight import WeightedLayer
+from .weight import WeightedLayer, is_of
 
 
 class CheckpointedLayer(WeightedLayer):
@@ -25,7 +25,7 @@ class CheckpointedLayer(WeightedLayer):
             except ValueError as error:
                 errors.append(f"{prefix}weight: {error}")
                 return
-            state_dict[prefix + "values"] = self.pattern.gather(dense.to(self.crow_indices.device).flatten(1))
+            state_dict[prefix + "values"] = self._values_of(dense)
             state_dict |= {prefix + "crow_indices": self.crow_indices, prefix + "col_indices": self.col_indices}
         elif names := [name for name in ("values", "crow_indices", "col_indices") if prefix + name in state_dict]:
             if len(names) < 3:
@@ -44,13 +44,20 @@ class CheckpointedLayer(WeightedLayer):
                 errors.append(f"{prefix}: {error}")
                 return
         loads = prefix + "values" in state_dict
-        if loads:  # into new buffers: the old ones show whether the pattern is another
+        if loads and dense is None:  # into new buffers: the old ones show whether the pattern is another
             for name in ("crow_indices", "col_indices"):
                 setattr(self, name, _renewed(getattr(self, name), state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if loads:
-            self._settle(changed=not self._same_as_known())
+            same = self._same_as_known() if dense is None else len(self._known) > 1
+            self._settle(changed=not same)
         self._follow_values()
+
+    def _values_of(self, dense: Tensor) -> Tensor:
+        """Those of a dense weight at our mask; of our own, our values as they are."""
+        if is_of(self, dense):
+            return self.values
+        return self.pattern.gather(dense.to(self.crow_indices.device).flatten(1))
 
 
 def _renewed(indices: Tensor, given: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ def run_conv(
 
 def _images(x: Tensor, layer: MaskedConv2d) -> Tensor:
     """x as (N, C, H, W)."""
+    ops.check_layout(x)
     if x.dim() not in (3, 4) or x.shape[-3] != layer.in_channels:
         expected = f"(N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)"
         raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")

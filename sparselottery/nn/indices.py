@@ -7,6 +7,7 @@ half a microsecond. Where something changed, the indices are validated and all t
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class IndexedLayer(nn.Module):
         except ValueError as error:
             raise ValueError(
                 f"{error}. These indices of a {type(self).__name__} of {shape} were never loaded, or were changed by "
-                "hand: load_state_dict values and indices of a converted model first"
+                "hand or averaged (AveragedModel: use_buffers=False): load_state_dict values and indices of a "
+                "converted model first"
             ) from None
         return pattern
 
@@ -100,6 +102,18 @@ class IndexedLayer(nn.Module):
         super().__setstate__(state)
         if self._known is not _UNKNOWN and all(self._buffers[name] is each for name, each, _ in self._known):
             self._remember(*(name for name, *_ in self._known))  # versions of the copies are others
+
+
+class Seen:
+    """The indices of a layer as they are now, to be recognised later; they are not kept alive."""
+
+    def __init__(self, layer: IndexedLayer) -> None:
+        self._marks = [(weakref.ref(each), each._version) for each in (layer.crow_indices, layer.col_indices)]
+
+    def still(self, layer: IndexedLayer) -> bool:
+        """Has the layer the same index tensors, which nobody has written to since?"""
+        found = layer.crow_indices, layer.col_indices
+        return all(ref() is each and each._version == v for each, (ref, v) in zip(found, self._marks, strict=True))
 
 
 def _has_data(tensor: Tensor) -> bool:

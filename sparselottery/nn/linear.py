@@ -77,6 +77,7 @@ class MaskedLinear(MaskedLayer):
 
 
 def _check_features(x: Tensor, layer: MaskedLinear) -> None:
+    ops.check_layout(x)
     if x.shape[-1:] != (layer.in_features,):
         raise ValueError(f"x: expected shape (*, {layer.in_features}), got {tuple(x.shape)}")
 

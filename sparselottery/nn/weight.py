@@ -89,6 +89,11 @@ class WeightedLayer(IndexedLayer):
         super().__delattr__(name)
 
 
+def is_of(layer: WeightedLayer, tensor: Tensor) -> bool:
+    """Is it the layer's own weight, and not a view or a gradient of it?"""
+    return isinstance(tensor, Weight) and tensor._layer is layer and not tensor._view
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The dense tensor that a `Weight` stands for, made once; any other as it is."""
     return _Base(tensor).dense(tensor) if isinstance(tensor, Weight) else tensor
@@ -224,7 +229,7 @@ def _refuse_frozen(layer: WeightedLayer) -> None:
 
 def _assign(layer: WeightedLayer, value: Any) -> None:
     """layer.weight = value: the values at the mask."""
-    if isinstance(value, Weight) and value._layer is layer and not value._view:
+    if is_of(layer, value):
         return  # layer.weight *= 2 writes in place, then assigns
     _refuse_frozen(layer)
     if not isinstance(value, Tensor):

@@ -11,13 +11,14 @@ filter. Four torch ops carry all of it, `torch.ops.sparselottery.chain`, `conv2d
 is a chain of one, an sddmm is its gradient. Second derivatives run on the reference.
 """
 
-from .common import as_one_module, in_torch, takes_block, too_old, unrecorded, untraced
+from .common import as_one_module, check_layout, in_torch, takes_block, too_old, unrecorded, untraced
 from .conv import compile_conv_plan, conv2d, takes_norm
 from .linear import chain, compile_plan
 
 __all__ = [
     "as_one_module",
     "chain",
+    "check_layout",
     "compile_conv_plan",
     "compile_plan",
     "conv2d",

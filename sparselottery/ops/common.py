@@ -37,6 +37,14 @@ def misplaced(x: Tensor, values: Tensor) -> Exception:
     return ValueError(f"x: expected a tensor on {values.device}, where the values are, got one on {x.device}")
 
 
+def check_layout(x: Tensor) -> None:
+    """Raise TypeError for an x that is nested or sparse: no kernel of ours reads it."""
+    if x.is_nested or x.layout is not torch.strided:
+        got = "a nested one" if x.is_nested else f"one of {x.layout}"
+        use = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"
+        raise TypeError(f"x: expected a dense tensor, got {got}: use {use}")
+
+
 def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What autocast to `dtype` makes of an argument."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:

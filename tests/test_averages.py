@@ -1,0 +1,48 @@
+"""Converted models under torch.optim.swa_utils."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparselottery import convert, prune
+
+
+def averaged(model, **how):
+    """The average while the first layer's values, from 1 on, become 1 larger at a time."""
+    average = AveragedModel(model, **how)
+    with torch.no_grad():
+        for number in (1.0, 2.0, 3.0):
+            model[0].values.fill_(number)
+            average.update_parameters(model)
+    return average
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 4)).eval()
+    return convert(net, prune(net, 0.5))
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_equal_weights_keep_the_indices(model, use_buffers):
+    x, average = torch.randn(3, 30), averaged(model, use_buffers=use_buffers)
+    y = average(x)
+    for name in ("crow_indices", "col_indices"):
+        assert torch.equal(getattr(average.module[0], name), getattr(model[0], name))
+    with torch.no_grad():
+        model[0].values.fill_(2.0)
+    torch.testing.assert_close(y, model(x))
+
+
+def test_exponential_weights_round_indices_down_and_are_refused(model):
+    x, how = torch.randn(3, 30), {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}
+    with pytest.raises(ValueError, match=r"or averaged \(AveragedModel: use_buffers=False\)"):
+        averaged(model, use_buffers=True, **how)(x)
+    y = averaged(model, **how)(x)
+    with torch.no_grad():
+        model[0].values.fill_(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
+    torch.testing.assert_close(y, model(x))
