@@ -3,6 +3,7 @@
 // Forward, threads share out the batch and then strips of output rows (`Team`); backward, strips. Nothing is written by
 // two threads.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "pack.h"
@@ -99,9 +100,10 @@ template <class T>
 void pack_input(const Args& a, void* packed, int64_t features) {
     constexpr int64_t chunk = 64;
     const BatchTile all{0, padded(a.batch) / kLanes};
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < (features + chunk - 1) / chunk; ++c)
+    const int64_t chunks = (features + chunk - 1) / chunk, size = team_size(), me = thread_index();
+    for (int64_t c = chunks * me / size; c < chunks * (me + 1) / size; ++c)
         pack_tile<T>(a, packed, all, c * chunk, std::min(features, (c + 1) * chunk));
+    barrier();
 }
 
 // One strip of a layer's output, for one tile of the batch.
@@ -156,25 +158,24 @@ void forward_single(const Args& a, const Layer* layers) {
         const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
         const T* x = static_cast<const T*>(l ? layer.input : a.x);
         T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y);
-#pragma omp for schedule(static)
-        for (int32_t r = 0; r < plan.out_features; ++r) {
+        const int64_t rows = plan.out_features, size = team_size(), me = thread_index();
+        for (int64_t r = rows * me / size; r < rows * (me + 1) / size; ++r) {
             const int32_t begin = plan.crow_indices[r], n = plan.crow_indices[r + 1] - begin;
             const T total = (bias ? bias[r] : T(0)) + (plan.columns ? dot(values + begin, plan.columns + begin, n, x)
                                                                     : dot(values + begin, plan.wide_columns + begin, n, x));
             y[r] = hidden && total < 0 ? T(0) : total;
         }
+        if (hidden) barrier();
     }
 }
 
 template <class T>
 void forward(const Args& a, const Layer* layers) {
     if (a.batch == 1 && !layers[0].input) {
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-        forward_single<T>(a, layers);
+        together(a.threads, [&] { forward_single<T>(a, layers); });
         return;
     }
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    together(a.threads, [&] {
         const int64_t groups = padded(a.batch) / kLanes;
         const Team team(groups, kMaxGroups<T>, team_size());
         const Batches<T> batches = team.batches<T>(groups);
@@ -194,14 +195,14 @@ void forward(const Args& a, const Layer* layers) {
                 if (next) team.wait();
             }
         }
-    }
+    });
 }
 
 template <class T>
 void bias_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, int64_t width) {
     T* gbias = static_cast<T*>(layer.gbias);
-#pragma omp for schedule(static) nowait
-    for (int32_t r = 0; r < s.rows; ++r) {
+    const int64_t size = team_size(), me = thread_index();
+    for (int64_t r = s.rows * me / size; r < s.rows * (me + 1) / size; ++r) {
         Vec<T> total = {};
         for (int64_t n = 0; n < width; n += kWidth<T>) total += load<T>(gy + r * ld + n);
         gbias[r] = sum<T>(total);
@@ -210,12 +211,12 @@ void bias_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t l
 
 // gvalues alone, strips of W: each thread owns the values of its rows.
 template <class T>
-void values_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, const Batches<T>& batches) {
+void values_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t ld, const Batches<T>& batches,
+                     std::atomic<int64_t>& taken) {
     const T* x = static_cast<const T*>(layer.input);
     T* gvalues = static_cast<T*>(layer.gvalues);
     const int64_t ldx = layer.ld_input;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < s.strips; ++strip)
+    for (int64_t strip; (strip = taken++) < s.strips;)
         for (int64_t i = 0; i < batches.count; ++i) {
             const BatchTile tile = batches[i];
             with_registers<T>(tile.groups, [&](auto R) {
@@ -229,14 +230,13 @@ void values_gradient(const Schedule& s, const Layer& layer, const T* gy, int64_t
 // gx, and gvalues with it where wanted, by strips of Wᵀ.
 template <class T>
 void input_gradient(const Args& a, const Schedule& s, const Layer& layer, bool hidden, const T* gy, int64_t ld,
-                    const Batches<T>& batches) {
+                    const Batches<T>& batches, std::atomic<int64_t>& taken) {
     const T* values = static_cast<const T*>(layer.values);
     T* gvalues = static_cast<T*>(layer.gvalues);
     const bool row_major = !hidden && a.y_layout == ROW_MAJOR;
     T* packed = static_cast<T*>(hidden ? layer.ginput : a.y);
     const int64_t ld_out = hidden ? a.ld : a.y_stride;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < s.strips; ++strip)
+    for (int64_t strip; (strip = taken++) < s.strips;)
         for (int64_t i = 0; i < batches.count; ++i) {
             const BatchTile tile = batches[i];
             const int64_t row0 = strip * s.strip, height = std::min<int64_t>(s.strip, s.rows - row0);
@@ -267,8 +267,8 @@ void input_gradient(const Args& a, const Schedule& s, const Layer& layer, bool h
 template <class T>
 void backward(const Args& a, const Layer* layers) {
     const Batches<T> batches(a.batch);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    std::vector<std::atomic<int64_t>> taken(a.layers);  // strips of each layer
+    together(a.threads, [&] {
         const T* gy = static_cast<const T*>(a.x_layout == PACKED ? a.x : a.packed_gy);
         int64_t ld = a.x_layout == PACKED ? a.x_stride : a.ld;
         if (a.x_layout != PACKED) pack_input<T>(a, a.packed_gy, read_plan(layers[a.layers - 1].plan).out_features);
@@ -277,13 +277,14 @@ void backward(const Args& a, const Layer* layers) {
             const Plan plan = read_plan(layer.plan);
             if (layer.gbias) bias_gradient<T>(plan.forward, layer, gy, ld, padded(a.batch));
             if (l || a.y)
-                input_gradient<T>(a, plan.transpose(), layer, l > 0, gy, ld, batches);
+                input_gradient<T>(a, plan.transpose(), layer, l > 0, gy, ld, batches, taken[l]);
             else if (layer.gvalues)
-                values_gradient<T>(plan.forward, layer, gy, ld, batches);
+                values_gradient<T>(plan.forward, layer, gy, ld, batches, taken[l]);
+            barrier();
             gy = static_cast<const T*>(layer.ginput);
             ld = a.ld;
         }
-    }
+    });
 }
 
 bool are_plans(const Args& a, const Layer* layers, bool backward) {

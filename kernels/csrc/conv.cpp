@@ -38,8 +38,7 @@ bool forward(const ConvArgs& a) {
     int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
     offsets(table, a.channels, input.block.plane(), *a.taps, [&](int64_t r, int64_t t) { return input.offset(r, t); });
     const int64_t plane = output.plane();
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    one_by_one(a.threads, [&] {
         T* packed = blocks.get<T>(input.elements() + a.out_channels * plane);
         T* out = packed + input.elements();
         std::fill_n(packed, input.elements(), T(0));
@@ -77,7 +76,7 @@ bool forward(const ConvArgs& a) {
         } else {
             each_item(cut, [&](int64_t i) { item(i, 0, s.strips); });
         }
-    }
+    });
     return true;
 }
 
@@ -109,7 +108,6 @@ struct Gradients {
         return copy;
     }
     void reduce() const {
-        barrier();
         const int64_t team = team_size(), all = nnz + outputs;
         const int64_t from = all * thread_index() / team, to = all * (thread_index() + 1) / team;
         for (int64_t i = from; i < to; ++i) {
@@ -177,8 +175,7 @@ bool values_gradient(const ConvArgs& a) {
     offsets(table, a.channels, input.block.plane(), *a.taps, [&](int64_t r, int64_t t) { return input.offset(r, t); });
     const Gradients<T> sums(a, plan.nnz);
     const int64_t plane = output.plane(), gy_elements = gradient.elements();
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    one_by_one(a.threads, [&] {
         T* packed = blocks.get<T>(input.elements() + gy_elements);
         T *gy = packed + input.elements(), *mine = sums.mine();
         std::fill_n(packed, input.elements() + gy_elements, T(0));
@@ -198,8 +195,8 @@ bool values_gradient(const ConvArgs& a) {
                                              plane, packed + step.at, Mapped{table + b * s.block}, mine, true);
                 });
         });
-        sums.reduce();
-    }
+    });
+    one_by_one(a.threads, [&] { sums.reduce(); });
     return true;
 }
 
@@ -244,8 +241,7 @@ bool input_gradient(const ConvArgs& a) {
     const T* values = static_cast<const T*>(a.values);
     const int64_t plane = inner.plane(), slack = kLanes * kMaxGroups<T>;
     const int64_t gy_elements = gradient.elements(), x_elements = a.channels * plane + slack;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    one_by_one(a.threads, [&] {
         T* gy = blocks.get<T>(gy_elements + 2 * x_elements);
         T *x = gy + gy_elements, *gx = x + x_elements, *mine = sums.mine();
         std::fill_n(gy, gy_elements + x_elements, T(0));
@@ -290,8 +286,8 @@ bool input_gradient(const ConvArgs& a) {
             unpack_images<T>(gx, plane, place_x.data(), images<T>(a, a.gx, a.gx_strides, false), image, cut.lanes, first,
                              last);
         });
-        sums.reduce();
-    }
+    });
+    one_by_one(a.threads, [&] { sums.reduce(); });
     return true;
 }
 

@@ -35,6 +35,8 @@ struct Training {  // mirrored in cpu_train.py; its layers follow
 
 thread_local Scratch workspace;
 
+constexpr int64_t kSteps = 4;  // that a team does before it may be told to leave processors to others
+
 struct Range {
     int64_t begin, end;
 };
@@ -253,13 +255,9 @@ void train(const Training& a, const TrainedLayer* params) {
         offsets[l].gvalues = reserve(plan.nnz), offsets[l].gbias = reserve(plan.out_features);
     }
     T* base = workspace.get<T>(size);
-    Meeting meeting;
     std::fill_n(base + at_zeros, features, T(0));
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    for (int64_t from = 0; from < a.steps; from += kSteps) together(a.threads, [&] {
         const int64_t part = thread_index(), parts = team_size();
-#pragma omp single
-        meeting.size(parts);
         std::vector<Layer<T>> layers(a.layers);
         for (int64_t l = 0; l < a.layers; ++l) {
             const Plan plan = read_plan(params[l].plan);
@@ -272,32 +270,32 @@ void train(const Training& a, const TrainedLayer* params) {
         const auto feature = [&](int64_t p) { return p == parts ? features : features * p / parts / 16 * 16; };
         const Range my_features{feature(part), feature(part + 1)};
         const Range my_columns{width / kLanes * part / parts * kLanes, width / kLanes * (part + 1) / parts * kLanes};
-        for (int64_t step = 0; step < a.steps; ++step) {
+        for (int64_t step = from; step < std::min(a.steps, from + kSteps); ++step) {
             const int64_t* order = a.order + step * a.batch;
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
             pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x, width, ld);
-            meeting.wait();
+            barrier();
             if (step + 1 < a.steps) prefetch(static_cast<const T*>(a.images), features, order + a.batch, a.batch, my_features);
             const T* input = x;
             for (const Layer<T>& l : layers) {
                 forward(l.rows, l.strips, l.values(), l.bias(), input, l.output, width, ld, &l != &last);
-                meeting.wait();
+                barrier();
                 input = l.output;
             }
             cross_entropy_gradient(last.output, last.rows.rows, a.labels, order, a.batch, my_columns, ld);
-            meeting.wait();
+            barrier();
             const Update<T> rule(a, step);
             for (int64_t i = a.layers - 1; i > 0; --i) {
                 const Layer<T>&l = layers[i], &before = layers[i - 1];
                 input_gradient(l.columns, l.strips_back, l.values(), l.goutput, before.output, before.goutput, l.gvalues,
                                width, ld);
-                meeting.wait();
+                barrier();
                 l.update(rule, width, ld);
             }
             values_gradient(layers[0].rows, layers[0].strips, layers[0].goutput, x, layers[0].gvalues, width, ld);
             layers[0].update(rule, width, ld);
         }
-    }
+    });
 }
 
 }  // namespace
