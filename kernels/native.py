@@ -68,14 +68,11 @@ def _best() -> tuple[ctypes.CDLL | None, str]:
 
 
 LIBRARY, _STATUS = _best()
+VECTOR_BYTES = ctypes.c_int64.in_dll(LIBRARY, "sparselottery_vector_bytes").value if LIBRARY else 16
 
 
 def available() -> bool:
     return LIBRARY is not None
-
-
-def vector_bytes() -> int:
-    return ctypes.c_int64.in_dll(LIBRARY, "sparselottery_vector_bytes").value
 
 
 def status() -> str:

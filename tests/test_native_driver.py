@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "kernels/csrc").glob("*.cpp")), ROOT / "tests/native_driver.cpp"]
-FLAGS = ["-std=c++17", "-Wno-psabi", f"-I{ROOT / 'kernels/csrc'}"]
+FLAGS = ["-std=c++17", "-Wall", "-Werror", "-Wno-psabi", f"-I{ROOT / 'kernels/csrc'}"]
 # Of the levels in setup.py, this processor's: flags, and bits of a vector.
 WIDEST = {
     "AVX512": (["-march=x86-64-v4", "-DVECTOR_BYTES=64"], 512),
@@ -62,3 +62,35 @@ def test_clang(tmp_path):
     flags, bits = WIDEST
     program = driver(tmp_path, found("clang++", "clang++-14"), "-O3", *flags)
     assert output(program, 2) == f"equal, vectors of {bits} bits\n"
+
+
+def test_who_waited_too_long_works_alone(tmp_path):
+    """A team of one for `together`, all members in turn for `one_by_one`; then company again."""
+    source = tmp_path / "main.cpp"
+    source.write_text("""
+        #include <cstdio>
+        #include <thread>
+        #include "team.h"
+        int main() {
+            const auto teams = [] {
+                int64_t size = 0, members[3] = {};
+                std::thread::id threads[3];
+                together(3, [&] { if (thread_index() == 0) size = team_size(); barrier(); });
+                one_by_one(3, [&] {
+                    members[thread_index()] += team_size();
+                    threads[thread_index()] = std::this_thread::get_id();
+                });
+                const bool apart = threads[0] != threads[1] && threads[1] != threads[2];
+                std::printf("%d %d %d%d%d; ", int(size), int(apart), int(members[0]), int(members[1]), int(members[2]));
+            };
+            teams();
+            company.was_crowded();
+            teams();
+            company = Company();
+            teams();
+            std::printf("%d", int(team_size()));
+        }
+    """)
+    flags = ["-std=c++17", "-fopenmp", "-Wno-psabi", f"-I{ROOT / 'kernels/csrc'}"]
+    subprocess.run([found("g++"), *flags, source, "-o", tmp_path / "main"], check=True)
+    assert output(tmp_path / "main") == "3 1 333; 1 0 333; 3 1 333; 1"

@@ -92,13 +92,14 @@ void forward_single(const Args& a, const Layer* layers) {
         const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
         const T* x = static_cast<const T*>(l ? layer.input : a.x.data);
         T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y.data);
-#pragma omp for schedule(static)
-        for (int32_t r = 0; r < plan.out_features; ++r) {
+        const Range rows = share(plan.out_features, thread_index(), team_size());
+        for (int64_t r = rows.begin; r < rows.end; ++r) {
             const int32_t begin = plan.crow_indices[r], n = plan.crow_indices[r + 1] - begin;
             const T total = (bias ? bias[r] : T(0)) + (plan.columns ? dot(values + begin, plan.columns + begin, n, x)
                                                                     : dot(values + begin, plan.wide_columns + begin, n, x));
             y[r] = hidden && total < 0 ? T(0) : total;
         }
+        if (hidden) barrier();
     }
 }
 
@@ -115,18 +116,13 @@ void each_tile_of_batch(int64_t count, F f) {
 
 template <class T>
 void forward(const Args& a, const Layer* layers) {
-    if (a.batch == 1 && !layers[0].input) {
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-        forward_single<T>(a, layers);
-        return;
-    }
+    if (a.batch == 1 && !layers[0].input) return together(a.threads, [&] { forward_single<T>(a, layers); });
     const BatchTiles<T> tiles(a.batch);
     const bool in_csr = tiles.count == 1;  // values are read but once
     int64_t entries = 0;
     for (int64_t l = 0; l < a.layers; ++l) entries += in_csr ? 0 : layers[l].nnz;
     T* const all = ordered.get<T>(entries + kLanes);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    together(a.threads, [&] {
         if (!in_csr) {
             T* values = all;
             for (int64_t l = 0; l < a.layers; values += layers[l].nnz, ++l) {
@@ -160,7 +156,7 @@ void forward(const Args& a, const Layer* layers) {
                 if (next) wait();
             }
         });
-    }
+    });
 }
 
 // The strips of a layer that one thread owns, for all of the batch: it alone reads their values and writes their gradient,
@@ -186,8 +182,7 @@ struct Owned {
 template <class T>
 void backward(const Args& a, const Layer* layers) {
     const BatchTiles<T> tiles(a.batch);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    together(a.threads, [&] {
         const int64_t part = thread_index(), parts = team_size();
         std::vector<Owned<T>> owned;
         int64_t entries = 0, strip = 0;
@@ -236,7 +231,7 @@ void backward(const Args& a, const Layer* layers) {
                 own.input ? from_order<true>(own.s, own.strips, own.gvalues, gvalues)
                           : from_order<false>(own.s, own.strips, own.gvalues, gvalues);
             }
-    }
+    });
 }
 
 bool are_plans(const Args& a, const Layer* layers, bool backward) {

@@ -48,8 +48,7 @@ bool forward(const ConvArgs& a) {
     int32_t* table = offset_tables.get<int32_t>(a.channels * a.taps->size());
     offsets(table, a.channels, input.block.plane(), *a.taps, [&](int64_t r, int64_t t) { return input.offset(r, t); });
     const int64_t plane = output.plane();
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    together(a.threads, [&] {
         T* packed = blocks.get<T>(input.elements() + a.out_channels * plane);
         T* out = packed + input.elements();
         std::fill_n(packed, input.elements(), T(0));
@@ -91,7 +90,7 @@ bool forward(const ConvArgs& a) {
         } else {
             each_item(cut, [&](int64_t i) { item(i, 0, s.strips); });
         }
-    }
+    });
     return true;
 }
 
@@ -126,7 +125,6 @@ struct Gradients {
     // TRANSPOSED: tiles are those of Wᵀ, phase after phase.
     template <bool TRANSPOSED>
     void reduce(const Plan& plan) const {
-        barrier();
         int64_t begin = 0;
         for (int phase = 0; nnz && phase < (TRANSPOSED ? plan.phases : 1); ++phase) {
             const Schedule s = TRANSPOSED ? plan.transpose(phase) : plan.forward;
@@ -203,8 +201,7 @@ bool values_gradient(const ConvArgs& a) {
     offsets(table, a.channels, input.block.plane(), *a.taps, [&](int64_t r, int64_t t) { return input.offset(r, t); });
     const Gradients<T> sums(a, plan.nnz);
     const int64_t plane = output.plane(), gy_elements = gradient.elements();
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    one_by_one(a.threads, [&] {
         T* packed = blocks.get<T>(input.elements() + gy_elements);
         T *gy = packed + input.elements(), *mine = sums.mine();
         std::fill_n(packed, input.elements() + gy_elements, T(0));
@@ -226,8 +223,8 @@ bool values_gradient(const ConvArgs& a) {
                         }
                 });
         });
-        sums.template reduce<false>(plan);
-    }
+    });
+    one_by_one(a.threads, [&] { sums.template reduce<false>(plan); });
     return true;
 }
 
@@ -272,17 +269,17 @@ bool input_gradient(const ConvArgs& a) {
     T* values = ordered.get<T>(a.nnz + kLanes);
     const int64_t plane = inner.plane(), slack = kLanes * kMaxGroups<T>;
     const int64_t gy_elements = gradient.elements(), x_elements = a.channels * plane + slack;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
-        T* gy = blocks.get<T>(gy_elements + 2 * x_elements);
-        T *x = gy + gy_elements, *gx = x + x_elements, *mine = sums.mine();
-        std::fill_n(gy, gy_elements + x_elements, T(0));
+    one_by_one(a.threads, [&] {
         for (int64_t phase = 0, begin = 0; phase < phases; ++phase) {
             const Schedule s = plan.transpose(int(phase));
             order_share<true>(s, static_cast<const T*>(a.values), values + begin);
             begin += first_entry(s, s.strips);
         }
-        barrier();
+    });
+    one_by_one(a.threads, [&] {
+        T* gy = blocks.get<T>(gy_elements + 2 * x_elements);
+        T *x = gy + gy_elements, *gx = x + x_elements, *mine = sums.mine();
+        std::fill_n(gy, gy_elements + x_elements, T(0));
         each_item(cut, [&](int64_t i) {
             const int64_t begin = cut.begin(i), end = cut.end(i), image = cut.image(i);
             const int64_t top = begin + low[0];  // the row of gy that is the first of its block
@@ -327,8 +324,8 @@ bool input_gradient(const ConvArgs& a) {
             unpack_images<T>(gx, plane, place_x.data(), images<T>(a, a.gx, a.gx_strides, false), image, cut.lanes, first,
                              last);
         });
-        sums.template reduce<true>(plan);
-    }
+    });
+    one_by_one(a.threads, [&] { sums.template reduce<true>(plan); });
     return true;
 }
 

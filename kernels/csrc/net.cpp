@@ -170,20 +170,20 @@ EXPORT void sparselottery_net(const Net* net, const float* x, float* y, int64_t 
     const int64_t pair = 2 * net->field_elements + kSlackElements, mine = net->scratch_elements + kSlackElements;
     if (batch < 2 || (batch < net->threads && net->sharers > 1)) {
         float* shared = fields.get<float>(pair);
-#pragma omp parallel num_threads(net->sharers) if (net->sharers > 1)
-        for (int64_t i = 0; i < batch; ++i) {
-            run(*net, x + i * net->in_elements, y + i * net->out_elements, shared, temporary.get<float>(mine), thread_index(),
-                team_size());
-            if (i + 1 < batch) barrier();
-        }
+        together(net->sharers, [&] {
+            for (int64_t i = 0; i < batch; ++i) {
+                run(*net, x + i * net->in_elements, y + i * net->out_elements, shared, temporary.get<float>(mine),
+                    thread_index(), team_size());
+                if (i + 1 < batch) barrier();
+            }
+        });
         return;
     }
     const int64_t threads = std::min(net->threads, batch);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    one_by_one(threads, [&] {
         const int64_t size = team_size(), me = thread_index();
         float *own = fields.get<float>(pair), *scratch = temporary.get<float>(mine);
         for (int64_t i = batch * me / size; i < batch * (me + 1) / size; ++i)
             run(*net, x + i * net->in_elements, y + i * net->out_elements, own, scratch, 0, 1);
-    }
+    });
 }

@@ -50,8 +50,7 @@ EXPORT void sparselottery_rows(const Rows* net, const float* x, float* y, int64_
     const int64_t most = kWidth<float> * 8 / kLanes;  // vectors that `taps` has
     const int64_t per_tile = std::min({kGroups, most, (groups + net->threads - 1) / net->threads});
     const int64_t tiles = (groups + per_tile - 1) / per_tile, threads = std::min(net->threads, tiles);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    one_by_one(threads, [&] {
         float* from = buffers.get<float>(2 * net->widest * kGroups * kLanes);
         float* to = from + net->widest * kGroups * kLanes;
         const int64_t size = team_size(), me = thread_index();
@@ -63,5 +62,5 @@ EXPORT void sparselottery_rows(const Rows* net, const float* x, float* y, int64_
                 layer_forward(layers[l], from, to, width, l + 1 < net->layers);
             unpack<float>(from, width, out, valid, y + sample * out, out);
         }
-    }
+    });
 }

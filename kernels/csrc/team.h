@@ -1,8 +1,11 @@
 // Threads, memory that outlives a call, and the choice of a tile's registers: what all drivers share.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <ctime>
 #include <thread>
 #include <type_traits>
 
@@ -15,45 +18,113 @@
 
 #include "simd.h"
 
-#ifdef _OPENMP
-inline int64_t team_size() { return omp_get_num_threads(); }
-inline int64_t thread_index() { return omp_get_thread_num(); }
-inline void barrier() {
-#pragma omp barrier
-}
-#else
-inline int64_t team_size() { return 1; }
-inline int64_t thread_index() { return 0; }
-inline void barrier() {}
-#endif
+constexpr double kLate = 1e-3;  // seconds that no thread which has a processor is late by
 
-// A barrier for threads that wait for each other a hundred times a millisecond: they spin, and where others need the
+// A barrier of threads that wait for each other a hundred times a millisecond: they spin, and where others need the
 // processor soon let them have it, which OpenMP's does after milliseconds.
 class Meeting {
   public:
-    void size(int64_t threads) { threads_ = threads; }  // before anybody waits
-    void wait() {
+    void wait(int64_t threads) {  // of which all come
         const int64_t phase = phase_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-            if (spins < 2000) {
+        for (int spins = 0; spins < 2000; ++spins) {
+            if (phase_.load(std::memory_order_acquire) != phase) return;
 #ifdef __x86_64__
-                _mm_pause();
+            _mm_pause();
 #endif
-            } else {
-                std::this_thread::yield();
-            }
+        }
+        const double began = seconds(), used = processor_seconds();
+        while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+        const double wall = seconds() - began, cores = std::max(1u, std::thread::hardware_concurrency());
+        const double fair = wall * std::min(cores, double(threads));  // for all members, who work or wait
+        if (wall > kLate && processor_seconds() - used < 0.75 * fair) crowded_.store(true, std::memory_order_relaxed);
+    }
+    bool crowded() const { return crowded_.load(std::memory_order_relaxed); }  // other processes had our processors
+    static double seconds() {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     }
 
   private:
-    int64_t threads_ = 1;
+    static double processor_seconds() { return double(std::clock()) / CLOCKS_PER_SEC; }
+    std::atomic<bool> crowded_{false};
     alignas(64) std::atomic<int64_t> arrived_{0};
     alignas(64) std::atomic<int64_t> phase_{0};
 };
+
+struct Member {  // of a team: this thread; outside of all teams, alone
+    Meeting* meeting = nullptr;
+    int64_t index = 0, size = 1;
+};
+inline thread_local Member member;
+
+inline int64_t team_size() { return member.size; }
+inline int64_t thread_index() { return member.index; }
+inline void barrier() {
+    if (member.meeting) member.meeting->wait(member.size);
+}
+
+// When a calling thread had to wait for members that other processes kept off the processors, it works alone for a while:
+// a team that meets is as slow as its last member's turn comes late, which is milliseconds.
+class Company {
+  public:
+    bool wanted() const { return alone_until_ == 0 || Meeting::seconds() > alone_until_; }
+    void was_crowded() {
+        const double now = Meeting::seconds();
+        rest_ = now < alone_until_ + 1 ? std::min(2 * rest_, 0.8) : 0.05;
+        alone_until_ = now + rest_;
+    }
+
+  private:
+    double alone_until_ = 0, rest_ = 0;
+};
+inline thread_local Company company;
+
+// f() by a team of `threads`, just as many if `all`; false, with nothing done, where there is no company.
+template <class F>
+bool in_company(int64_t threads, bool all, F f) {
+#ifdef _OPENMP
+    if (threads < 2 || !company.wanted() || omp_in_parallel()) return false;
+    Meeting meeting;
+    double met = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t given = omp_get_num_threads(), size = all ? threads : given;  // OpenMP may give fewer
+        for (int64_t i = omp_get_thread_num(); i < size; i += given) {
+            member = {&meeting, i, size};
+            f();
+        }
+        meeting.wait(given);
+        if (omp_get_thread_num() == 0) met = Meeting::seconds();
+        member = {};
+    }
+    if (meeting.crowded() || Meeting::seconds() - met > kLate) company.was_crowded();
+    return true;
+#else
+    return false;
+#endif
+}
+
+// f() by all members of a team, who may wait at barriers. What f computes must not depend on the team's size: it may be 1.
+template <class F>
+void together(int64_t threads, F f) {
+    if (!in_company(threads, false, f)) f();
+}
+
+// f() by all members of a team of just this size, without barriers; one after the other where there is no company.
+template <class F>
+void one_by_one(int64_t threads, F f) {
+    if (in_company(threads, true, f)) return;
+    const Member outside = member;
+    for (int64_t i = 0; i < threads; ++i) {
+        member = {nullptr, i, threads};
+        f();
+    }
+    member = outside;
+}
 
 // Asks for huge pages in fresh memory that is about to be written: faulting in 4 KiB at a time costs a large
 // convolution as much as its arithmetic.

@@ -30,6 +30,8 @@ struct Training {  // mirrored in cpu_train.py; its layers follow
     const double* constants;  // ADAM: beta1, beta2, eps, weight decay. SGD: momentum, weight decay
 };
 
+constexpr int64_t kSteps = 4;  // that a team does before it may be told to leave processors to others
+
 thread_local Scratch workspace;  // the caller's: what threads share
 thread_local Scratch scratch;    // of a thread: its values and their gradients in the order of tiles
 
@@ -224,13 +226,9 @@ void train(const Training& a, const TrainedLayer* params) {
         offsets[l].gvalues = reserve(plan.nnz), offsets[l].gbias = reserve(plan.out_features);
     }
     T* base = workspace.get<T>(size);
-    Meeting meeting;
     std::fill_n(base + at_zeros, features, T(0));
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    for (int64_t from = 0; from < a.steps; from += kSteps) together(a.threads, [&] {
         const int64_t part = thread_index(), parts = team_size();
-#pragma omp single
-        meeting.size(parts);
         std::vector<Layer<T>> layers(a.layers);
         for (int64_t l = 0; l < a.layers; ++l) {
             const Plan plan = read_plan(params[l].plan);
@@ -243,30 +241,30 @@ void train(const Training& a, const TrainedLayer* params) {
         const auto feature = [&](int64_t p) { return p == parts ? features : features * p / parts / 16 * 16; };
         const Range my_features{feature(part), feature(part + 1)};
         const Range my_columns{tiles.groups * part / parts * kLanes, tiles.groups * (part + 1) / parts * kLanes};
-        for (int64_t step = 0; step < a.steps; ++step) {
+        for (int64_t step = from; step < std::min(a.steps, from + kSteps); ++step) {
             const int64_t* order = a.order + step * a.batch;
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
             pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x);
-            meeting.wait();
+            barrier();
             if (step + 1 < a.steps) prefetch(static_cast<const T*>(a.images), features, order + a.batch, a.batch, my_features);
             const T* input = x;
             for (const Layer<T>& l : layers) {
                 l.forward(tiles, input, &l != &last);
-                meeting.wait();
+                barrier();
                 input = l.output;
             }
             cross_entropy_gradient(last.output, last.rows.rows, a.labels, order, a.batch, my_columns);
-            meeting.wait();
+            barrier();
             const Update<T> rule(a, step);
             for (int64_t i = a.layers - 1; i > 0; --i) {
                 layers[i].backward(tiles, layers[i - 1].output, layers[i - 1].goutput);
-                meeting.wait();
+                barrier();
                 layers[i].update(rule, tiles);
             }
             layers[0].values_gradient(tiles, x);
             layers[0].update(rule, tiles);
         }
-    }
+    });
 }
 
 }  // namespace
