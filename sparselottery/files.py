@@ -101,9 +101,9 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
 
 def read_safetensors(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of a safetensors file's bytes; ValueError if it is none."""
+    """(metadata, tensors by name) of a safetensors file's bytes; ValueError if it is none."""
     try:
-        tensors = load_tensors(data)
+        tensors = dict(sorted(load_tensors(data).items()))  # it gives another order each time
         header = loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"not a safetensors file, or a damaged one: {error}") from None

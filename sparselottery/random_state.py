@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+# Threads that read or write the state of torch's generator at once can wait for each other for ever: one has its mutex
+# and needs the GIL, another has the GIL and needs the mutex.
+_ONE_AT_A_TIME = threading.Lock()
+
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Every global generator (torch, `random`, numpy) is afterwards as it was before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
+    torch_kept = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with _ONE_AT_A_TIME:
+        python, numpy = random.getstate(), np.random.get_state()
+        torch_kept.__enter__()
+    try:
+        yield
+    finally:
+        with _ONE_AT_A_TIME:
+            torch_kept.__exit__(None, None, None)
             random.setstate(python)
             np.random.set_state(numpy)

@@ -246,3 +246,22 @@ def test_a_buffer_of_another_dtype_is_freed():
     buffer = weakref.ref(layer._dense._state.weight)
     layer.double()
     assert buffer() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("execution", ["dense", "compact", "sparse"])
+def test_what_lies_between_rows_is_not_read(execution, dtype):
+    """Where a processor multiplies tiles of bfloat16 (AMX), torch's product reads on behind each row."""
+    mask = torch.rand(96, 33) < 0.5
+    mask[0] = False
+    layer = MaskedLinear(33, 96, mask=mask, dtype=dtype)
+    layer.execution = execution
+    x = torch.full((3, 17, 70), torch.nan, dtype=dtype)[..., :33].copy_(torch.randn(3, 17, 33))
+    for rows in (x, x[0], x[0, 0]):
+        rows = rows.detach().requires_grad_()
+        assert not layer(rows).isnan().any()
+        layer(rows).sum().backward()
+        assert not rows.grad.isnan().any()
+        assert not layer.values.grad.isnan().any()
+        with torch.no_grad():
+            assert not layer(rows).isnan().any()

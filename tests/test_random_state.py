@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -27,3 +30,34 @@ def test_every_generator_is_as_before(error):
     except KeyError:
         pass
     assert numbers() == expected
+
+
+def test_threads_read_and_write_the_states_one_at_a_time(monkeypatch):
+    """Two that do at once can hang: torch takes its generator's mutex with and without the GIL."""
+    inside, most, fork = [], [], torch.random.fork_rng
+
+    def step(call, *args):
+        inside.append(call)
+        time.sleep(0.002)  # lets other threads run
+        most.append(len(inside))
+        call(*args)
+        inside.pop()
+
+    @contextmanager
+    def watched(**options):
+        kept = fork(**options)
+        step(kept.__enter__)
+        yield
+        step(kept.__exit__, None, None, None)
+
+    def keep(_):
+        for _ in range(5):
+            with random_state_kept():
+                held.append(len(held))
+
+    held = []
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(keep, range(4)))
+    assert len(held) == 20
+    assert set(most) == {1}

@@ -72,6 +72,22 @@ def test_a_wrong_number_is_found(tmp_path, monkeypatch):
     assert found > 6  # others have no survivors, or no inputs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bound_follows_the_terms_of_a_sum(dtype):
+    layer = torch.nn.Sequential(torch.nn.Linear(50, 2, bias=False)).double()
+    x = torch.ones(1, 50, dtype=torch.float64)
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.tensor([1000.0, -1000.0]).repeat(25).outer(torch.tensor([1.0, 1e-6])).t())
+    y = layer(x)
+    terms, exact = layers._rounded(layer, x, torch.ones_like(y))[0], y.detach().to(dtype)
+    assert y[0, 0].item() == 0, "else the bound is of the sum"
+    roundings = 3 * torch.finfo(dtype).eps * 50 * 1000
+    layers.close("y", exact + roundings * torch.tensor([1.0, 0.0], dtype=dtype), exact, y, terms)
+    for wrong in ([1000.0, 0.0], [0.0, roundings]):  # a term is missing; the roundings of another entry
+        with pytest.raises(AssertionError, match="1 of 2"):
+            layers.close("y", exact + torch.tensor([wrong], dtype=dtype), exact, y, terms)
+
+
 def tried(tmp_path, end: str) -> tuple[int, list[tuple[int, str]]]:
     """What the campaign says of cases 10 to 14, of which the third ends so."""
     (tmp_path / "crashing.py").write_text(CRASHING.format(end=end))

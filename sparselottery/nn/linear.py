@@ -73,6 +73,8 @@ class MaskedLinear(MaskedLayer):
         return spread(y, self._rows, self.bias, self.out_features)
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.is_cpu:
+            x = x.contiguous()  # torch multiplies what lies between rows by zero, and NaN times zero is NaN
         return F.linear(x, weight, self.bias)
 
 
