@@ -160,18 +160,31 @@ void forward(const Args& a, const Layer* layers) {
 }
 
 // The strips of a layer that one thread owns, for all of the batch: it alone reads their values and writes their gradient,
-// in the order of tiles, in its own scratch. Of Wᵀ where the gradient of the input is needed, else of W.
+// in the order of tiles, in its own scratch; or in CSR's where they are read but once. Of Wᵀ where the gradient of the input
+// is needed, else of W.
 template <class T>
 struct Owned {
-    Owned(const Layer& layer, bool input) : layer(layer), input(input) {
+    Owned(const Layer& layer, bool input, bool once)
+        : layer(layer), input(input), in_csr(once && input && layer.gvalues) {
         const Plan plan = read_plan(layer.plan);
         s = input ? plan.transpose() : plan.forward;
         strips = input || layer.gvalues ? owned_strips(s, thread_index(), team_size()) : Range{0, 0};
-        entries = (first_entry(s, strips.end) - first_entry(s, strips.begin) + kLanes) / kLanes * kLanes;
+        entries = in_csr ? 0 : (first_entry(s, strips.end) - first_entry(s, strips.begin) + kLanes) / kLanes * kLanes;
     }
-    int64_t before(int64_t strip) const { return first_entry(s, strip) - first_entry(s, strips.begin); }
+    // Moves into `memory`, of 2 * entries; back, what was computed there.
+    void begin(T* memory) {
+        values = in_csr ? const_cast<T*>(static_cast<const T*>(layer.values)) : memory;
+        gvalues = in_csr ? static_cast<T*>(layer.gvalues) : layer.gvalues ? memory + entries : nullptr;
+        if (input && !in_csr) to_order<true>(s, strips, static_cast<const T*>(layer.values), memory);
+    }
+    void end() const {
+        if (in_csr || !gvalues) return;
+        input ? from_order<true>(s, strips, gvalues, static_cast<T*>(layer.gvalues))
+              : from_order<false>(s, strips, gvalues, static_cast<T*>(layer.gvalues));
+    }
+    int64_t before(int64_t strip) const { return in_csr ? 0 : first_entry(s, strip) - first_entry(s, strips.begin); }
     const Layer& layer;
-    const bool input;
+    const bool input, in_csr;
     Schedule s;
     Range strips;
     int64_t entries;
@@ -187,15 +200,12 @@ void backward(const Args& a, const Layer* layers) {
         std::vector<Owned<T>> owned;
         int64_t entries = 0, strip = 0;
         for (int64_t l = 0; l < a.layers; ++l) {
-            owned.emplace_back(layers[l], l || a.y.data);
+            owned.emplace_back(layers[l], l || a.y.data, tiles.count == 1);
             entries += 2 * owned.back().entries;
             strip = std::max<int64_t>(strip, owned.back().s.strip);
         }
         T *rows = scratch.get<T>(strip * kWidest<T> + entries), *at = rows + strip * kWidest<T>;
-        for (Owned<T>& own : owned) {
-            own.values = at, own.gvalues = at + own.entries, at += 2 * own.entries;
-            if (own.input) to_order<true>(own.s, own.strips, static_cast<const T*>(own.layer.values), own.values);
-        }
+        for (Owned<T>& own : owned) own.begin(at), at += 2 * own.entries;
         for (int64_t i = 0; i < tiles.count; ++i) {
             const int64_t width = tiles.width(i), out_features = layers[a.layers - 1].rows;
             pack_tile<T>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
@@ -217,20 +227,15 @@ void backward(const Args& a, const Layer* layers) {
                         continue;
                     }
                     T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), s.rows, i) + row * width : rows;
-                    input_gradient_strip<T>(s, strip, own.values + k, g, x + row * width, gx,
-                                            layer.gvalues ? own.gvalues + k : nullptr, i > 0, width, l);
+                    input_gradient_strip<T>(s, strip, own.values + k, own.in_csr, g, x + row * width, gx,
+                                            own.gvalues ? own.gvalues + k : nullptr, i > 0, width, l);
                     if (!l) unpack_rows<T>(gx, a.batch, i, row, height(s, strip), a.y);
                 }
                 if (l) barrier();
                 gy = static_cast<const T*>(layer.ginput);
             }
         }
-        for (const Owned<T>& own : owned)
-            if (own.layer.gvalues) {
-                T* gvalues = static_cast<T*>(own.layer.gvalues);
-                own.input ? from_order<true>(own.s, own.strips, own.gvalues, gvalues)
-                          : from_order<false>(own.s, own.strips, own.gvalues, gvalues);
-            }
+        for (const Owned<T>& own : owned) own.end();
     });
 }
 

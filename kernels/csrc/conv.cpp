@@ -314,7 +314,7 @@ bool input_gradient(const ConvArgs& a) {
                                 const int64_t at = strip * s.strip * plane + base + step.at;
                                 const Mapped map{table + b * s.block};
                                 if (sums.values)
-                                    fused_tile<T, R>(s, tile, own + tile->entry, gy + step.at, map, x + at, plane, gx + at,
+                                    fused_tile<T, R, false>(s, tile, own + tile->entry, gy + step.at, map, x + at, plane, gx + at,
                                                      plane, gown + tile->entry, true);
                                 else
                                     spmm_tile<T, R, false>(s, tile, own + tile->entry, gy + step.at, map, gx + at, plane);

@@ -39,17 +39,19 @@ void forward_strip(const Schedule& s, int64_t strip, const T* values, bool in_cs
 }
 
 // gx = Wᵀ gy of a strip's rows of Wᵀ, if `relu` zero where x is not positive, and where gvalues is not null the gradient of
-// the strip's values (added if `add`). x: those rows of the input.
+// the strip's values (added if `add`). x: those rows of the input. in_csr: values and gvalues are all of W, not null.
 template <class T>
-void input_gradient_strip(const Schedule& s, int64_t strip, const T* values, const T* gy, const T* x, T* gx, T* gvalues,
-                          bool add, int64_t width, bool relu) {
+void input_gradient_strip(const Schedule& s, int64_t strip, const T* values, bool in_csr, const T* gy, const T* x, T* gx,
+                          T* gvalues, bool add, int64_t width, bool relu) {
     const int64_t size = height(s, strip) * width;
     std::fill_n(gx, size, T(0));
     each_tile<T>(s, strip, width, [&](const Tile* tile, int64_t before, int64_t column, auto R) {
         constexpr Packed<R * kWidth<T>> rows_of_gy;
         const T* in = gy + column * width;
-        if (gvalues)
-            fused_tile<T, R>(s, tile, values + before, in, rows_of_gy, x, width, gx, width, gvalues + before, add);
+        if (in_csr)
+            fused_tile<T, R, true>(s, tile, values, in, rows_of_gy, x, width, gx, width, gvalues, add);
+        else if (gvalues)
+            fused_tile<T, R, false>(s, tile, values + before, in, rows_of_gy, x, width, gx, width, gvalues + before, add);
         else
             spmm_tile<T, R, false>(s, tile, values + before, in, rows_of_gy, gx, width);
     });

@@ -37,25 +37,31 @@ inline Range entries_of_strips(const Schedule& s, Range strips) {
     return {first_entry(s, strips.begin), first_entry(s, strips.end)};
 }
 
-// f(place in the order, place in CSR, how many follow) for runs of the entries of `strips`.
-template <bool TRANSPOSED, class F>
-inline void each_run(const Schedule& s, Range strips, F f) {
+// f(place in the order, place in CSR, how many follow) for runs of the entries of `strips`, of which the places in `csr` are
+// asked for before.
+template <bool TRANSPOSED, class T, class F>
+inline void each_run(const Schedule& s, Range strips, const T* csr, F f) {
     const Tile *first = s.tiles + strips.begin * s.blocks, *last = s.tiles + strips.end * s.blocks;
     if (TRANSPOSED) {
-        for (int64_t k = first->entry; k < last->entry; ++k) f(k, s.entry_value[k], 1);
+        for (int64_t k = first->entry; k < last->entry; ++k) {
+            __builtin_prefetch(csr + s.entry_value[k + kAhead]);
+            f(k, s.entry_value[k], 1);
+        }
         return;
     }
     int64_t segment = first->segment, k = first->entry;
     for (const Bucket* b = s.buckets + first->bucket; b < s.buckets + last->bucket; ++b)
-        for (const int64_t stop = segment + b->count; segment < stop; ++segment, k += b->length)
+        for (const int64_t stop = segment + b->count; segment < stop; ++segment, k += b->length) {
+            __builtin_prefetch(csr + s.segment_value[segment + 16]);
             f(k, s.segment_value[segment], b->length);
+        }
 }
 
 // ordered: what comes first in it is the first entry of `strips`. TRANSPOSED: s is of Wᵀ.
 template <bool TRANSPOSED, class T>
 void to_order(const Schedule& s, Range strips, const T* values, T* ordered) {
     const int64_t first = first_entry(s, strips.begin);
-    each_run<TRANSPOSED>(s, strips, [&](int64_t to, int64_t from, int32_t count) __attribute__((always_inline)) {
+    each_run<TRANSPOSED>(s, strips, values, [&](int64_t to, int64_t from, int32_t count) __attribute__((always_inline)) {
         for (int32_t i = 0; i < count; ++i) ordered[to - first + i] = values[from + i];
     });
 }
@@ -63,7 +69,7 @@ void to_order(const Schedule& s, Range strips, const T* values, T* ordered) {
 template <bool TRANSPOSED, class T>
 void from_order(const Schedule& s, Range strips, const T* ordered, T* values) {
     const int64_t first = first_entry(s, strips.begin);
-    each_run<TRANSPOSED>(s, strips, [&](int64_t from, int64_t to, int32_t count) __attribute__((always_inline)) {
+    each_run<TRANSPOSED>(s, strips, values, [&](int64_t from, int64_t to, int32_t count) __attribute__((always_inline)) {
         for (int32_t i = 0; i < count; ++i) values[to + i] = ordered[from - first + i];
     });
 }

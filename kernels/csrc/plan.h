@@ -19,6 +19,8 @@ template <class S>
 constexpr int64_t words_of = sizeof(S) / 8;
 
 constexpr int kSlack = 256;  // zeros after each array, for kernels that look ahead
+constexpr int kAhead = 256;  // entries: how far they look to hide a miss
+static_assert(kAhead <= kSlack, "the plan's arrays are read this far past their end");
 
 struct Tile {  // where its buckets, segments and entries begin; the next tile's beginnings are its ends
     int32_t bucket, segment, entry;

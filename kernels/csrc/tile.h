@@ -72,11 +72,11 @@ void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x,
 }
 
 // Partial dot products, a vector each, held back until there are kParked of them, then summed across lanes and written, or
-// added, one after the other.
-template <class T>
+// added: one after the other or, if SCATTERED, where `at` says.
+template <class T, bool SCATTERED>
 class Parked {
   public:
-    Parked(T* to, bool add) : to_(to), add_(add) {}
+    Parked(T* to, const int32_t* at, bool add) : to_(to), at_(at), add_(add) {}
     ~Parked() { flush(); }
     // Room for n of `wanted` more, n at least 1.
     INLINE T* reserve(int32_t wanted, int32_t* n) {
@@ -91,29 +91,37 @@ class Parked {
     void flush() {
         constexpr int W = kWidth<T>;
         for (int i = 0; i < count_; i += W) {
-            Vec<T> total = sums<T>(parked_ + i * W);
-            if (count_ - i >= W) {
+            const Vec<T> total = sums<T>(parked_ + i * W);
+            if (!SCATTERED && count_ - i >= W) {
                 store<T>(to_ + i, add_ ? load<T>(to_ + i) + total : total);
                 continue;
             }
-            for (int l = 0; l < count_ - i; ++l) to_[i + l] = add_ ? to_[i + l] + total[l] : total[l];
+            alignas(64) T each[W];
+            store<T>(each, total);
+            for (int l = 0; l < W && i + l < count_; ++l) {
+                T& to = to_[SCATTERED ? at_[i + l] : i + l];
+                to = add_ ? to + each[l] : each[l];
+            }
         }
-        to_ += count_;
+        if (SCATTERED) at_ += count_;
+        else to_ += count_;
         count_ = 0;
     }
     alignas(64) T parked_[kParked * kWidth<T>];
     T* to_;
+    const int32_t* at_;
     int32_t count_ = 0;
     const bool add_;
 };
 
 // Over Wᵀ: gx[row] += Σ values * gy[col], and from the same loads gvalues (+)= <x[row], gy[col]>. Values and their gradient
-// are of this tile, in its order.
-template <class T, int R, class Rows>
+// are of this tile, in its order; or, if IN_CSR, all of W: their misses are asked for kAhead entries before.
+template <class T, int R, bool IN_CSR, class Rows>
 void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* gy, Rows rows, const T* x, int64_t ldx,
                 T* gx, int64_t ldgx, T* gvalues, bool add) {
     constexpr int W = kWidth<T>;
-    Parked<T> dots(gvalues, add);
+    const int32_t* at = s.entry_value + tile->entry;
+    Parked<T, IN_CSR> dots(gvalues, at, add);
     const Bucket* last = s.buckets + tile[1].bucket;
     const uint16_t* col = s.entry_col + tile->entry;
     int32_t segment = tile->segment;
@@ -131,7 +139,11 @@ void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* g
                 T* park = dots.reserve(left, &n);
                 for (int32_t k = 0; k < n; ++k) {
                     const T* in = gy + rows(col[k]);
-                    const T value = values[k];
+                    const T value = IN_CSR ? values[at[k]] : values[k];
+                    if (IN_CSR) {
+                        __builtin_prefetch(values + at[k + kAhead]);
+                        __builtin_prefetch(gvalues + at[k + kAhead], 1);
+                    }
                     Vec<T> dot = {}, dot2 = {};
 #pragma GCC unroll 16
                     for (int r = 0; r < R; ++r) {
@@ -142,7 +154,8 @@ void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* g
                     }
                     store<T>(park + k * W, R > 1 ? dot + dot2 : dot);
                 }
-                col += n, values += n, left -= n;
+                col += n, at += n, left -= n;
+                if (!IN_CSR) values += n;
             }
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) store<T>(out + r * W, acc[r]);
@@ -154,7 +167,7 @@ template <class T, int R, class Rows>
 void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, const T* x, Rows rows, T* gvalues,
                 bool add) {
     constexpr int W = kWidth<T>;
-    Parked<T> dots(gvalues, add);
+    Parked<T, false> dots(gvalues, nullptr, add);
     const Bucket* last = s.buckets + tile[1].bucket;
     const uint16_t* col = s.entry_col + tile->entry;
     int32_t segment = tile->segment;

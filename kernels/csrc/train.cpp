@@ -168,16 +168,19 @@ struct Layer {
     }
     // ginput = Wᵀ goutput of my columns, 0 where input <= 0, and the gradient of their values.
     void backward(const BatchTiles<T>& tiles, const T* input, T* ginput) const {
-        T *own = scratch.get<T>(2 * entries(columns, strips_back)), *gown = own + entries(columns, strips_back);
-        to_order<true>(columns, strips_back, values(), own);
+        const bool in_csr = tiles.count == 1;
+        const int64_t size = entries(columns, strips_back);
+        T *own = scratch.get<T>(in_csr ? 0 : 2 * size), *gown = own + size;
+        if (!in_csr) to_order<true>(columns, strips_back, values(), own);
         for (int64_t i = 0; i < tiles.count; ++i)
             for (int64_t strip = strips_back.begin; strip < strips_back.end; ++strip) {
                 const int64_t at = first_row(columns, strip) * tiles.width(i), k = before(columns, strips_back, strip);
-                input_gradient_strip<T>(columns, strip, own + k, tiles.of(goutput, columns.cols, i),
-                                        tiles.of(input, columns.rows, i) + at, tiles.of(ginput, columns.rows, i) + at,
-                                        gown + k, i > 0, tiles.width(i), true);
+                input_gradient_strip<T>(columns, strip, in_csr ? values() : own + k, in_csr,
+                                        tiles.of(goutput, columns.cols, i), tiles.of(input, columns.rows, i) + at,
+                                        tiles.of(ginput, columns.rows, i) + at, in_csr ? gvalues : gown + k, i > 0,
+                                        tiles.width(i), true);
             }
-        from_order<true>(columns, strips_back, gown, gvalues);
+        if (!in_csr) from_order<true>(columns, strips_back, gown, gvalues);
     }
     // The gradient of my rows' values, of a layer whose input needs none.
     void values_gradient(const BatchTiles<T>& tiles, const T* input) const {
