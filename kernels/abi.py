@@ -8,7 +8,7 @@ from .reference import LANES
 PIXELS, STRIP, SLACK, ROWS = 128, 64, 64, 8  # of a frozen net: kPixels, kStrip, kSlackElements, kRows
 
 # Words of 8 bytes.
-CHAIN_ARGS, CHAIN_LAYER, FROZEN_ARGS, FROZEN_LAYER = 15, 10, 2, 3
+FROZEN_ARGS, FROZEN_LAYER = 2, 3
 CONV_ARGS = 42
 NET_ARGS, NET_STAGE, NET_FIELD = 18, 25, 11
 ROWS_ARGS, ROWS_LAYER = 3, 6
@@ -19,7 +19,7 @@ PLAN_HEADER, TAPS = 18, 10
 
 # The arguments of `ABI` in each source.
 TABLE = {
-    "chain": (LANES, CHAIN_ARGS, CHAIN_LAYER, FROZEN_ARGS, FROZEN_LAYER),
+    "chain": (LANES, FROZEN_ARGS, FROZEN_LAYER),
     "conv": (CONV_ARGS,),
     "net": (PIXELS, STRIP, SLACK, ROWS, NET_ARGS, NET_STAGE, NET_FIELD),
     "plan": (PLAN_HEADER, TAPS),

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import native
 from .cpu_conv import conv_backward, conv_forward, conv_plan
 from .native import HALF, available, status
-from .reference import is_packed, leading_dim, pack, saved_features, unpack
+from .reference import is_packed, pack, unpack
 
 __all__ = [
     "available",
@@ -61,35 +61,22 @@ def plan(
     strip, block = tile or tile_shape(out_features, in_features, col_indices.numel())
     strips = strips or [min(strip, max(32, rows // 8 // 16 * 16)) for rows in (out_features, in_features)]
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
-    indices = native.pointer(crow_indices), native.pointer(col_indices)
-    return native.take(native.LIBRARY.sparselottery_plan, out_features, in_features, *indices, *strips, block, backward)
+    indices = crow_indices.data_ptr(), col_indices.data_ptr()
+    return native.take(native.LIBRARY.plan, out_features, in_features, *indices, *strips, block, backward)
 
 
 def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
-    """As reference.chain_forward."""
+    """As reference.chain_forward, but for None in place of what is not saved; None if nothing for native code."""
     if x.dtype in HALF:
         wide = [v.float() for v in values], [None if b is None else b.float() for b in biases]
-        y, saved = chain_forward(_widen(x), *wide, crow_indices, col_indices, plans, False, save)
-        y = y.to(x.dtype)
-        return unpack(pack(y), len(y)) if batch_minor else y, saved.to(x.dtype)
-    values, biases = [v.contiguous() for v in values], [None if b is None else b.contiguous() for b in biases]
-    x, matrix = _matrix(x)
-    batch, out_features = x.shape[0], crow_indices[-1].shape[0] - 1
-    ld, size = leading_dim(batch), x.element_size()
-    y = x.new_empty((out_features, ld) if batch_minor else (batch, out_features))
-    inputs = [x.shape[1], *(crow.shape[0] - 1 for crow in crow_indices[:-1])]
-    elements = sum(saved_features(x, crow_indices)) * ld
-    saved = x.new_empty(elements if save else 0)
-    single = batch == 1 and not save and not matrix[2] and not batch_minor
-    at = native.LIBRARY.sparselottery_workspace(sum(inputs) * ld * size)
-    addresses = _addresses(inputs, ld * size, at, saved.data_ptr() if save else None, is_packed(x))
-    args = [size == 8, torch.get_num_threads(), len(values), batch, x.shape[1], *matrix]
-    args += [y.data_ptr(), y.stride(0), batch_minor, 0, 0, 0, 0]
-    for layer, (value, bias, crow) in enumerate(zip(values, biases, crow_indices, strict=True)):
-        args += [plans[layer].data_ptr(), plans[layer].numel(), crow.shape[0] - 1, value.numel(), value.data_ptr()]
-        args += [0 if bias is None else bias.data_ptr(), 0 if single and not layer else addresses[layer], 0, 0, 0]
-    native.call(native.LIBRARY.sparselottery_chain_forward, args)
-    return (unpack(y, batch) if batch_minor else y), saved
+        done = chain_forward(_widen(x), *wide, crow_indices, col_indices, plans, False, save)
+        if done is None:
+            return None
+        y, saved = done[0].to(x.dtype), done[1]
+        return unpack(pack(y), len(y)) if batch_minor else y, saved.to(x.dtype) if save else None
+    threads = torch.get_num_threads()
+    done = native.LIBRARY.chain_forward(x, values, biases, crow_indices, plans, batch_minor, save, threads)
+    return (unpack(done[0], x.shape[0]), done[1]) if batch_minor and done else done
 
 
 def saved_input(saved: Tensor, batch: int, features: int) -> Tensor:
@@ -97,56 +84,26 @@ def saved_input(saved: Tensor, batch: int, features: int) -> Tensor:
     if saved.dtype in HALF:
         return saved_input(saved.float(), batch, features).to(saved.dtype)
     x = saved.new_empty(batch, features)
-    native.LIBRARY.sparselottery_unpack(saved.element_size() == 8, saved.data_ptr(), batch, features, x.data_ptr())
+    native.LIBRARY.unpack(saved.element_size() == 8, saved.data_ptr(), batch, features, x.data_ptr())
     return x
 
 
 def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
-    """As reference.chain_backward."""
+    """As reference.chain_backward, but for None in place of gradients not needed; None if nothing for native code."""
     if x.dtype in HALF:
         wide = gy.float(), _widen(x), saved.float(), [v.float() for v in values]
-        gx, gvalues, gbias = chain_backward(*wide, crow_indices, col_indices, plans, need_x, need_values, need_bias)
-        gx = gx.to(x.dtype)
+        done = chain_backward(*wide, crow_indices, col_indices, plans, need_x, need_values, need_bias)
+        if done is None:
+            return None
+        gx, gvalues, gbias = done
+        gx = gx.to(x.dtype) if need_x else None
         gx = unpack(pack(gx), len(gx)) if need_x and is_packed(x) else gx
-        return gx, [g.to(x.dtype) for g in gvalues], [g.to(x.dtype) for g in gbias]
-    values = [v.contiguous() for v in values]
-    gy, matrix = _matrix(gy)
-    batch, in_features, packed_x = gy.shape[0], x.shape[1], is_packed(x)
-    ld, size = leading_dim(batch), gy.element_size()
-    gx = gy.new_empty(((in_features, ld) if packed_x else (batch, in_features)) if need_x else 0)
-    inputs = [in_features, *(crow.shape[0] - 1 for crow in crow_indices[:-1])]
-    # Packed: gy, then the gradients of hidden layers, then x where forward did not save it.
-    widths = [gy.shape[1], *inputs[1:], in_features * packed_x]
-    scratch = native.LIBRARY.sparselottery_workspace(sum(widths) * ld * size)
-    ginputs = [scratch + sum(widths[:layer]) * ld * size for layer in range(len(widths))]
-    addresses = _addresses(inputs, ld * size, ginputs[-1], saved.data_ptr(), packed_x)
-    args = [size == 8, torch.get_num_threads(), len(values), batch, in_features, *matrix]
-    args += [gx.data_ptr(), gx.stride(0), packed_x, *(_matrix(x)[1] if packed_x else (0, 0, 0)), scratch]
-    gvalues, gbias = [], []
-    for layer, (value, crow) in enumerate(zip(values, crow_indices, strict=True)):
-        gvalues.append(gy.new_empty(value.shape if need_values[layer] else 0))
-        gbias.append(gy.new_empty(crow.shape[0] - 1 if need_bias[layer] else 0))
-        args += [plans[layer].data_ptr(), plans[layer].numel(), crow.shape[0] - 1, value.numel(), value.data_ptr(), 0]
-        args += [addresses[layer], gvalues[-1].data_ptr(), gbias[-1].data_ptr(), ginputs[layer] if layer else 0]
-    native.call(native.LIBRARY.sparselottery_chain_backward, args)
-    return (unpack(gx, batch) if need_x and packed_x else gx), gvalues, gbias
-
-
-def _addresses(features: list[int], size: int, own: int, saved: int | None, packed_x: bool) -> list[int]:
-    """Of all layers' packed inputs, `size` bytes a feature: in `own` memory, or saved but for an x that is packed."""
-    first = own if saved is None or packed_x else saved
-    rest = first + features[0] * size if first == saved or saved is None else saved
-    return [first, *(rest + sum(features[1:layer]) * size for layer in range(1, len(features)))]
+        return gx, *([None if g is None else g.to(x.dtype) for g in grads] for grads in (gvalues, gbias))
+    args = gy, x, saved, values, crow_indices, plans, need_x, need_values, need_bias, torch.get_num_threads()
+    done = native.LIBRARY.chain_backward(*args)
+    return (unpack(done[0], x.shape[0]), *done[1:]) if need_x and is_packed(x) and done else done
 
 
 def _widen(x: Tensor) -> Tensor:
     """x in fp32, packed if and only if x is."""
     return x.float() if is_packed(x) else x.float().contiguous()
-
-
-def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int, bool]]:
-    """x, or a copy where its strides are none that are read; its words of a Matrix in csrc/chain.cpp."""
-    if is_packed(x) or (x.stride(1) != 1 and x.stride(0) == 1):
-        return x, (x.data_ptr(), x.stride(1), True)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, (x.data_ptr(), x.stride(0), False)

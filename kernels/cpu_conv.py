@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 
 import torch
@@ -27,8 +26,8 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, bac
     size = geometry.kernel_h * geometry.kernel_w
     density = col_indices.numel() / max(1, out_channels * geometry.channels * size)
     blocks = [conv_block(geometry, density, channels) for channels in (geometry.channels, out_channels)]
-    pointers = ctypes.c_void_p(taps.buffer_info()[0]), native.pointer(crow_indices), native.pointer(col_indices)
-    return native.take(native.LIBRARY.sparselottery_conv_plan, out_channels, *pointers, _STRIP, *blocks, backward)
+    pointers = taps.buffer_info()[0], crow_indices.data_ptr(), col_indices.data_ptr()
+    return native.take(native.LIBRARY.conv_plan, out_channels, *pointers, _STRIP, *blocks, backward)
 
 
 def conv_block(geometry: Geometry, density: float, channels: int) -> int:
@@ -75,7 +74,7 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
         norm = Norm(*(None if t is None else t.contiguous() for t in norm[:4]), norm.epsilon)
         statistics, epsilon = [0 if t is None else t.data_ptr() for t in norm[:4]], norm.epsilon
     args += [*strides, 0, 0, winners.data_ptr(), *statistics, _bits(epsilon)]
-    if native.call(native.LIBRARY.sparselottery_conv_forward, args) == native.TOO_LARGE:
+    if native.LIBRARY.conv_forward(args) == native.TOO_LARGE:
         indices = crow_indices, col_indices, plan
         return reference.conv_forward(x, values, bias, *indices, geometry, relu, pool, norm)
     return y, winners
@@ -111,7 +110,7 @@ def conv_backward(
     ]
     args += [x.data_ptr(), y.data_ptr() if gated else 0, gy.data_ptr(), gx.data_ptr(), *strides]
     args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr(), 0, 0, 0, 0, 0]
-    if native.call(native.LIBRARY.sparselottery_conv_backward, args) == native.TOO_LARGE:
+    if native.LIBRARY.conv_backward(args) == native.TOO_LARGE:
         tensors, needs = (gy, x, y, winners, values, crow_indices, col_indices), (need_x, need_values, need_bias)
         return reference.conv_backward(*tensors, plan, geometry, relu, pool, *needs)
     return gx, gvalues, gbias

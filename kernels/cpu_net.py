@@ -40,7 +40,7 @@ class _Packed:
     address: int  # of the packed arguments
 
     @staticmethod
-    def function() -> Callable[[int, int, int, int], None]:
+    def function() -> Callable[[int, Tensor, tuple[int, ...]], Tensor]:
         """The native function that takes them."""
         raise NotImplementedError
 
@@ -52,9 +52,7 @@ class _Packed:
         function, address, shape = self.function(), self.address, (batch, *self.out_shape)
 
         def call(x: Tensor, _net: _Packed = self) -> Tensor:  # which lives as long as its calls
-            y = x.new_empty(shape)
-            function(address, x.data_ptr(), y.data_ptr(), batch)
-            return y
+            return function(address, x, shape)
 
         return call
 
@@ -63,8 +61,8 @@ class Net(_Packed):
     """Packed stages, for inputs of in_shape."""
 
     @staticmethod
-    def function() -> Callable[[int, int, int, int], None]:
-        return native.LIBRARY.sparselottery_net
+    def function() -> Callable[[int, Tensor, tuple[int, ...]], Tensor]:
+        return native.LIBRARY.net
 
     def __init__(self, stages: Sequence[Stage], in_shape: Shape, threads: int) -> None:
         """Raises ValueError if a stage cannot read what comes before it, or a field is too large for 32-bit offsets."""
@@ -145,8 +143,8 @@ class Chain(_Packed):
     """Linear layers with a ReLU between them, packed for batches (N, in_features)."""
 
     @staticmethod
-    def function() -> Callable[[int, int, int, int], None]:
-        return native.LIBRARY.sparselottery_chain_infer
+    def function() -> Callable[[int, Tensor, tuple[int, ...]], Tensor]:
+        return native.LIBRARY.chain_infer
 
     def __init__(self, stages: Sequence[Linear], threads: int) -> None:
         self.out_shape = (len(stages[-1].crow_indices) - 1,)
@@ -164,8 +162,8 @@ class Rows(_Packed):
     """The same for some samples at once, from a copy of the CSR indices, which nobody else can write to."""
 
     @staticmethod
-    def function() -> Callable[[int, int, int, int], None]:
-        return native.LIBRARY.sparselottery_rows
+    def function() -> Callable[[int, Tensor, tuple[int, ...]], Tensor]:
+        return native.LIBRARY.rows
 
     def __init__(self, stages: Sequence[Linear], threads: int) -> None:
         sizes = [len(stage.crow_indices) - 1 for stage in stages]

@@ -81,7 +81,7 @@ class Trainer:
         data = [each.data_ptr() for each in (images, labels, order, rates)]
         rule = [len(order), self._steps, self._rule, self._constants.data_ptr()]
         if order.numel():
-            native.call(native.LIBRARY.sparselottery_train, [*sizes, *data, *rule, *self._words])
+            native.LIBRARY.train([*sizes, *data, *rule, *self._words])
         self._steps += len(order)
 
 

@@ -5,14 +5,16 @@ One shared library per instruction-set level is built by setup.py; the best one 
 
 from __future__ import annotations
 
-import ctypes
-import weakref
-from array import array
 from collections.abc import Callable
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .abi import TABLE
 
@@ -21,40 +23,40 @@ LEVELS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 
 HALF = (torch.bfloat16, torch.float16)  # computed in fp32
 
-DONE, TOO_LARGE, NO_PLAN = range(3)  # Outcome in csrc/plan.h
+_KEY = {name: torch._C.DispatchKeySet(key).raw_repr() for name, key in torch._C.DispatchKey.__members__.items()}
+DENSE = _KEY["Dense"]  # the tensor has memory; with the others its memory does not hold what it shows
+KINDS = DENSE | sum(
+    _KEY[name]
+    for name in ("Negative", "Conjugate", "ZeroTensor", "Functionalize", "NestedTensor", "FuncTorchBatched",
+                 "FuncTorchGradWrapper")
+)  # fmt: skip
+_OBSERVERS = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch._C._len_torch_dispatch_stack,
+)
+# What csrc/python.h asks where nobody observes a call: the type of x, its dispatch keys, and functions that return
+# nothing true. As `ops.in_torch` and `ops.untraced` do, in a third of their time.
+ORDINARY = (Tensor, torch._C._dispatch_keys, KINDS, DENSE, forward_ad, _OBSERVERS)
+
+DONE, TOO_LARGE = range(2)  # Outcome in csrc/plan.h; the third is raised
 
 
-def load(path: Path) -> ctypes.CDLL:
-    """The native library at `path`. Raises OSError if it does not load, or is of another version of these sources."""
-    library = ctypes.CDLL(str(path))
+def load(path: Path) -> ModuleType:
+    """The native library at `path`: the module of csrc/python.cpp.
+
+    Raises ImportError if it does not load, or is of another version of these sources.
+    """
+    spec = spec_from_file_location("_native", path, loader=ExtensionFileLoader("_native", str(path)))
+    library = module_from_spec(spec)
+    spec.loader.exec_module(library)
     for source, expected in TABLE.items():
-        try:
-            found = tuple((ctypes.c_int64 * len(expected)).in_dll(library, f"sparselottery_abi_{source}"))
-        except ValueError:  # there is no such symbol
-            found = None
-        if found != expected:
-            raise OSError(f"built from another version of {source}.cpp: rebuild it, `pip install .` again")
-    library.sparselottery_plan.restype = ctypes.c_int64
-    library.sparselottery_workspace.argtypes = [ctypes.c_int64]
-    library.sparselottery_workspace.restype = ctypes.c_void_p
-    library.sparselottery_conv_plan.restype = ctypes.c_int64
-    for name in ("net", "rows", "chain_infer"):
-        function = getattr(library, f"sparselottery_{name}")
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        function.restype = None
-    library.sparselottery_unpack.argtypes = [
-        ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
-    ]  # fmt: skip
-    library.sparselottery_unpack.restype = None
-    library.sparselottery_train.argtypes = [ctypes.c_void_p]
-    library.sparselottery_train.restype = None
-    for name in ("chain_forward", "chain_backward", "conv_forward", "conv_backward"):
-        function = getattr(library, f"sparselottery_{name}")
-        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int64
+        if library.abi(source, len(expected)) != expected:
+            raise ImportError(f"built from another version of {source}.cpp: rebuild it, `pip install .` again")
     return library
 
 
-def _best() -> tuple[ctypes.CDLL | None, str]:
+def _best() -> tuple[ModuleType | None, str]:
     """The library for this processor, and in words which one it is or why there is none."""
     capability = torch.backends.cpu.get_cpu_capability()
     folder = Path(__file__).resolve().parent
@@ -62,13 +64,13 @@ def _best() -> tuple[ctypes.CDLL | None, str]:
         for path in sorted(folder.glob(f"_native_{level}.*")):
             try:
                 return load(path), f"native, {level} (processor: {capability})"
-            except OSError as error:
+            except ImportError as error:
                 return None, f"torch reference: {path.name} does not load ({error})"
     return None, "torch reference: no native library was built (was there a C++ compiler at install time?)"
 
 
 LIBRARY, _STATUS = _best()
-VECTOR_BYTES = ctypes.c_int64.in_dll(LIBRARY, "sparselottery_vector_bytes").value if LIBRARY else 16
+VECTOR_BYTES = LIBRARY.VECTOR_BYTES if LIBRARY else 16
 
 
 def available() -> bool:
@@ -79,16 +81,11 @@ def status() -> str:
     return _STATUS
 
 
-def call(function: Callable[[int], int | None], args: list[int]) -> int | None:
-    """Calls a function of csrc/ with its arguments, all fields 8 bytes: DONE, TOO_LARGE, or None of some.
-
-    Raises ValueError for a plan that is not of these tensors.
-    """
-    block = array("q", args)
-    outcome = function(block.buffer_info()[0])
-    if outcome == NO_PLAN:
-        raise ValueError("plan: expected one that was compiled for these indices and values, got another or none")
-    return outcome
+def have_versions(tensors: list[Tensor], versions: list[int] | None) -> bool:
+    """Are these the versions of the tensors now? None: of none."""
+    if versions is None or LIBRARY is None:
+        return [tensor._version for tensor in tensors] == versions
+    return LIBRARY.have_versions(tensors, versions)
 
 
 def empty(
@@ -98,17 +95,6 @@ def empty(
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
 
 
-def take(build: Callable[..., int], *args: object) -> Tensor:
-    """The words that a native plan builder leaves, as an int32 tensor in the builder's memory."""
-    words = ctypes.POINTER(ctypes.c_int32)()
-    count = build(*args, ctypes.byref(words))
-    if count < 0:
-        raise MemoryError("no memory for the plan")
-    memory = (ctypes.c_int32 * count).from_address(ctypes.addressof(words.contents))
-    # With the tensor's storage; not at exit, where some tensors still live.
-    weakref.finalize(memory, LIBRARY.sparselottery_free, words).atexit = False
-    return torch.frombuffer(memory, dtype=torch.int32)
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def take(build: Callable[..., Any], *args: int) -> Tensor:
+    """The words of a native plan builder as an int32 tensor, in the builder's memory."""
+    return torch.frombuffer(build(*args), dtype=torch.int32)

@@ -7,13 +7,15 @@ are compared for equality. Gaussian entries, for accuracy in a dtype, are compar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sparselottery import Pattern
-from sparselottery.kernels import cpu
+from sparselottery.kernels import cpu, native
 
 EXACT_IN_FP32 = 2**24
 
@@ -122,3 +124,18 @@ def _named(y, gx, gvalues, gbiases) -> dict[str, Tensor]:
     named = {"y": y, "gx": gx}
     named |= {f"gvalues {layer}": g for layer, g in enumerate(gvalues)}
     return named | {f"gbias {layer}": g for layer, g in enumerate(gbiases)}
+
+
+def spy(monkeypatch, name, call):
+    """Native calls of this name, if there are any, are call(function, *arguments) from now on."""
+    if native.LIBRARY is not None:
+        function = getattr(native.LIBRARY, name)
+        library = SimpleNamespace(**{**vars(native.LIBRARY), name: partial(call, function)})
+        monkeypatch.setattr(native, "LIBRARY", library)
+
+
+def noted(notes, note, result):
+    """The result of a native call, with a note of it if the call was made."""
+    if result is not None:
+        notes.append(note)
+    return result

@@ -6,16 +6,17 @@
 #include <random>
 #include <vector>
 
+#include "chain.h"
 #include "cut.h"
 #include "net.h"
 
 extern "C" {
-extern const int64_t sparselottery_abi_chain[], sparselottery_abi_conv[], sparselottery_abi_net[];
+extern const int64_t sparselottery_abi_conv[], sparselottery_abi_net[];
 extern const int64_t sparselottery_abi_rows[], sparselottery_abi_train[];
 int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, bool, int32_t**);
 int64_t sparselottery_conv_plan(int, const Taps*, const int32_t*, const int32_t*, int, int, int, bool, int32_t**);
-int64_t sparselottery_chain_forward(const void*);
-int64_t sparselottery_chain_backward(const void*);
+int64_t sparselottery_chain_forward(const ChainArgs*, const ChainLayer*);
+int64_t sparselottery_chain_backward(const ChainArgs*, const ChainLayer*);
 int64_t sparselottery_conv_forward(const ConvArgs*);
 int64_t sparselottery_conv_backward(const ConvArgs*);
 void sparselottery_rows(const void*, const float*, float*, int64_t);
@@ -89,23 +90,22 @@ void chain(int64_t batch) {
     const std::vector<T> x = noise<T>(batch * 45), gy = noise<T>(batch * 21);
     const std::vector<T> hidden = product(layers[0], x, batch, true), out = product(layers[1], hidden, batch, false);
     std::vector<T> y(out.size()), gx(x.size()), inputs[2], gvalues[2], gbias[2], ghidden(71 * ld), packed(22 * ld);
-    std::vector<int64_t> args{sizeof(T) == 8, threads, 2, batch, 45, word(x.data()), 45, 0, word(y.data()), 21, 0,
-                              0, 0, 0, 0};
+    const ChainMatrix of_x{const_cast<T*>(x.data()), 45, 0}, of_y{y.data(), 21, 0};
+    const ChainMatrix of_gy{const_cast<T*>(gy.data()), 21, 0}, of_gx{gx.data(), 45, 0};
+    const ChainArgs args{sizeof(T) == 8, threads, 2, batch, 45, of_x, of_y, {}, nullptr};
+    const ChainArgs back{sizeof(T) == 8, threads, 2, batch, 45, of_gy, of_gx, {}, packed.data()};
+    std::vector<ChainLayer> all;
     int32_t* plans[2];
     for (int l = 0; l < 2; ++l) {
         const Matrix<T>& w = layers[l];
         const auto size = sparselottery_plan(w.rows, w.columns, w.begin.data(), w.at.data(), 32, 16, 32, true, plans + l);
         inputs[l].resize(w.columns * ld), gvalues[l].resize(w.values.size()), gbias[l].resize(w.rows);
-        const std::vector<int64_t> layer{word(plans[l]), size, w.rows, int64_t(w.values.size()), word(w.values.data()),
-                                         word(w.bias.data()), word(inputs[l].data()), word(gvalues[l].data()),
-                                         word(gbias[l].data()), l ? word(ghidden.data()) : 0};
-        args.insert(args.end(), layer.begin(), layer.end());
+        all.push_back({plans[l], size, w.rows, int64_t(w.values.size()), w.values.data(), w.bias.data(), inputs[l].data(),
+                       gvalues[l].data(), gbias[l].data(), l ? ghidden.data() : nullptr});
     }
-    sparselottery_chain_forward(args.data());
+    sparselottery_chain_forward(&args, all.data());
     same("chain forward", y, out);
-    const std::vector<int64_t> back{word(gy.data()), 21, 0, word(gx.data()), 45, 0, 0, 0, 0, word(packed.data())};
-    std::copy(back.begin(), back.end(), args.begin() + 5);
-    sparselottery_chain_backward(args.data());
+    sparselottery_chain_backward(&back, all.data());
     std::vector<T> gradient = gy;
     for (int l = 1; l >= 0; --l) {
         const Matrix<T>& w = layers[l];
@@ -287,8 +287,8 @@ void all() {
 }  // namespace
 
 int main(int, char** arguments) {
-    const int64_t *chain = sparselottery_abi_chain, *train = sparselottery_abi_train;
-    if (chain[1] != 15 || chain[2] != 10 || train[1] != 12 || train[2] != 7 || sparselottery_abi_rows[1] != 6 ||
+    const int64_t* train = sparselottery_abi_train;
+    if (train[1] != 12 || train[2] != 7 || sparselottery_abi_rows[1] != 6 ||
         sparselottery_abi_conv[0] != sizeof(ConvArgs) / 8 || sparselottery_abi_net[4] != 7 + sizeof(Field) / 8) {
         std::puts("structs of the sources have changed: so must the driver's");
         return 100;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chains import noted, spy
 from newcomers import TorchAttention
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -181,6 +182,8 @@ def test_packs_are_those_of_the_kernels(name, monkeypatch):
     for direction in ("chain_forward", "chain_backward"):
         for backend in (reference, cpu):
             monkeypatch.setattr(backend, direction, counted(getattr(backend, direction)))
+    for name in ("linear", "linear_backward"):
+        spy(monkeypatch, name, lambda f, x, *a: noted(packed, not reference.is_packed(x), f(x, *a)))
     model(torch.randn(16, 8)).sum().backward()
     assert sum(packed) == sum(expected)
 

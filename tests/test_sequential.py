@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from chains import noted, spy
 from torch import nn
 
 from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, ops
@@ -101,6 +102,7 @@ def calls(monkeypatch):
     for module in (cpu, reference):
         forward = module.chain_forward
         monkeypatch.setattr(module, "chain_forward", lambda *a, f=forward: made.append(len(a[1])) or f(*a))
+    spy(monkeypatch, "linear", lambda f, *a: noted(made, 1, f(*a)))
     return made
 
 

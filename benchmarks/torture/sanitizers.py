@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def use(folder: Path) -> None:
 
 def _build(folder: Path, sanitizer: list[str], further: list[Path]) -> None:
     flag, vector_bytes = LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("-O1", 16))
-    flags = [*FLAGS, *sanitizer, flag, f"-DVECTOR_BYTES={vector_bytes}"]
+    flags = [*FLAGS, *sanitizer, flag, f"-DVECTOR_BYTES={vector_bytes}", f"-I{sysconfig.get_path('include')}"]
     sources = [*sorted((ROOT / "kernels" / "csrc").glob("*.cpp")), *further]
     objects = [str(folder / f"{source.name}.o") for source in sources]
 

@@ -3,30 +3,14 @@
 // Nothing is written by two threads, and no sum depends on how many there are.
 #include <vector>
 
+#include "chain.h"
 #include "layer.h"
 
 namespace {
 
-struct Layer {  // mirrored in cpu.py
-    const int32_t* plan;
-    int64_t plan_size, rows, nnz;
-    const void *values, *bias;  // bias: null if none
-    void* input;                // packed input of the layer; written by forward, read by backward
-    void *gvalues, *gbias;      // null where not needed
-    void* ginput;               // backward of hidden layers: packed gradient of the input
-};
-
-struct Matrix {  // mirrored in cpu.py: the caller's, (batch, features)
-    void* data;
-    int64_t stride, batch_minor;  // from sample to sample or, where batch-minor, from feature to feature
-};
-
-struct Args {  // mirrored in cpu.py
-    int64_t is_double, threads, layers, batch, features;
-    Matrix x, y;      // forward: input and output; backward: gy, and gx, whose data is null where not needed
-    Matrix input;     // backward: x, where forward did not save it
-    void* packed_gy;  // backward: gy is packed to here
-};
+using Args = ChainArgs;
+using Layer = ChainLayer;
+using Matrix = ChainMatrix;
 
 struct FrozenLayer {  // mirrored in cpu_net.py
     const int32_t* plan;
@@ -250,7 +234,7 @@ bool are_plans(const Args& a, const Layer* layers, bool backward) {
 
 }  // namespace
 
-ABI(chain, kLanes, words_of<Args>, words_of<Layer>, words_of<Frozen>, words_of<FrozenLayer>);
+ABI(chain, kLanes, words_of<Frozen>, words_of<FrozenLayer>);
 
 // Memory of the calling thread, valid until it asks again.
 EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>(bytes + 64); }
@@ -266,9 +250,7 @@ EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t bat
     is_double ? all(static_cast<const double*>(packed)) : all(static_cast<const float*>(packed));
 }
 
-// The layers follow their args.
-EXPORT int64_t sparselottery_chain_forward(const Args* args) {
-    const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
+EXPORT int64_t sparselottery_chain_forward(const Args* args, const Layer* layers) {
     if (!are_plans(*args, layers, false)) return NO_PLAN;
     args->is_double ? forward<double>(*args, layers) : forward<float>(*args, layers);
     return DONE;
@@ -293,8 +275,7 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
     forward<float>(args, layers.data());
 }
 
-EXPORT int64_t sparselottery_chain_backward(const Args* args) {
-    const Layer* layers = reinterpret_cast<const Layer*>(args + 1);
+EXPORT int64_t sparselottery_chain_backward(const Args* args, const Layer* layers) {
     if (!are_plans(*args, layers, true)) return NO_PLAN;
     args->is_double ? backward<double>(*args, layers) : backward<float>(*args, layers);
     return DONE;

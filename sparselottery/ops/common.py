@@ -10,19 +10,12 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from ..kernels import gpu
+from ..kernels.native import DENSE, KINDS
 from ..kernels.reference import Geometry
 
 Block = tuple[int, int]  # (R, C): all of its weights survive or none
 
 LIBRARY = torch.library.Library("sparselottery", "DEF")
-
-_KEY = {name: torch._C.DispatchKeySet(key).raw_repr() for name, key in torch._C.DispatchKey.__members__.items()}
-_DENSE = _KEY["Dense"]  # the tensor has memory; with the others its memory does not hold what it shows
-_KINDS = _DENSE | sum(
-    _KEY[name]
-    for name in ("Negative", "Conjugate", "ZeroTensor", "Functionalize", "NestedTensor", "FuncTorchBatched",
-                 "FuncTorchGradWrapper")
-)  # fmt: skip
 
 
 def misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Exception:
@@ -67,9 +60,20 @@ def untraced(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and (x.is_cpu or x.is_cuda)
-        and torch._C._dispatch_keys(x).raw_repr() & _KINDS == _DENSE
+        and torch._C._dispatch_keys(x).raw_repr() & KINDS == DENSE
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Is a call on x one that nobody compiles, casts, transforms or observes?"""
+    busy = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or in_torch(x)
+    return not busy and untraced(x)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Are the GPU's kernels the ones for x?"""
+    return (not x.is_cpu or "cpu" in gpu.DEVICES) and gpu.runs_on(x.device)  # the interpreter's are on the CPU
 
 
 def in_torch(x: Tensor | fx.Proxy) -> bool:

@@ -8,9 +8,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ..kernels import cpu, gpu, reference
+from ..kernels import cpu, gpu, native, reference
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, in_torch, misfit, misplaced, untraced
+from .common import LIBRARY, Block, autocast, in_torch, is_ordinary, misfit, misplaced, on_gpu, untraced
 
 LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
@@ -55,11 +55,46 @@ def chain(
     everything is computed from inputs rounded to the autocast dtype.
     Raises TypeError if x, values and biases differ in dtype, ValueError if their sizes are not those of the indices.
     """
+    flat = [1, 1] * len(values) if blocks is None else [side for block in blocks for side in block]
+    indices, grad = (crow_indices, col_indices, plans, flat), torch.is_grad_enabled()
+    if is_ordinary(x):
+        batch_minor = batch_minor or (not x.is_contiguous() and reference.is_packed(x))
+        if grad:
+            return _apply(x, values, biases, indices, batch_minor)
+        return _forward(x, values, biases, *indices, batch_minor, False)[0]
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values = autocast(x, dtype), [autocast(v, dtype) for v in values]
         biases = [autocast(b, dtype) for b in biases]
+    _check(x, values, biases, crow_indices, col_indices)
+    batch_minor = batch_minor or reference.is_packed(x)
+    if in_torch(x):
+        return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
+    if torch.compiler.is_compiling():  # a list with None in it gets no gradients
+        biases = [x.new_zeros(c.shape[0] - 1) if b is None else b for b, c in zip(biases, crow_indices, strict=True)]
+        return _CHAIN(x, values, biases, *indices, batch_minor, grad)[0]
+    if grad:
+        return _apply(x, values, biases, indices, batch_minor)
+    return (_forward if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
+
+
+def call_linear(x: Tensor, parameters: dict, buffers: dict, remembered: tuple, in_features: int) -> Tensor | None:
+    """A layer's call on rows x, where all is as usual, by one native call that looks for itself; else None.
+
+    parameters, buffers: the layer's tables. remembered: its ((buffer, tensor, version), ...), as in `nn.indices`.
+    """
+    if native.LIBRARY is None or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return None
+    threads = torch.get_num_threads()
+    y = native.LIBRARY.linear(x, native.ORDINARY, parameters, buffers, remembered, in_features, threads)
+    if type(y) is not tuple:
+        return y
+    indices = (buffers["crow_indices"],), (buffers["col_indices"],), (buffers["plan"],), (1, 1)
+    return _differentiable(x, y, indices, False, parameters["values"], parameters["bias"])
+
+
+def _check(x, values, biases, crow_indices, col_indices):
     if x.dtype != values[0].dtype:
         raise TypeError(f"x: expected {values[0].dtype}, the dtype of the values, got {x.dtype}")
     for value, bias, crow, col in zip(values, biases, crow_indices, col_indices, strict=True):
@@ -69,53 +104,57 @@ def chain(
             raise misfit("values", value, x.dtype, col.shape)
         if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow.shape[0] - 1,)):
             raise misfit("bias", bias, x.dtype, (crow.shape[0] - 1,))
-    batch_minor = batch_minor or reference.is_packed(x)
-    if in_torch(x):
-        return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
-    flat = [1, 1] * len(values) if blocks is None else [side for block in blocks for side in block]
-    indices, grad = (crow_indices, col_indices, plans, flat), torch.is_grad_enabled()
-    if torch.compiler.is_compiling():  # a list with None in it gets no gradients
-        biases = [x.new_zeros(c.shape[0] - 1) if b is None else b for b, c in zip(biases, crow_indices, strict=True)]
-        return _CHAIN(x, values, biases, *indices, batch_minor, grad)[0]
-    if grad:
-        y = _Chain.apply(x, indices, batch_minor, *values, *biases)
-        if x.numel() >= LARGE and y.grad_fn is not None:
-            _keep_one_copy(y.grad_fn)
-        return y
-    return (_chain_impl if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
+
+
+def _apply(x, values, biases, indices, batch_minor):
+    if not any(t is not None and t.requires_grad for t in (x, *values, *biases)):
+        return (_forward if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
+    if untraced(x):
+        with torch.no_grad():
+            done = _forward(x, values, biases, *indices, batch_minor, True)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            done = _CHAIN(x, values, biases, *indices, batch_minor, True)
+    return _differentiable(x, done, indices, batch_minor, *values, *biases)
+
+
+def _differentiable(x, done, indices, batch_minor, *params):
+    """The y of a forward pass, with its gradients."""
+    y = _APPLY(done, indices, batch_minor, x, *params)
+    if x.numel() >= LARGE:
+        _keep_one_copy(y.grad_fn)
+    return y
 
 
 class _Chain(torch.autograd.Function):
-    """The eager path: forward(x, (crow_indices, col_indices, plans, blocks), batch_minor, *values, *biases).
+    """Eager gradients of what is computed before: forward((y, saved), indices, batch_minor, x, *values, *biases).
 
-    Does what the op's registered autograd does, in a third of the time per call.
+    indices: (crow_indices, col_indices, plans, blocks). In a third of the time of the op's registered autograd.
     """
 
     @staticmethod
-    def forward(ctx, x, indices, batch_minor, *params):
-        layers = len(params) // 2
-        values, biases = params[:layers], params[layers:]
-        args = x, values, biases, *indices, batch_minor, any(ctx.needs_input_grad)
-        if untraced(x):
-            y, saved = _chain_impl(*args)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                y, saved = _CHAIN(*args)
-        _save(ctx, x, values, biases, indices, saved)
+    def forward(ctx, done, indices, batch_minor, x, *params):
+        y, saved = done
+        ctx.save_for_backward(x, saved, *params)
+        ctx.indices = indices
         if x.numel() >= LARGE:
             ctx.copied = saved, x.shape
         return y.data if batch_minor else y  # not a view: it may be modified in place
 
     @staticmethod
     def backward(ctx, gy):
-        needs = ctx.needs_input_grad
-        gx, gvalues, gbiases = _backward(ctx, gy, needs[0], needs[3 : 3 + ctx.layers], needs[3 + ctx.layers :])
-        return gx, None, None, *gvalues, *gbiases
+        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if len(kept) == 4 and native.LIBRARY is not None:  # a layer; where all is as usual, it has a shorter way
+            plan, threads = ctx.indices[2][0], torch.get_num_threads()
+            gradients = native.LIBRARY.linear_backward(gy, native.ORDINARY, kept, plan, needs, threads)
+            if gradients is not None:
+                return None, None, None, *gradients
+        layers = len(needs) // 2
+        gx, gvalues, gbiases = _backward(ctx, gy, kept, needs[0], needs[1 : 1 + layers], needs[1 + layers :])
+        return None, None, None, gx, *gvalues, *gbiases
 
 
-def _save(ctx, x, values, biases, indices, saved):
-    ctx.save_for_backward(x, saved, *values, *biases)
-    ctx.indices, ctx.layers = indices, len(values)
+_APPLY = super(torch.autograd.Function, _Chain).apply  # without a look for functorch, which everybody here has had
 
 
 def _keep_one_copy(ctx):
@@ -128,21 +167,29 @@ def _keep_one_copy(ctx):
     def restored(_):
         stand_in = saved.as_strided((batch, features), (features, 1))
         if torch.is_grad_enabled():  # gradients of gradients read x; autograd knows where it came from
-            backend, _plans = _backend(stand_in, *ctx.indices[2:])
-            return (cpu if backend is cpu else reference).saved_input(saved, batch, features)
+            plans, blocks = ctx.indices[2:]
+            on_cpu = saved.is_cpu and _gpu_plans(stand_in, plans, blocks) is None and cpu.supports(saved.dtype, plans)
+            return (cpu if on_cpu else reference).saved_input(saved, batch, features)
         return stand_in
 
     with suppress(RuntimeError):  # hooks of the caller have it already: they decide
         ctx._raw_saved_tensors[0].register_hooks(lambda x: None, restored)
 
 
-def _backward(ctx, gy, need_x, need_values, need_biases):
-    x, saved, *params = ctx.saved_tensors
-    values, biases = params[: ctx.layers], params[ctx.layers :]
+def _backward(ctx, gy, kept, need_x, need_values, need_biases):
+    x, saved, *params = kept  # may be asked for but once
+    values, biases = params[: len(need_values)], params[len(need_values) :]
     if torch.is_grad_enabled() or (saved.numel() == 0 and _saved_features(x, *ctx.indices)):
         return _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases)
-    op = _chain_backward_impl if untraced(gy) and untraced(x) else _CHAIN_BACKWARD
-    gx, gvalues, gbiases = op(gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases)
+    args = gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases
+    if untraced(gy) and untraced(x):
+        return _gradients(*args)
+    return _needed(_CHAIN_BACKWARD(*args), need_x, need_values, need_biases)
+
+
+def _needed(gradients, need_x, need_values, need_biases):
+    """None in place of the others."""
+    gx, gvalues, gbiases = gradients
     gvalues = [g if need else None for g, need in zip(gvalues, need_values, strict=True)]
     gbiases = [g if need else None for g, need in zip(gbiases, need_biases, strict=True)]
     return gx if need_x else None, gvalues, gbiases
@@ -159,42 +206,69 @@ def _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, ne
     needed = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, needed, gy, create_graph=create_graph))
     gx, *rest = [next(grads) if need else None for need in needs]
-    return gx, rest[: ctx.layers], rest[ctx.layers :]
+    return gx, rest[: len(values)], rest[len(values) :]
 
 
 def _setup_context(ctx, inputs, output):
     x, values, biases, *indices, _batch_minor, _save_inputs = inputs
-    _save(ctx, x, values, biases, indices, output[1])
+    ctx.save_for_backward(x, output[1], *values, *biases)
+    ctx.indices = indices
     ctx.set_materialize_grads(False)
     ctx.needs = x.requires_grad, [v.requires_grad for v in values], [b is not None and b.requires_grad for b in biases]
 
 
 def _op_backward(ctx, gy, _gsaved):
-    gx, gvalues, gbiases = _backward(ctx, gy, *ctx.needs)
-    return gx, gvalues, gbiases, *([None] * ctx.layers for _ in range(3)), None, None, None
+    gx, gvalues, gbiases = _backward(ctx, gy, ctx.saved_tensors, *ctx.needs)
+    return gx, list(gvalues), list(gbiases), *([None] * len(gvalues) for _ in range(3)), None, None, None
 
 
-def _backend(x, plans, blocks):
-    """The kernels that this call runs on, and the plans as they take them."""
-    if gpu.runs_on(x.device):
-        plans = [gpu.Plan(plan, tuple(blocks[2 * i : 2 * i + 2])) for i, plan in enumerate(plans)]
-        return (gpu if x.shape[0] and gpu.supports(x.dtype, plans) else reference), plans
-    return (cpu if x.is_cpu and x.shape[0] and cpu.supports(x.dtype, plans) else reference), plans
+def _gpu_plans(x, plans, blocks):
+    """The plans as the GPU's kernels take them; None if this call does not run on them."""
+    if not on_gpu(x):
+        return None
+    plans = [gpu.Plan(plan, tuple(blocks[2 * i : 2 * i + 2])) for i, plan in enumerate(plans)]
+    return plans if x.shape[0] and gpu.supports(x.dtype, plans) else None
 
 
 def _saved_features(x, crow_indices, _col_indices, plans, blocks):
-    backend, plans = _backend(x, plans, blocks)
-    return gpu.saved_features(x, crow_indices, plans) if backend is gpu else reference.saved_features(x, crow_indices)
+    found = _gpu_plans(x, plans, blocks)
+    return reference.saved_features(x, crow_indices) if found is None else gpu.saved_features(x, crow_indices, found)
 
 
-def _chain_impl(x, values, biases, crow_indices, col_indices, plans, blocks, batch_minor, save):
-    backend, plans = _backend(x, plans, blocks)
+def _forward(x, values, biases, crow_indices, col_indices, plans, blocks, batch_minor, save):
+    """By the kernels for x: y, and what they save for the gradients, or None."""
+    if x.dtype in native.HALF:  # which are computed in another dtype
+        _check(x, values, biases, crow_indices, col_indices)
+    if (found := _gpu_plans(x, plans, blocks)) is None and x.is_cpu and cpu.available():
+        done = cpu.chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save)
+        if done is not None:
+            return done
+    _check(x, values, biases, crow_indices, col_indices)
+    backend, plans = (reference, plans) if found is None else (gpu, found)
     return backend.chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save)
 
 
-def _chain_backward_impl(gy, x, saved, values, crow_indices, col_indices, plans, blocks, *needs):
-    backend, plans = _backend(x, plans, blocks)
-    return backend.chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, *needs)
+def _gradients(gy, x, saved, values, crow_indices, col_indices, plans, blocks, *needs):
+    """The same for the gradients: None in place of those that are not needed."""
+    if (found := _gpu_plans(x, plans, blocks)) is None and x.is_cpu and cpu.available():
+        done = cpu.chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, *needs)
+        if done is not None:
+            return done
+        if x.shape[0] and cpu.supports(x.dtype, plans):  # what native code saved, nobody else reads
+            raise ValueError("chain_backward: expected what a forward pass had and saved, got other tensors")
+    backend, plans = (reference, plans) if found is None else (gpu, found)
+    return _needed(backend.chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, *needs), *needs)
+
+
+def _chain_impl(x, *args):
+    y, saved = _forward(x, *args)
+    return y, x.new_empty(0) if saved is None else saved
+
+
+def _chain_backward_impl(gy, *args):
+    gx, *gradients = _gradients(gy, *args)
+    gvalues, gbiases = ([gy.new_empty(0) if g is None else g for g in each] for each in gradients)
+    return gy.new_empty(0) if gx is None else gx, gvalues, gbiases
 
 
 def _chain_fake(x, values, biases, crow_indices, col_indices, plans, blocks, batch_minor, save):

@@ -23,7 +23,6 @@ from ..random_state import random_state_kept
 
 FEW_WEIGHTS = 2**20  # of a linear layer: up to here each thread streams all of them, for its own samples
 FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enough for kernels that share each weight
-_VERSION = Tensor._version.__get__
 
 
 class Cache:
@@ -42,7 +41,7 @@ class Cache:
 
     def is_current(self) -> bool:
         """Are the layers' tensors those that all of it was made of?"""
-        return list(map(_VERSION, self._tensors)) == self._versions
+        return native.have_versions(self._tensors, self._versions)
 
     def _refresh(self) -> None:
         """Forgets what was made of other tensors. Raises ValueError if those of now are not valid."""
@@ -51,7 +50,7 @@ class Cache:
                 for layer in self._layers:
                     layer.check()
                 self._tensors = [tensor for layer in self._layers for tensor in layer.watched()]
-                self._made, self._versions = OrderedDict(), list(map(_VERSION, self._tensors))
+                self._made, self._versions = OrderedDict(), [tensor._version for tensor in self._tensors]
 
     def __call__(self, key: object, make: Callable[[], Any]) -> Any:
         if not self.is_current():
@@ -246,8 +245,9 @@ def is_traced(x: Tensor | fx.Proxy) -> bool:
 
 def runs_native(x: Tensor) -> bool:
     """Is x an ordinary fp32 tensor on the CPU that nothing traces?"""
-    ordinary = not torch.compiler.is_compiling() and not ops.in_torch(x) and ops.untraced(x)
-    return ordinary and x.is_cpu and x.dtype is torch.float32 and x.numel() > 0
+    if torch.compiler.is_compiling() or native.LIBRARY is None or not native.LIBRARY.is_ordinary(x, native.ORDINARY):
+        return False
+    return x.is_cpu and x.dtype is torch.float32 and x.numel() > 0
 
 
 def _no_mask(dense: nn.Module) -> Tensor:
