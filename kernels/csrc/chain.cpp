@@ -87,17 +87,6 @@ void forward_single(const Args& a, const Layer* layers) {
     }
 }
 
-// This thread's share of the work on tiles of the batch: it takes some alone, and its part of those that are left over.
-//
-// A tile goes through all layers before the next: its activations stay in the caches, those of one core where a thread
-// has it alone (moving a line to another core costs 30 to 300 ns); then nobody waits.
-template <class F>
-void each_tile_of_batch(int64_t count, F f) {
-    const int64_t threads = team_size(), alone = count / threads;
-    for (int64_t i = alone * thread_index(); i < alone * (thread_index() + 1); ++i) f(i, 0, 1);
-    for (int64_t i = alone * threads; i < count; ++i) f(i, thread_index(), threads);
-}
-
 template <class T>
 void forward(const Args& a, const Layer* layers) {
     if (a.batch == 1 && !layers[0].input) return together(a.threads, [&] { forward_single<T>(a, layers); });
@@ -106,6 +95,8 @@ void forward(const Args& a, const Layer* layers) {
     int64_t entries = 0;
     for (int64_t l = 0; l < a.layers; ++l) entries += in_csr ? 0 : layers[l].nnz;
     T* const all = ordered.get<T>(entries + kLanes);
+    Queue whole;
+    std::vector<Queue> shared(tiles.count * a.layers);
     together(a.threads, [&] {
         if (!in_csr) {
             T* values = all;
@@ -116,110 +107,118 @@ void forward(const Args& a, const Layer* layers) {
             }
             barrier();
         }
-        each_tile_of_batch(tiles.count, [&](int64_t i, int64_t part, int64_t parts) {
+        // A tile goes through all layers before the next: its activations stay in the caches, those of one core where a thread
+        // has it alone (moving a line to another core costs 30 to 300 ns); then nobody waits.
+        const auto forward_tile = [&](int64_t i, bool alone) {
             const int64_t width = tiles.width(i);
-            const auto wait = [&] {
-                if (parts > 1) barrier();
-            };
-            pack_tile<T>(a.x, a.batch, a.features, i, share(a.features, part, parts), static_cast<T*>(layers[0].input));
-            wait();
+            const Range features = alone ? Range{0, a.features} : share(a.features, thread_index(), team_size());
+            pack_tile<T>(a.x, a.batch, a.features, i, features, static_cast<T*>(layers[0].input));
+            if (!alone) barrier();
             const T* values = all;
             for (int64_t l = 0; l < a.layers; values += in_csr ? 0 : layers[l].nnz, ++l) {
                 const Layer &layer = layers[l], *next = l + 1 < a.layers ? layers + l + 1 : nullptr;
                 const Schedule s = read_plan(layer.plan).forward;
                 const T *x = tiles.of(static_cast<const T*>(layer.input), s.cols, i), *bias = static_cast<const T*>(layer.bias);
-                const Range mine = share(s.strips, part, parts);
-                for (int64_t strip = mine.begin; strip < mine.end; ++strip) {
+                const auto strip_forward = [&](int64_t strip) {
                     const int64_t row = first_row(s, strip);
                     T* y = next ? tiles.of(static_cast<T*>(next->input), s.rows, i) + row * width
                                 : scratch.get<T>(s.strip * kWidest<T>);
                     forward_strip<T>(s, strip, in_csr ? static_cast<const T*>(layer.values) : values + first_entry(s, strip),
                                      in_csr, bias, x, y, width, next);
                     if (!next) unpack_rows<T>(y, a.batch, i, row, height(s, strip), a.y);
-                }
-                if (next) wait();
+                };
+                if (!alone) shared[i * a.layers + l].each(0, s.strips, strip_forward);
+                else
+                    for (int64_t strip = 0; strip < s.strips; ++strip) strip_forward(strip);
+                if (next && !alone) barrier();
             }
-        });
+        };
+        const int64_t left_over = tiles.count - tiles.count % team_size();
+        whole.each(0, left_over, [&](int64_t i) { forward_tile(i, true); });
+        for (int64_t i = left_over; i < tiles.count; ++i) forward_tile(i, false);
     });
 }
 
-// The strips of a layer that one thread owns, for all of the batch: it alone reads their values and writes their gradient,
-// in the order of tiles, in its own scratch; or in CSR's where they are read but once. Of Wᵀ where the gradient of the input
-// is needed, else of W.
+// What the backward pass knows of a layer: of Wᵀ where the gradient of the input is needed, else of W. Values and their
+// gradient are in the order of tiles, or in CSR's where they are read but once.
 template <class T>
-struct Owned {
-    Owned(const Layer& layer, bool input, bool once)
-        : layer(layer), input(input), in_csr(once && input && layer.gvalues) {
-        const Plan plan = read_plan(layer.plan);
-        s = input ? plan.transpose() : plan.forward;
-        strips = input || layer.gvalues ? owned_strips(s, thread_index(), team_size()) : Range{0, 0};
-        entries = in_csr ? 0 : (first_entry(s, strips.end) - first_entry(s, strips.begin) + kLanes) / kLanes * kLanes;
+struct Backward {
+    Backward(const Layer& layer, bool input, bool once)
+        : layer(layer), input(input), in_csr(once && input && layer.gvalues),
+          s(input ? read_plan(layer.plan).transpose() : read_plan(layer.plan).forward),
+          strips(input || layer.gvalues ? s.strips : 0), values(static_cast<const T*>(layer.values)),
+          gvalues(static_cast<T*>(layer.gvalues)) {}
+    // For one tile of the batch: its first or last, or one between.
+    void strip(int64_t strip, const T* gy, const T* x, T* gx, T* memory, bool first, bool last, int64_t width, bool relu) const {
+        const int64_t row = first_row(s, strip), at = first_entry(s, strip);
+        const Range only{strip, strip + 1};
+        T *own = memory + at, *gown = gvalues ? own + first_entry(s, s.strips) : nullptr;
+        if (!input) values_gradient_strip<T>(s, strip, gy + row * width, x, gown, !first, width);
+        else if (in_csr) input_gradient_strip<T>(s, strip, values, true, gy, x + row * width, gx, gvalues, false, width, relu);
+        else {
+            if (first) to_order<true>(s, only, values, own);
+            input_gradient_strip<T>(s, strip, own, false, gy, x + row * width, gx, gown, !first, width, relu);
+        }
+        if (!last || !gvalues || in_csr) return;
+        input ? from_order<true>(s, only, gown, gvalues) : from_order<false>(s, only, gown, gvalues);
     }
-    // Moves into `memory`, of 2 * entries; back, what was computed there.
-    void begin(T* memory) {
-        values = in_csr ? const_cast<T*>(static_cast<const T*>(layer.values)) : memory;
-        gvalues = in_csr ? static_cast<T*>(layer.gvalues) : layer.gvalues ? memory + entries : nullptr;
-        if (input && !in_csr) to_order<true>(s, strips, static_cast<const T*>(layer.values), memory);
-    }
-    void end() const {
-        if (in_csr || !gvalues) return;
-        input ? from_order<true>(s, strips, gvalues, static_cast<T*>(layer.gvalues))
-              : from_order<false>(s, strips, gvalues, static_cast<T*>(layer.gvalues));
-    }
-    int64_t before(int64_t strip) const { return in_csr ? 0 : first_entry(s, strip) - first_entry(s, strips.begin); }
     const Layer& layer;
     const bool input, in_csr;
-    Schedule s;
-    Range strips;
-    int64_t entries;
-    T *values = nullptr, *gvalues = nullptr;
+    const Schedule s;
+    const int64_t strips;
+    const T* values;
+    T* gvalues;
 };
 
-// Every sum is taken by one thread, tile after tile of the batch.
+// A thread takes strips of the first tile of the batch as it comes to them, and keeps them for the others: every sum is taken
+// by one thread, tile after tile.
 template <class T>
 void backward(const Args& a, const Layer* layers) {
     const BatchTiles<T> tiles(a.batch);
+    std::vector<Backward<T>> all;
+    int64_t entries = 0, rows = 0;
+    for (int64_t l = 0; l < a.layers; ++l) {
+        all.emplace_back(layers[l], l || a.y.data, tiles.count == 1);
+        entries += 2 * layers[l].nnz;
+        rows = std::max<int64_t>(rows, all.back().s.strip);
+    }
+    T* const memory = ordered.get<T>(entries + kLanes);
+    std::vector<Queue> queues(a.layers);
     together(a.threads, [&] {
-        const int64_t part = thread_index(), parts = team_size();
-        std::vector<Owned<T>> owned;
-        int64_t entries = 0, strip = 0;
-        for (int64_t l = 0; l < a.layers; ++l) {
-            owned.emplace_back(layers[l], l || a.y.data, tiles.count == 1);
-            entries += 2 * owned.back().entries;
-            strip = std::max<int64_t>(strip, owned.back().s.strip);
-        }
-        T *rows = scratch.get<T>(strip * kWidest<T> + entries), *at = rows + strip * kWidest<T>;
-        for (Owned<T>& own : owned) own.begin(at), at += 2 * own.entries;
+        const int64_t part = thread_index(), parts = team_size(), out_features = layers[a.layers - 1].rows;
+        T* const out = scratch.get<T>(rows * kWidest<T>);
+        std::vector<std::vector<int64_t>> mine(a.layers);
         for (int64_t i = 0; i < tiles.count; ++i) {
-            const int64_t width = tiles.width(i), out_features = layers[a.layers - 1].rows;
+            const int64_t width = tiles.width(i);
             pack_tile<T>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
             if (a.input.data)
                 pack_tile<T>(a.input, a.batch, a.features, i, share(a.features, part, parts), static_cast<T*>(layers[0].input));
             barrier();
             const T* gy = static_cast<const T*>(a.packed_gy);
+            T* own = memory + entries;
             for (int64_t l = a.layers - 1; l >= 0; --l) {
-                const Owned<T>& own = owned[l];
-                const Layer& layer = own.layer;
-                const Schedule& s = own.s;
+                const Layer& layer = layers[l];
+                const Schedule& s = all[l].s;
                 const int64_t in_features = l ? layers[l - 1].rows : a.features;
                 const T *g = tiles.of(gy, layer.rows, i), *x = tiles.of(static_cast<const T*>(layer.input), in_features, i);
+                own -= 2 * layer.nnz;
                 if (layer.gbias) bias_gradient<T>(g, width, share(layer.rows, part, parts), static_cast<T*>(layer.gbias), i > 0);
-                for (int64_t strip = own.strips.begin; strip < own.strips.end; ++strip) {
-                    const int64_t row = first_row(s, strip), k = own.before(strip);
-                    if (!own.input) {
-                        values_gradient_strip<T>(s, strip, g + row * width, x, own.gvalues + k, i > 0, width);
-                        continue;
-                    }
-                    T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), s.rows, i) + row * width : rows;
-                    input_gradient_strip<T>(s, strip, own.values + k, own.in_csr, g, x + row * width, gx,
-                                            own.gvalues ? own.gvalues + k : nullptr, i > 0, width, l);
-                    if (!l) unpack_rows<T>(gx, a.batch, i, row, height(s, strip), a.y);
-                }
+                const auto run = [&](int64_t strip) {
+                    const int64_t row = first_row(s, strip);
+                    T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), in_features, i) + row * width : out;
+                    all[l].strip(strip, g, x, gx, own, i == 0, i + 1 == tiles.count, width, l);
+                    if (!l && a.y.data) unpack_rows<T>(gx, a.batch, i, row, height(s, strip), a.y);
+                };
+                const auto take = [&](int64_t strip) {
+                    mine[l].push_back(strip);
+                    run(strip);
+                };
+                if (i == 0) queues[l].each(0, all[l].strips, take);
+                else std::for_each(mine[l].begin(), mine[l].end(), run);
                 if (l) barrier();
                 gy = static_cast<const T*>(layer.ginput);
             }
         }
-        for (const Owned<T>& own : owned) own.end();
     });
 }
 

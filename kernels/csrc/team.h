@@ -19,6 +19,7 @@
 #include "simd.h"
 
 constexpr double kLate = 1e-3;  // seconds that no thread which has a processor is late by
+constexpr double kRest = 10;    // times what was lost by waiting for others, a thread works alone: a tenth is lost at most
 
 // A barrier of threads that wait for each other a hundred times a millisecond: they spin, and where others need the
 // processor soon let them have it, which OpenMP's does after milliseconds.
@@ -41,16 +42,16 @@ class Meeting {
         while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
         const double wall = seconds() - began, cores = std::max(1u, std::thread::hardware_concurrency());
         const double fair = wall * std::min(cores, double(threads));  // for all members, who work or wait
-        if (wall > kLate && processor_seconds() - used < 0.75 * fair) crowded_.store(true, std::memory_order_relaxed);
+        if (wall > kLate && processor_seconds() - used < fair / 2) lost_.store(wall, std::memory_order_relaxed);
     }
-    bool crowded() const { return crowded_.load(std::memory_order_relaxed); }  // other processes had our processors
+    double lost() const { return lost_.load(std::memory_order_relaxed); }  // seconds, to processes that had our processors
     static double seconds() {
         return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     }
 
   private:
     static double processor_seconds() { return double(std::clock()) / CLOCKS_PER_SEC; }
-    std::atomic<bool> crowded_{false};
+    std::atomic<double> lost_{0};
     alignas(64) std::atomic<int64_t> arrived_{0};
     alignas(64) std::atomic<int64_t> phase_{0};
 };
@@ -72,14 +73,10 @@ inline void barrier() {
 class Company {
   public:
     bool wanted() const { return alone_until_ == 0 || Meeting::seconds() > alone_until_; }
-    void was_crowded() {
-        const double now = Meeting::seconds();
-        rest_ = now < alone_until_ + 1 ? std::min(2 * rest_, 0.8) : 0.05;
-        alone_until_ = now + rest_;
-    }
+    void lost(double seconds) { alone_until_ = Meeting::seconds() + kRest * seconds; }
 
   private:
-    double alone_until_ = 0, rest_ = 0;
+    double alone_until_ = 0;
 };
 inline thread_local Company company;
 
@@ -101,7 +98,8 @@ bool in_company(int64_t threads, bool all, F f) {
         if (omp_get_thread_num() == 0) met = Meeting::seconds();
         member = {};
     }
-    if (meeting.crowded() || Meeting::seconds() - met > kLate) company.was_crowded();
+    const double lost = std::max(meeting.lost(), Meeting::seconds() - met);
+    if (lost > kLate) company.lost(lost);
     return true;
 #else
     return false;
@@ -125,6 +123,19 @@ void one_by_one(int64_t threads, F f) {
     }
     member = outside;
 }
+
+// Pieces of work that threads take one by one: of two neighbours on a shared machine, one is often half as fast.
+class Queue {
+  public:
+    // f(piece) for pieces of [begin, end) that nobody else has taken.
+    template <class F>
+    void each(int64_t begin, int64_t end, F f) {
+        for (int64_t i; (i = begin + next_.fetch_add(1, std::memory_order_relaxed)) < end;) f(i);
+    }
+
+  private:
+    std::atomic<int64_t> next_{0};
+};
 
 // Asks for huge pages in fresh memory that is about to be written: faulting in 4 KiB at a time costs a large
 // convolution as much as its arithmetic.
