@@ -85,7 +85,7 @@ def test_who_waited_too_long_works_alone(tmp_path):
                 std::printf("%d %d %d%d%d; ", int(size), int(apart), int(members[0]), int(members[1]), int(members[2]));
             };
             teams();
-            company.was_crowded();
+            company.lost(1.0);
             teams();
             company = Company();
             teams();

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -24,42 +26,70 @@ struct Compressed {  // one orientation, compressed by rows
     const int32_t *ptr, *idx, *value;  // value: index into CSR order, null where it is the identity
 };
 
-class Writer {
+class Writer {  // of words in memory that is given away as it is: what is large is written there, once
   public:
     Writer(int32_t out_features, int32_t in_features, int32_t nnz, int32_t phases, const Taps& taps)
-        : header{kMagic, 0, out_features, in_features, nnz, phases, 0, 0, taps}, words(TRANSPOSE + SCHEDULE * phases) {}
+        : header{kMagic, 0, out_features, in_features, nnz, phases, 0, 0, taps} {
+        grow(TRANSPOSE + SCHEDULE * phases + int64_t(nnz) * 3 + 16 * kSlack);  // with few segments enough for all
+        size_ = TRANSPOSE + SCHEDULE * phases;
+        std::fill_n(words_, size_, 0);
+    }
+    ~Writer() { std::free(words_); }
+    // Room for an array: where it begins. What pointed into the words may no longer do so.
     template <class E>
-    int32_t append(const std::vector<E>& items) {
-        const size_t at = (words.size() + 15) / 16 * 16;
-        words.resize(at + (items.size() * sizeof(E) + 3) / 4 + kSlack);
-        if (!items.empty()) std::memcpy(words.data() + at, items.data(), items.size() * sizeof(E));
+    int32_t room(int64_t count) {
+        const int64_t bytes = count * sizeof(E), at = (size_ + 15) / 16 * 16, end = at + (bytes + 3) / 4 + kSlack;
+        if (end > capacity_) grow(std::max(end, 2 * capacity_));
+        std::fill(words_ + size_, words_ + at, 0);
+        std::fill(words_ + at + bytes / 4, words_ + end, 0);
+        size_ = end;
         return static_cast<int32_t>(at);
     }
+    template <class E>
+    E* array(int32_t at) { return reinterpret_cast<E*>(words_ + at); }
+    template <class E>
+    int32_t append(const E* items, int64_t count) {
+        const int32_t at = room<E>(count);
+        std::copy_n(items, count, array<E>(at));
+        return at;
+    }
+    template <class E>
+    int32_t append(const std::vector<E>& items) { return append(items.data(), items.size()); }
     int64_t give(int32_t** to) {
-        header.size = int32_t(words.size());
-        std::memcpy(words.data(), &header, sizeof header);
-        *to = static_cast<int32_t*>(std::aligned_alloc(64, (words.size() * 4 + 63) / 64 * 64));
-        if (!*to) return -1;
-        std::memcpy(*to, words.data(), words.size() * 4);
-        return static_cast<int64_t>(words.size());
+        header.size = int32_t(size_);
+        std::memcpy(words_, &header, sizeof header);
+        *to = std::exchange(words_, nullptr);
+        return size_;
     }
     Header header;
-    std::vector<int32_t> words;
+
+  private:
+    void grow(int64_t capacity) {
+        int32_t* words = static_cast<int32_t*>(std::aligned_alloc(64, (capacity * 4 + 63) / 64 * 64));
+        if (!words) throw std::bad_alloc();
+        if (size_) std::memcpy(words, words_, size_ * 4);
+        std::free(words_);
+        words_ = words, capacity_ = capacity;
+    }
+    int32_t* words_ = nullptr;
+    int64_t size_ = 0, capacity_ = 0;
 };
 
 void write_schedule(Writer& out, int at, const Compressed& m, int32_t strip, int32_t block) {
     const int32_t strips = (m.rows + strip - 1) / strip, blocks = (m.cols + block - 1) / block;
     std::vector<Tile> tiles;
     std::vector<Bucket> buckets;
-    std::vector<uint16_t> segment_row, entry_col;
-    std::vector<int32_t> segment_value, entry_value;
-    entry_col.reserve(m.ptr[m.rows]);
-    if (m.value) entry_value.reserve(m.ptr[m.rows]);
+    std::vector<uint16_t> segment_row;
+    std::vector<int32_t> segment_value;
+    const int32_t nnz = m.ptr[m.rows], at_col = out.room<uint16_t>(nnz), at_value = out.room<int32_t>(m.value ? nnz : 0);
+    uint16_t* const entry_col = out.array<uint16_t>(at_col);
+    int32_t* const entry_value = out.array<int32_t>(at_value);
+    int32_t entry = 0;
     std::vector<int32_t> cursor(m.ptr, m.ptr + m.rows), end(strip), order(strip), first(block + 2);
     for (int32_t s = 0; s < strips; ++s) {
         const int32_t row0 = s * strip, height = std::min(strip, m.rows - row0);
         for (int32_t b = 0; b < blocks; ++b) {
-            tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), int32_t(entry_col.size())});
+            tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
             const int32_t col0 = b * block, limit = col0 + block;
             std::fill(first.begin(), first.end(), 0);
             for (int32_t r = 0; r < height; ++r) {  // a counting sort of the rows by segment length, longest first
@@ -79,20 +109,19 @@ void write_schedule(Writer& out, int at, const Compressed& m, int32_t strip, int
                 if (begin == end[r]) break;
                 segment_row.push_back(uint16_t(r));
                 segment_value.push_back(begin);
-                for (int32_t k = begin; k < end[r]; ++k) {
-                    entry_col.push_back(uint16_t(m.idx[k] - col0));
-                    if (m.value) entry_value.push_back(m.value[k]);
-                }
+                const int32_t length = end[r] - begin;
+                for (int32_t k = 0; k < length; ++k) entry_col[entry + k] = uint16_t(m.idx[begin + k] - col0);
+                if (m.value) std::copy_n(m.value + begin, length, entry_value + entry);
+                entry += length;
                 cursor[row0 + r] = end[r];
             }
         }
     }
-    tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), int32_t(entry_col.size())});
+    tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
     if (m.value) segment_value.clear();
     const int32_t fields[SCHEDULE] = {m.rows, m.cols, strip, block, strips, blocks, out.append(tiles), out.append(buckets),
-                                out.append(segment_row), out.append(segment_value), out.append(entry_col),
-                                out.append(entry_value)};
-    std::copy(fields, fields + SCHEDULE, out.words.begin() + at);
+                                out.append(segment_row), out.append(segment_value), at_col, at_value};
+    std::copy(fields, fields + SCHEDULE, out.array<int32_t>(at));
 }
 
 Schedule read_schedule(const int32_t* words, int at) {
@@ -162,9 +191,13 @@ EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, con
                                   bool backward, int32_t** words) {
     const int32_t nnz = crow_indices[out_features];
     Writer out(out_features, in_features, nnz, backward, {});
-    out.header.crow_indices = out.append(std::vector<int32_t>(crow_indices, crow_indices + out_features + 1));
-    out.header.columns = in_features <= kNarrow ? out.append(std::vector<uint16_t>(col_indices, col_indices + nnz))
-                                                : out.append(std::vector<int32_t>(col_indices, col_indices + nnz));
+    out.header.crow_indices = out.append(crow_indices, out_features + 1);
+    if (in_features <= kNarrow) {
+        out.header.columns = out.room<uint16_t>(nnz);
+        std::copy_n(col_indices, nnz, out.array<uint16_t>(out.header.columns));
+    } else {
+        out.header.columns = out.append(col_indices, nnz);
+    }
     write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr}, strip, block);
     if (!backward) return out.give(words);
     write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices, strip_back, block,
