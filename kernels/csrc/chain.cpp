@@ -21,8 +21,8 @@ struct Frozen {  // mirrored in cpu_net.py; its layers follow
     int64_t threads, layers;
 };
 
-thread_local Scratch scratch;    // of a thread: a strip's output, and values and gradients in their order
-thread_local Scratch ordered;    // the caller's: values of all layers in their order
+thread_local Scratch scratch;    // of a thread: a strip's output
+thread_local Scratch ordered;    // the caller's: values and their gradients in the order of tiles
 thread_local Scratch workspace;  // the caller's: packed activations that nobody keeps
 
 // Tile i of x, some of its features -> packed.
@@ -107,8 +107,8 @@ void forward(const Args& a, const Layer* layers) {
             }
             barrier();
         }
-        // A tile goes through all layers before the next: its activations stay in the caches, those of one core where a thread
-        // has it alone (moving a line to another core costs 30 to 300 ns); then nobody waits.
+        // A tile goes through all layers before the next: its activations stay in the caches, those of one core where a
+        // thread has it alone (moving a line to another core costs 30 to 300 ns); then nobody waits.
         const auto forward_tile = [&](int64_t i, bool alone) {
             const int64_t width = tiles.width(i);
             const Range features = alone ? Range{0, a.features} : share(a.features, thread_index(), team_size());
@@ -118,7 +118,8 @@ void forward(const Args& a, const Layer* layers) {
             for (int64_t l = 0; l < a.layers; values += in_csr ? 0 : layers[l].nnz, ++l) {
                 const Layer &layer = layers[l], *next = l + 1 < a.layers ? layers + l + 1 : nullptr;
                 const Schedule s = read_plan(layer.plan).forward;
-                const T *x = tiles.of(static_cast<const T*>(layer.input), s.cols, i), *bias = static_cast<const T*>(layer.bias);
+                const T* x = tiles.of(static_cast<const T*>(layer.input), s.cols, i);
+                const T* bias = static_cast<const T*>(layer.bias);
                 const auto strip_forward = [&](int64_t strip) {
                     const int64_t row = first_row(s, strip);
                     T* y = next ? tiles.of(static_cast<T*>(next->input), s.rows, i) + row * width
@@ -146,26 +147,26 @@ struct Backward {
     Backward(const Layer& layer, bool input, bool once)
         : layer(layer), input(input), in_csr(once && input && layer.gvalues),
           s(input ? read_plan(layer.plan).transpose() : read_plan(layer.plan).forward),
-          strips(input || layer.gvalues ? s.strips : 0), values(static_cast<const T*>(layer.values)),
-          gvalues(static_cast<T*>(layer.gvalues)) {}
-    // For one tile of the batch: its first or last, or one between.
-    void strip(int64_t strip, const T* gy, const T* x, T* gx, T* memory, bool first, bool last, int64_t width, bool relu) const {
-        const int64_t row = first_row(s, strip), at = first_entry(s, strip);
+          strips(input || layer.gvalues ? s.strips : 0), entries(in_csr ? 0 : 2 * layer.nnz),
+          values(static_cast<const T*>(layer.values)), gvalues(static_cast<T*>(layer.gvalues)) {}
+    // For one tile of the batch: its first or last, or one between. memory: `entries`, which the tiles share.
+    void strip(int64_t strip, const T* gy, const T* x, T* gx, T* memory, bool first, bool last, int64_t width,
+               bool relu) const {
+        const int64_t row = first_row(s, strip);
+        if (in_csr)
+            return input_gradient_strip<T>(s, strip, values, true, gy, x + row * width, gx, gvalues, false, width, relu);
         const Range only{strip, strip + 1};
-        T *own = memory + at, *gown = gvalues ? own + first_entry(s, s.strips) : nullptr;
-        if (!input) values_gradient_strip<T>(s, strip, gy + row * width, x, gown, !first, width);
-        else if (in_csr) input_gradient_strip<T>(s, strip, values, true, gy, x + row * width, gx, gvalues, false, width, relu);
-        else {
-            if (first) to_order<true>(s, only, values, own);
-            input_gradient_strip<T>(s, strip, own, false, gy, x + row * width, gx, gown, !first, width, relu);
-        }
-        if (!last || !gvalues || in_csr) return;
+        T *own = memory + first_entry(s, strip), *gown = gvalues ? own + layer.nnz : nullptr;
+        if (input && first) to_order<true>(s, only, values, own);
+        if (input) input_gradient_strip<T>(s, strip, own, false, gy, x + row * width, gx, gown, !first, width, relu);
+        else values_gradient_strip<T>(s, strip, gy + row * width, x, gown, !first, width);
+        if (!last || !gvalues) return;
         input ? from_order<true>(s, only, gown, gvalues) : from_order<false>(s, only, gown, gvalues);
     }
     const Layer& layer;
     const bool input, in_csr;
     const Schedule s;
-    const int64_t strips;
+    const int64_t strips, entries;
     const T* values;
     T* gvalues;
 };
@@ -179,7 +180,7 @@ void backward(const Args& a, const Layer* layers) {
     int64_t entries = 0, rows = 0;
     for (int64_t l = 0; l < a.layers; ++l) {
         all.emplace_back(layers[l], l || a.y.data, tiles.count == 1);
-        entries += 2 * layers[l].nnz;
+        entries += all.back().entries;
         rows = std::max<int64_t>(rows, all.back().s.strip);
     }
     T* const memory = ordered.get<T>(entries + kLanes);
@@ -192,7 +193,8 @@ void backward(const Args& a, const Layer* layers) {
             const int64_t width = tiles.width(i);
             pack_tile<T>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
             if (a.input.data)
-                pack_tile<T>(a.input, a.batch, a.features, i, share(a.features, part, parts), static_cast<T*>(layers[0].input));
+                pack_tile<T>(a.input, a.batch, a.features, i, share(a.features, part, parts),
+                             static_cast<T*>(layers[0].input));
             barrier();
             const T* gy = static_cast<const T*>(a.packed_gy);
             T* own = memory + entries;
@@ -201,8 +203,9 @@ void backward(const Args& a, const Layer* layers) {
                 const Schedule& s = all[l].s;
                 const int64_t in_features = l ? layers[l - 1].rows : a.features;
                 const T *g = tiles.of(gy, layer.rows, i), *x = tiles.of(static_cast<const T*>(layer.input), in_features, i);
-                own -= 2 * layer.nnz;
-                if (layer.gbias) bias_gradient<T>(g, width, share(layer.rows, part, parts), static_cast<T*>(layer.gbias), i > 0);
+                own -= all[l].entries;
+                if (T* gbias = static_cast<T*>(layer.gbias))
+                    bias_gradient<T>(g, width, share(layer.rows, part, parts), gbias, i > 0);
                 const auto run = [&](int64_t strip) {
                     const int64_t row = first_row(s, strip);
                     T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), in_features, i) + row * width : out;

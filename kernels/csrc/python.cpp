@@ -174,7 +174,6 @@ struct Build<F> {
             take(count, sizeof...(A) - 1);
             int32_t* words = nullptr;
             const int64_t size = call(args, &words, std::make_index_sequence<sizeof...(A) - 1>());
-            if (size < 0) throw std::bad_alloc();
             Words* out = PyObject_New(Words, reinterpret_cast<PyTypeObject*>(words_type));
             if (!out) sparselottery_free(words);
             if (out) out->words = words, out->bytes = 4 * size;

@@ -247,10 +247,6 @@ PyObject* chain_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-namespace {
-
-}  // namespace
-
 // A layer's gradients (gy, ORDINARY, (x, saved, values, bias), plan, needs of the last three as autograd has them, threads)
 // -> gx, gvalues, gbias. None if anything is unusual.
 PyObject* linear_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {

@@ -35,6 +35,22 @@ constexpr int64_t kSteps = 4;  // that a team does before it may be told to leav
 thread_local Scratch workspace;  // the caller's: what threads share
 thread_local Scratch scratch;    // of a thread: its values and their gradients in the order of tiles
 
+// The strips of one thread: about its share of the entries.
+Range owned_strips(const Schedule& s, int64_t part, int64_t parts) {
+    const auto weight = [&](int64_t strip) { return first_entry(s, strip) + strip * s.strip; };
+    const auto first = [&](int64_t p) {
+        int64_t strip = 0;
+        if (p == parts) return int64_t(s.strips);
+        while (strip < s.strips && weight(strip) * parts < weight(s.strips) * p) ++strip;
+        return strip;
+    };
+    return {first(part), first(part + 1)};
+}
+
+Range rows_of_strips(const Schedule& s, Range strips) {
+    return {std::min<int64_t>(strips.begin * s.strip, s.rows), std::min<int64_t>(strips.end * s.strip, s.rows)};
+}
+
 // Features `range` of the images `order` as packed columns, zeros after the last image.
 template <class T>
 void pack_images(const T* images, int64_t features, const int64_t* order, int64_t batch, const T* zeros, Range range, T* x) {
