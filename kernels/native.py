@@ -66,7 +66,7 @@ def _best() -> tuple[ModuleType | None, str]:
                 return load(path), f"native, {level} (processor: {capability})"
             except ImportError as error:
                 return None, f"torch reference: {path.name} does not load ({error})"
-    return None, "torch reference: no native library (had the install a C++ compiler and Python's headers?)"
+    return None, "torch reference: no native library was built (it takes a C++ compiler and Python's headers)"
 
 
 LIBRARY, _STATUS = _best()
