@@ -1,16 +1,18 @@
-"""The nets whose inference is measured, pruned at random and frozen, and the dense ways to run them, as calls on x.
+"""The nets whose inference is measured, pruned at random and frozen, and the other ways to run them, as calls on x.
 
 N items of: Lenet and the MLP 784 features, the convolutional nets images of CIFAR-10's size, the encoder 128 tokens.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,13 @@ from sparselottery.lab.models import CIFAR10, build, lenet_300_100
 from sparselottery.runtime import load_sparse
 
 TOKENS = 128
+ONNX = ("onnx", "onnxscript")
+NEEDS = {  # modules
+    "onnxruntime": (*ONNX, "onnxruntime"),
+    "openvino": (*ONNX, "openvino"),
+    "mnn": (*ONNX, "MNN"),
+    "mnn_sparse": (*ONNX, "MNN"),
+}
 
 
 class Layer(nn.Module):
@@ -98,12 +107,47 @@ def openvino(model: nn.Module, x: Tensor) -> Call:
     return run
 
 
+def mnn(model: nn.Module, x: Tensor, *flags: str) -> Call:
+    """MNN in fp32 on torch's number of threads; it copies its input and output. flags: of its converter."""
+    import _tools  # MNN's; MNN.tools runs pip for a client that reports every conversion to MNN's makers
+    import MNN
+
+    with onnx_file(model, x) as file:
+        files = ["--modelFile", file, "--MNNModel", f"{file}.mnn"]
+        _tools.mnnconvert(["mnnconvert", "-f", "ONNX", *files, "--bizCode", "MNN", *flags])
+        net = MNN.Interpreter(f"{file}.mnn")
+    session = net.createSession({"numThread": torch.get_num_threads(), "precision": "high", "backend": "CPU"})
+    y = model(x).numpy()
+    given, taken = (
+        MNN.Tensor(array.shape, MNN.Halide_Type_Float, array, MNN.Tensor_DimensionType_Caffe)
+        for array in (x.numpy(), y)
+    )
+    inside, outside = net.getSessionInput(session), net.getSessionOutput(session)
+
+    def run() -> np.ndarray:
+        inside.copyFrom(given)
+        net.runSession(session)
+        outside.copyToHostTensor(taken)
+        return y
+
+    return run
+
+
+def mnn_sparse(model: nn.Module, x: Tensor) -> Call:
+    """MNN with its sparse kernels in each layer where its converter expects them to be faster."""
+    return mnn(model, x, "--detectSparseSpeedUp")
+
+
 def peers(x: Tensor) -> dict[str, Callable[[nn.Module, Tensor], Call]]:
-    """All dense ways, by name, for inputs like x."""
+    """All other ways, by name, for inputs like x; of those in NEEDS, the ones that are installed."""
     ways = {
         "dense": torch_dense,
         "dense_compiled": torch_compile,
         "onnxruntime": onnxruntime_dense,
         "openvino": openvino,
+        "mnn": mnn,
+        "mnn_sparse": mnn_sparse,
     }
-    return ways | ({"dense_channels_last": channels_last} if x.dim() == 4 else {})
+    if x.dim() == 4:
+        ways["dense_channels_last"] = channels_last
+    return {name: way for name, way in ways.items() if all(map(importlib.util.find_spec, NEEDS.get(name, ())))}

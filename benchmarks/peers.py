@@ -6,6 +6,7 @@ Modules run as users run them, through autograd; the hand-composed peers pay for
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import warnings
@@ -77,6 +78,18 @@ def sparseprop(problem: Problem, backward: bool) -> Candidate:
     return module(problem, layer, lambda: layer.W_val.grad, backward)
 
 
+def sparselab(problem: Problem, backward: bool) -> Candidate:
+    """SparseLab's layer, whose vector kernels are NEON's and scalar elsewhere; rows without room for new survivors."""
+    from sparselab import SparseLinear, layout
+
+    layer = SparseLinear(problem.x.shape[1], problem.gy.shape[1])
+    layer._csr = layout.from_dense(problem.weight, padding_ratio=0)
+    layer._values = nn.Parameter(torch.from_numpy(np.asarray(layer._csr.values)))
+    layer.bias = nn.Parameter(problem.bias.clone())
+    stored = layer._values.detach() != 0  # an empty row holds a zero
+    return module(problem, layer, lambda: layer._values.grad[stored], backward)
+
+
 def onednn(problem: Problem, backward: bool) -> Candidate:
     """oneDNN's dense layer with a packed weight, which torch.compile uses for frozen models; forward only."""
     if backward:
@@ -134,7 +147,8 @@ def scipy_csr(problem: Problem, backward: bool) -> Candidate:
 
 def sparse_peers() -> list[Callable[[Problem, bool], Candidate]]:
     """The sparse libraries that are installed."""
-    return [torch_csr, scipy_csr] + ([sparseprop] if SPARSEPROP_MISSING is None else [])
+    optional = {sparseprop: SPARSEPROP_MISSING is None, sparselab: importlib.util.find_spec("sparselab") is not None}
+    return [torch_csr, scipy_csr, *(peer for peer, installed in optional.items() if installed)]
 
 
 def _linear(problem: Problem) -> nn.Linear:

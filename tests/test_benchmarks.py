@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import conv_peers, memory, peers, plot, report, results, steps, timing
+from benchmarks import conv_peers, inference_peers, memory, peers, plot, report, results, steps, timing
 from benchmarks.conv_peers import ConvProblem
 from benchmarks.report import MASKED, MLP, Bar
 from benchmarks.timing import Candidate
 from sparselottery import convert, to_dense
 from sparselottery.lab.masked_dense import masked_dense
-from sparselottery.lab.models import conv_net
+from sparselottery.lab.models import CIFAR10, build, conv_net, lenet_300_100
 from sparselottery.lottery import prune
 
 TRUTH = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
@@ -81,6 +81,20 @@ def test_onednn_computes_the_same():
     timing.check("onednn", peers.onednn(problem, False).read(), problem.truth(False), 1e-5)
     with pytest.raises(ValueError, match="backward"):
         peers.onednn(problem, True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of exporters
+@pytest.mark.parametrize("name", ["mnn", "mnn_sparse", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("net", ["lenet-300-100", "conv-2"])
+def test_runtimes_compute_the_same(name, net):
+    x = torch.randn(2, 784) if net == "lenet-300-100" else torch.randn(2, 3, 32, 32)
+    model = lenet_300_100() if net == "lenet-300-100" else build(net, CIFAR10, 10)
+    ways = inference_peers.peers(x)
+    if name not in ways:
+        pytest.skip(f"{name} is not installed")
+    sparse = convert(model, prune(model, 0.9, method="random")).eval()
+    dense = to_dense(sparse).requires_grad_(False)
+    timing.check(name, [torch.as_tensor(ways[name](dense, x)())], [dense.double()(x.double())], 1e-5)
 
 
 # SparseProp goes wrong at stride 1 where it vectorises over a batch that is no multiple of 8.
