@@ -20,7 +20,24 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx512"] = (["-march=x86-64-v4", "-mprefer-vector-width=512"], 64)
 
 CSRC = Path("kernels/csrc")
-OPENMP = ([], []) if sys.platform == "darwin" else (["-fopenmp"], ["-fopenmp"])
+
+
+def openmp() -> tuple[list[str], list[str]]:
+    """What the compiler and the linker are told, for threads.
+
+    Apple's clang takes -fopenmp from its preprocessor alone and has no omp.h: Homebrew's libomp has. It is not linked,
+    as two OpenMP runtimes end a process: what is undefined, as all of Python is, is found in the one that torch brings
+    and has loaded. Without omp.h, one thread. Nobody has run this on a Mac.
+    """
+    if sys.platform != "darwin":
+        return ["-fopenmp"], ["-fopenmp"]
+    for folder in ("/opt/homebrew/opt/libomp/include", "/usr/local/opt/libomp/include"):
+        if Path(folder, "omp.h").exists():
+            return ["-Xpreprocessor", "-fopenmp", f"-I{folder}"], []
+    return [], []
+
+
+OPENMP = openmp()
 
 
 def extension(level: str) -> Extension:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
+import torch
 
-from benchmarks import find_overhead, lab, loading, results
-from sparselottery import ops
+from benchmarks import busy, find_overhead, imp_mnist, lab, loading, results
+from sparselottery import convert, ops
 from sparselottery.lab import experiment, grid, xor
+from sparselottery.lab.models import conv_net
 from sparselottery.lab.settings import preset
 
 
@@ -61,3 +65,46 @@ def test_overhead_rows(monkeypatch):
         assert float(row["cpu_s"]) > float(row["plan_s"])
         assert row["peak_rss"] >= 0
         assert (row["trained"] > 8 * 0.8 * 80_000) is planned  # values, indices and more of round 1
+
+
+def test_busy_rows(monkeypatch):
+    monkeypatch.setattr(busy, "busy_machine", nullcontext)
+    measured = {row["impl"]: row for row in busy.rows(turn=0.01, turns=1)}
+    assert {results.OURS, "dense", "masked_dense"} <= set(measured)
+    for row in measured.values():
+        assert float(row["times"]) == pytest.approx(float(row["busy_ms"]) / float(row["quiet_ms"]), rel=0.01)
+
+
+def test_a_step_that_trains_otherwise_is_not_timed(monkeypatch):
+    monkeypatch.setattr(busy, "native_trainer", lambda net, x: lambda *_: net[0].values.detach().add_(1))
+    with pytest.raises(AssertionError, match="native"):
+        busy.candidates(torch.randn(busy.BATCH, 784), torch.randint(10, (busy.BATCH,)))
+
+
+def test_others_multiply_until_the_end(monkeypatch):
+    monkeypatch.setattr(busy, "SIDE", 8)
+    started = []
+    with busy.busy_machine():
+        started += multiprocessing.active_children()
+        assert len(started) == busy.OTHERS
+    assert not any(other.is_alive() for other in started)
+
+
+def test_a_ladder_has_a_row_for_each_round():
+    settings = preset("digits", rounds=1, iterations=4, eval_every=2)
+    rows = list(imp_mnist.trial(settings, ["sparse", "dense"], evaluated=60, reinits=False))
+    assert [row["round"] for row in rows] == [0, 1]
+    assert {(row["model"], row["evaluated"], row["iterations"]) for row in rows} == {("lenet-300-100", 60, 4)}
+    sizes = 64 * 300 + 300 * 100, 100 * 10
+    assert rows[1]["density"] == pytest.approx((0.8 * sizes[0] + 0.9 * sizes[1]) / sum(sizes), abs=1e-4)
+    assert "reinit_final_test_accuracy" not in rows[0]
+    assert imp_mnist.median_seconds(rows, "sparse") > 0
+
+
+def test_convolutions_are_pruned_by_their_share():
+    settings = preset("cifar10", "conv-2")
+    ladder = imp_mnist.imp(convert, partial(conv_net, (4,), shape=(3, 8, 8)), lambda model: {}, settings)
+    assert all(mask.all() for mask in next(ladder).masks.values())
+    masks = next(ladder).masks
+    kept = [round(float(mask.float().mean()), 1) for mask in masks.values()]
+    assert kept == [0.9, 0.9, 0.8, 0.8, 0.9]

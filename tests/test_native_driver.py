@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_clang(tmp_path):
     flags, bits = WIDEST
     program = driver(tmp_path, found("clang++", "clang++-14"), "-O3", *flags)
     assert output(program, 2) == f"equal, vectors of {bits} bits\n"
+
+
+def test_clang_compiles_what_python_calls(tmp_path):
+    compiler, include = found("clang++", "clang++-14"), f"-I{sysconfig.get_path('include')}"
+    for source in sorted((ROOT / "kernels/csrc").glob("python*.cpp")):
+        for flags in ([], ["-Xpreprocessor", "-fopenmp"]):  # a Mac's, which bring the header but no library
+            subprocess.run([compiler, *FLAGS, include, *flags, "-fPIC", "-fsyntax-only", source], check=True)
 
 
 def test_members_of_a_team_and_one_that_takes_their_turns_compute_the_same(tmp_path):
