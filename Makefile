@@ -40,11 +40,14 @@ bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.find_overhead
+	$(BIN)/python -m benchmarks.busy
+	$(BIN)/python -m benchmarks.build
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.report
 
-# SparseProp, an optional peer. Its setup.py calls whatever pip and python3 come first: they must be ours.
+# Optional peers. SparseProp's setup.py calls whatever pip and python3 come first: they must be ours.
 peers: .venv/test.stamp
+	$(BIN)/pip install $(PIP_ARGS) mnn openvino sparselab
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install $(PIP_ARGS) --no-build-isolation pybind11 sparseprop
 
 # The interpreter must have torch with CUDA, Triton and pytest.

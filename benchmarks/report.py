@@ -15,7 +15,7 @@ from statistics import geometric_mean
 
 from benchmarks import results
 
-SPARSE_PEERS = ("torch_csr", "scipy_csr", "sparseprop")
+SPARSE_PEERS = ("torch_csr", "scipy_csr", "sparseprop", "sparselab")
 # The other columns name the case.
 MEASURED = ("impl", "ms", "speedup", "rounds", "rejected", "p99_ms", "items_per_s", "speedup_p99", "calls")
 
@@ -46,7 +46,7 @@ DENSE, ONEDNN, MASKED = ("nn_linear",), ("onednn",), ("masked_dense",)
 CONV, SPARSEPROP = ("nn_conv2d", "nn_conv2d_channels_last"), ("sparseprop",)
 CONV_MASKED, NET = ("masked_dense", "masked_dense_channels_last"), ("dense", "dense_channels_last", "dense_compiled")
 BOTH, FORWARD = {"op": "forward+backward"}, {"op": "forward"}
-RUNTIMES = (*NET, "onnxruntime", "openvino")
+RUNTIMES, MNN = (*NET, "onnxruntime", "openvino", "mnn", "mnn_sparse"), ("mnn_sparse",)
 MLP, LENET, CONV6 = {"net": "mlp-2048"}, {"net": "lenet-300-100"}, {"net": "conv-6"}
 CONV3 = {**BOTH, "layout": "nchw", "batch": 128, "kernel": 3, "stride": 1}
 BARS = [
@@ -80,7 +80,12 @@ BARS = [
     Bar("frozen MLP, batch 64", 6, None, "inference", RUNTIMES, {**MLP, "batch": 64}),
     Bar("frozen VGG-19, batch 1", 3, None, "inference", RUNTIMES, {"net": "vgg-19", "batch": 1}),
     Bar("frozen VGG-19, batch 64", 4, None, "inference", RUNTIMES, {"net": "vgg-19", "batch": 64}),
+    Bar("frozen MLP vs MNN's sparse", 2, None, "inference", MNN, MLP, min),
+    Bar("frozen conv-6 vs MNN's sparse", 2, None, "inference", MNN, CONV6, min),
+    Bar("frozen VGG-19 vs MNN's sparse", 2, None, "inference", MNN, {"net": "vgg-19"}, min),
     Bar("frozen BERT-base encoder, batch 1", 2.5, None, "inference", RUNTIMES, {"net": "bert-base"}),
+    Bar("ViT-B/16 of 4 layers fwd vs dense, 90 %", 4, None, "vit", ("dense",), FORWARD),
+    Bar("ViT-B/16 of 4 layers fwd+bwd vs dense, 90 %", 3, None, "vit", ("dense",), BOTH),
 ]
 
 
