@@ -47,7 +47,7 @@ bench: .venv/test.stamp
 
 # Optional peers. SparseProp's setup.py calls whatever pip and python3 come first: they must be ours.
 peers: .venv/test.stamp
-	$(BIN)/pip install $(PIP_ARGS) mnn openvino sparselab
+	$(BIN)/pip install $(PIP_ARGS) mnn openvino sparselab onednn-cpu-gomp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install $(PIP_ARGS) --no-build-isolation pybind11 sparseprop
 
 # The interpreter must have torch with CUDA, Triton and pytest.

@@ -18,6 +18,7 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
+from benchmarks.onednn_csr import Product, installed
 from benchmarks.timing import Candidate
 from sparselottery import convert
 
@@ -145,10 +146,33 @@ def scipy_csr(problem: Problem, backward: bool) -> Candidate:
     return _returning(forward_backward if backward else forward)
 
 
+def onednn_csr(problem: Problem, backward: bool) -> Candidate:
+    """oneDNN on CSR, composed as torch_csr is. It has no SDDMM: gvalues are read from the dense gradient."""
+    x, gy, bias = problem.x, problem.gy, problem.bias
+    weight = scipy.sparse.csr_array(problem.weight.numpy())
+    product, back = Product(weight, len(x)), Product(weight.T.tocsr(), len(x))
+    survivors = problem.mask.flatten().nonzero().flatten()
+
+    def forward() -> list[Tensor]:
+        product.x[:] = x.numpy().T
+        return [torch.from_numpy(product.run()).t() + bias]
+
+    def forward_backward() -> list[Tensor]:
+        back.x[:] = gy.numpy().T
+        gvalues = (gy.t() @ x).flatten()[survivors]
+        return [*forward(), torch.from_numpy(back.run()).t().contiguous(), gvalues, gy.sum(0)]
+
+    return _returning(lambda: [result.contiguous() for result in (forward_backward if backward else forward)()])
+
+
 def sparse_peers() -> list[Callable[[Problem, bool], Candidate]]:
     """The sparse libraries that are installed."""
-    optional = {sparseprop: SPARSEPROP_MISSING is None, sparselab: importlib.util.find_spec("sparselab") is not None}
-    return [torch_csr, scipy_csr, *(peer for peer, installed in optional.items() if installed)]
+    optional = {
+        sparseprop: SPARSEPROP_MISSING is None,
+        sparselab: importlib.util.find_spec("sparselab") is not None,
+        onednn_csr: installed() is not None,
+    }
+    return [torch_csr, scipy_csr, *(peer for peer, here in optional.items() if here)]
 
 
 def _linear(problem: Problem) -> nn.Linear:

@@ -15,7 +15,7 @@ from statistics import geometric_mean
 
 from benchmarks import results
 
-SPARSE_PEERS = ("torch_csr", "scipy_csr", "sparseprop", "sparselab")
+SPARSE_PEERS = ("torch_csr", "scipy_csr", "sparseprop", "sparselab", "onednn_csr")
 # The other columns name the case.
 MEASURED = ("impl", "ms", "speedup", "rounds", "rejected", "p99_ms", "items_per_s", "speedup_p99", "calls")
 
