@@ -133,7 +133,7 @@ def _pattern(name: str, layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
     mask = as_mask(name, mask)
     if tuple(mask.shape) != layer.shape:
         raise ValueError(f"masks[{name!r}]: expected shape {layer.shape}, got {tuple(mask.shape)}")
-    return Pattern.from_mask(mask.to(device).flatten(1))
+    return Pattern.from_mask((mask if mask.is_meta else mask.to(device)).flatten(1))
 
 
 def _equal(one: Pattern, other: Pattern) -> bool:

@@ -1,20 +1,20 @@
-"""set_masks: what survivors keep, who follows, and that nothing has changed where something raises."""
+"""set_masks: what survivors keep, and who follows."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from moving import X, assert_same, dense_net, layers, masked_net, random_masks, reference, same_count, train
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparselottery import MaskedConv2d, MaskedLinear, Pattern, SparseLotteryWarning, convert, ops, prune, set_masks
-from sparselottery.convert import dense_state, masked_layers, masks_of
+from sparselottery import MaskedLinear, Pattern, ops, set_masks
+from sparselottery.convert import dense_state, masks_of
 
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
@@ -26,66 +26,6 @@ OPTIMIZERS = {
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
 }
 MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sum", "prev", "step_size"}
-X = torch.linspace(-1, 1, 4 * 2 * 6 * 6, dtype=torch.float64).sin().view(4, 2, 6, 6)
-
-
-def dense_net():
-    torch.manual_seed(1)
-    net = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU()
-    )
-    return net.double()
-
-
-def random_masks(seed, density=0.5):
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: each for name, each in dense_net().named_parameters() if each.dim() > 1}
-    return {name: torch.rand(each.shape, generator=generator) < density for name, each in weights.items()}
-
-
-def same_count(seed):
-    """Masks of equally many survivors, whatever the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.randperm(mask.numel(), generator=generator) < mask.numel() // 3).view(mask.shape)
-        for name, mask in random_masks(0).items()
-    }
-
-
-def masked_net(masks):
-    return convert(dense_net(), masks)
-
-
-def train(model, optimizer, steps=1):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(X) - X.mean()).square().mean().backward()
-        optimizer.step()
-
-
-def snapshot(model, optimizer):
-    """All that a move could change, as copies."""
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    return copy.deepcopy((model.state_dict(), grads, optimizer.state_dict(), [m.execution for m in layers(model)]))
-
-
-def layers(model):
-    return list(masked_layers(model).values())
-
-
-def assert_same(one, other):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for each in zip(one, other, strict=True):
-            assert_same(*each)
-    else:
-        assert one == other
 
 
 class Simulated:
@@ -203,35 +143,6 @@ def test_forward_follows_under_each_execution(execution):
     torch.testing.assert_close(model(X), reference(model)(X))
 
 
-def reference(model):
-    net = dense_net()
-    net.load_state_dict(dense_state(model))
-    return net
-
-
-@pytest.mark.parametrize("execution", ["sparse", "dense"])
-@pytest.mark.parametrize("masks", [random_masks(1), same_count(1)], ids=["another-nnz", "the-same-nnz"])
-def test_backward_through_calls_before_raises(masks, execution):
-    model = masked_net(same_count(0))
-    for layer in layers(model):
-        layer.execution = execution
-    y = model(X)
-    set_masks(model, masks)
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|after the last set_masks"):
-        y.sum().backward()
-    assert all(layer.values.grad is None for layer in layers(model))
-    model(X).sum().backward()
-    assert all(layer.values.grad.shape == layer.values.shape for layer in layers(model))
-
-
-def test_whole_layers_refuse_gradients_of_the_old_size():
-    layer = MaskedLinear(3, 2)
-    y = layer(torch.randn(4, 3))  # keeps no values: x needs no gradient
-    set_masks(layer, {"weight": torch.eye(2, 3, dtype=torch.bool)})
-    with pytest.raises(RuntimeError, match="backward: expected a graph of calls after the last set_masks"):
-        y.sum().backward()
-
-
 def test_hooks_schedules_and_kept_losses_go_on():
     model = masked_net(random_masks(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -345,111 +256,3 @@ def done(bucket):
     future = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
-
-
-class Odd(torch.optim.SGD):
-    """Keeps something of another shape."""
-
-    def step(self):
-        super().step()
-        for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["history"] = [parameter.detach().clone()]
-
-
-def other_optimizer(model):
-    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-
-
-BAD = {
-    "name": (lambda m, o: ({"fc.weight": m["3.weight"]}, o), ValueError, "expected names among"),
-    "shape": (lambda m, o: ({**m, "5.weight": m["5.weight"].T}, o), ValueError, r"masks\['5.weight'\]: expected shape"),
-    "dtype": (lambda m, o: ({**m, "5.weight": m["5.weight"].float()}, o), TypeError, "expected a bool tensor"),
-    "pattern": (
-        lambda m, o: ({**m, "5.weight": Pattern.from_mask(m["5.weight"].T)}, o),
-        ValueError,
-        r"expected a pattern of shape \(5, 7\), got \(7, 5\)",
-    ),
-    "invalid": (
-        lambda m, o: ({**m, "5.weight": Pattern(torch.zeros(6).int(), torch.zeros(3).int(), (5, 7))}, o),
-        ValueError,
-        "crow_indices: expected to run from 0 to nnz",
-    ),
-    "meta": (lambda m, o: ({**m, "5.weight": m["5.weight"].to("meta")}, o), ValueError, "meta device"),
-    "no optimizer": (lambda m, o: (m, None), ValueError, "expected all that train the layers, got no AdamW"),
-    "another": (lambda m, o: (m, [o, other_optimizer(m)]), ValueError, "expected one of the model, got SGD of other"),
-    "no type": (lambda m, o: (m, [o, "adam"]), TypeError, "expected torch.optim.Optimizers, got str"),
-}
-
-
-@pytest.mark.parametrize(("ask", "error", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_is_refused_and_nothing_has_changed(ask, error, message):
-    model = masked_net(random_masks(0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    train(model, optimizer)
-    before = snapshot(model, optimizer)
-    masks, given_optimizer = ask(random_masks(1), optimizer)
-    with pytest.raises(error, match=message):
-        set_masks(model, masks, given_optimizer)
-    assert_same(snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("make", [lambda p: Odd(p, lr=0.1), lambda p: torch.optim.LBFGS(p)], ids=["odd", "lbfgs"])
-def test_state_that_nobody_can_move_is_refused(make):
-    model = masked_net(random_masks(0))
-    optimizer = make(model.parameters())
-    model(X).sum().backward()
-    optimizer.step(*([lambda: model(X).sum()] if isinstance(optimizer, torch.optim.LBFGS) else []))
-    before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=r"optimizer: expected (Odd's 'history' to be of shape|state of each)"):
-        set_masks(model, random_masks(1), optimizer)
-    assert_same(snapshot(model, optimizer), before)
-
-
-def test_a_plan_that_cannot_be_made_undoes_everything(monkeypatch):
-    model = masked_net(random_masks(0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    train(model, optimizer)
-    before, y = snapshot(model, optimizer), model(X)
-
-    def full_memory(*_):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedLinear, "_compile", full_memory)  # the convolution before them has moved already
-        with pytest.raises(MemoryError):
-            set_masks(model, random_masks(1), optimizer)
-    assert_same(snapshot(model, optimizer), before)
-    assert torch.equal(model(X), y)
-    train(model, optimizer)
-
-
-def test_parametrized_values_are_refused():
-    layer = MaskedConv2d(2, 3, 3)
-    nn.utils.parametrize.register_parametrization(layer, "values", nn.Identity())
-    with pytest.raises(ValueError, match="expected a layer whose values are a Parameter, got a parametrized layer"):
-        set_masks(layer, {"weight": torch.zeros(3, 2, 3, 3, dtype=torch.bool)})
-    with pytest.raises(TypeError, match="fill: expected a number, got str"):
-        set_masks(layer, {}, fill="zero")
-
-
-def test_pruning_a_live_model_trains_on_while_a_copy_warns():
-    model = masked_net(random_masks(0))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    convert(model, prune(model, 0.5))  # nobody trains it yet
-    train(model, optimizer)
-    masks = prune(model, 0.5)
-    with pytest.warns(SparseLotteryWarning, match="will not train the copy .* set_masks"):
-        convert(model, masks)
-    convert(dense_net(), masks)
-    set_masks(model, masks, optimizer)
-    held = {id(each) for each in optimizer.param_groups[0]["params"]}
-    assert held == {id(parameter) for parameter in model.parameters()}
-    y = model(X)
-    train(model, optimizer)
-    assert not torch.equal(model(X), y)
-    optimizer.cycle = optimizer  # alive, but out of use
-    del optimizer
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convert(model, masks)
-        set_masks(model, random_masks(1))
