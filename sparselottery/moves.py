@@ -108,8 +108,8 @@ def _moves(layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor | Patte
         layer = layers[name]
         values = layer._parameters.get("values")
         if type(values) is not nn.Parameter:
-            got = "a parametrized layer" if values is None else f"a {type(values).__name__}"
-            raise ValueError(f"masks[{name!r}]: expected a layer whose values are a Parameter, got {got}")
+            got = type(layer.values).__name__
+            raise ValueError(f"masks[{name!r}]: expected a layer whose values are a Parameter, got a {got}")
         if values.is_meta:
             raise ValueError(f"masks[{name!r}]: expected a layer with data, got one on the meta device")
         layer.check()
