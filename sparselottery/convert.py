@@ -163,7 +163,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """All masked layers, keyed by weight name."""
-    return {_weight_name(name): module for name, module in _layers(model) if isinstance(module, MaskedLayer)}
+    return {_weight_name(name): module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
