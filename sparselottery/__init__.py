@@ -7,6 +7,7 @@ from .export import export
 from .info import info
 from .interop import masks_from_scipy, masks_from_torch_prune, masks_from_zeros
 from .lottery import find_ticket, prune
+from .moves import set_masks
 from .nn import MaskedConv2d, MaskedLinear, MaskedSequential
 from .pattern import Pattern
 from .runtime import SparseModel, load_sparse
@@ -33,5 +34,6 @@ __all__ = [
     "masks_from_zeros",
     "param_groups",
     "prune",
+    "set_masks",
     "to_dense",
 ]

@@ -6,6 +6,7 @@ Masks are keyed by the name that the weight has in the dense model ("fc1.weight"
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from .maskable import MASKED, TORCH_PRUNED, unmaskable
 from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential
 from .nn.weight import plain
+from .weight_decay import SparseLotteryWarning, known_optimizers
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
 
@@ -34,14 +36,28 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     call, unless given `broadcast_buffers=False`.
     example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
     layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
+    Warns (`SparseLotteryWarning`) where an optimiser trains masked layers that are masked anew in the copy: it goes on
+    with those of `model`. `set_masks` gives them other masks in place.
     Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or
     is parametrized or pruned by torch's own utilities) or a mask has the wrong shape, TypeError if a mask is not
     boolean.
     """
+    _warn_of_optimizers(model, masks)
     converted = converted_with(model, masks, {})
     if example_input is not None:
         choose_execution(converted, example_input)
     return converted
+
+
+def _warn_of_optimizers(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    held = {layer.values for name, layer in masked_layers(model).items() if name in masks}
+    if held and known_optimizers(lambda each: any(held & set(group["params"]) for group in each.param_groups)):
+        warnings.warn(
+            "an optimiser holds the parameters of the model that is given to convert, and will not train the copy that "
+            "it returns: set_masks(model, masks, optimizer) gives the model other masks in place",
+            SparseLotteryWarning,
+            stacklevel=3,
+        )
 
 
 def converted_with(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> nn.Module:
@@ -147,7 +163,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """All masked layers, keyed by weight name."""
-    return {_weight_name(name): module for name, module in _layers(model) if isinstance(module, MaskedLayer)}
+    return {_weight_name(name): module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:

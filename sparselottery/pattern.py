@@ -100,6 +100,25 @@ class Pattern:
                 torch.index_select(dense[rows].flatten(), 0, at, out=values[span])
         return cls(crow_indices, columns, shape), values
 
+    @classmethod
+    def from_positions(cls, positions: Tensor, shape: tuple[int, int]) -> Pattern:
+        """The pattern of an (O, I) matrix with survivors at these positions of it when flattened.
+
+        positions: int64 (nnz,), strictly ascending. Raises TypeError or ValueError if they are not.
+        """
+        if positions.dtype != torch.int64 or positions.dim() != 1:
+            raise TypeError(f"positions: expected a 1-D int64 tensor, got {positions.dtype} {tuple(positions.shape)}")
+        if len(positions) > MAX_INT32 or max(shape) > MAX_INT32:
+            raise ValueError(f"positions: expected at most {MAX_INT32} survivors, rows and columns, got {shape}")
+        total = shape[0] * shape[1]
+        if len(positions) and not (
+            int(positions[0]) >= 0 and int(positions[-1]) < total and bool((positions[1:] > positions[:-1]).all())
+        ):
+            raise ValueError(f"positions: expected strictly ascending positions in [0, {total}), got others")
+        starts = torch.arange(shape[0] + 1, dtype=torch.int64, device=positions.device).mul_(shape[1])
+        crow_indices = torch.searchsorted(positions, starts, out_int32=True)
+        return cls(crow_indices, (positions % max(shape[1], 1)).to(torch.int32), (shape[0], shape[1]))
+
     def validate(self) -> Pattern:
         """Check every invariant of the format (for indices read from files), quickly; raises ValueError.
 
@@ -134,6 +153,10 @@ class Pattern:
         return self
 
     @property
+    def indices(self) -> tuple[Tensor, Tensor]:
+        return self.crow_indices, self.col_indices
+
+    @property
     def nnz(self) -> int:
         return self.col_indices.numel()
 
@@ -157,6 +180,25 @@ class Pattern:
     def positions(self) -> Tensor:
         """Of each value in the matrix when flattened: int64 (nnz,)."""
         return self.row_indices().mul_(self.shape[1]).add_(self.col_indices)
+
+    def indices_in(self, other: Pattern) -> Tensor:
+        """Of each value its index among the values of another pattern of this shape, its nnz where it has none there.
+
+        int32 (nnz,). No more than a piece of the matrix is held at once.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"other: expected a pattern of shape {self.shape}, got {other.shape}")
+        if not divisible(self.col_indices, other.col_indices):
+            end = other.col_indices.new_full((1,), torch.iinfo(torch.int64).max, dtype=torch.int64)
+            theirs, ours = torch.cat([other.positions(), end]), self.positions()
+            index = torch.searchsorted(theirs, ours, out_int32=True)
+            return torch.where(theirs[index] == ours, index, other.nnz)
+        indices, order = np.empty(self.nnz, dtype=np.int32), np.arange(other.nnz, dtype=np.int32)
+        for (rows, span, at), (_, their_span, their_at) in zip(self._pieces(), other._pieces(), strict=True):
+            index = np.full((rows.stop - rows.start) * self.shape[1], other.nnz, dtype=np.int32)
+            index[their_at.numpy()] = order[their_span]
+            np.take(index, at.numpy(), out=indices[span], mode="clip")  # without a check of bounds
+        return torch.from_numpy(indices)
 
     def _pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Runs of rows: which they are, their values, and where these are in the rows when flattened (int64)."""

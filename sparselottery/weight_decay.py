@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -68,6 +70,13 @@ def _warn_once(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             SparseLotteryWarning,
             stacklevel=4,
         )
+
+
+def known_optimizers(holds: Callable[[Optimizer], bool]) -> list[Optimizer]:
+    """The optimisers for which that is true, of those that are in use and have made a step."""
+    if any(map(holds, list(_SEEN))):
+        gc.collect()  # one that refers to itself, as its schedule does, outlives its use
+    return [optimizer for optimizer in list(_SEEN) if holds(optimizer)]
 
 
 register_optimizer_step_pre_hook(_warn_once)

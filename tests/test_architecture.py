@@ -21,7 +21,7 @@ LAYERS = [
     {"nn"},
     {"architecture", "execution", "maskable", "storable", "weight_decay"},
     {"convert", "explain", "files"},
-    {"ticket"},
+    {"moves", "ticket"},
     {"export", "interop", "lottery", "runtime"},
     {"bench_model"},
     {"__init__"},

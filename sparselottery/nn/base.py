@@ -9,13 +9,13 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..kernels.reference import Geometry
-from ..pattern import Pattern, block_of, matrix_shape
-from .checkpoint import CheckpointedLayer
-from .dense import DenseWeight, scatter, smallest
-from .executions import BY_NAME, EXECUTIONS, Measured, of
+from ..pattern import Pattern, matrix_shape
+from .dense import scatter
+from .executed import ExecutedLayer
 
 _ALIVE: WeakValueDictionary[int, MaskedLayer] = WeakValueDictionary()  # by id
 
@@ -32,15 +32,11 @@ class Survivors(NamedTuple):
     weight: Tensor
 
 
-class MaskedLayer(CheckpointedLayer):
-    """A layer over a fixed mask, in which only the surviving entries of its weight (O, ...) exist.
+class MaskedLayer(ExecutedLayer):
+    """A layer over a mask, in which only the surviving entries of its weight (O, ...) exist.
 
     `values` (nnz,) is the parameter, in CSR order of the weight as a matrix (O, I), I all its other dimensions;
     `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers. Gradients and optimiser state are nnz-sized too.
-
-    `measured` is what its present `execution` was chosen by, or None: not part of the state_dict, gone when another
-    pattern is loaded, an execution set or the layer moved to another type of device. `block` is (R, C) of the blocks
-    that the present execution multiplies, (1, 1) if it is none of blocks.
 
     A subclass sets the attributes named in `arguments`, which are those of the dense layer, then calls `_build`.
     """
@@ -58,10 +54,6 @@ class MaskedLayer(CheckpointedLayer):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
-        raise NotImplementedError
-
-    def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
-        """The native kernels' plan for a pattern of this layer and blocks of it."""
         raise NotImplementedError
 
     def _build(self, mask: Tensor | Survivors | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
@@ -83,13 +75,7 @@ class MaskedLayer(CheckpointedLayer):
             values = values.to(dtype)
         self.register_buffer("crow_indices", pattern.crow_indices.to(device))
         self.register_buffer("col_indices", pattern.col_indices.to(device))
-        self.register_buffer("plan", self._no_plan(), persistent=False)
-        for name in ("_positions", "_rows", "_columns"):
-            self.register_buffer(name, None, persistent=False)
-        self._execution: str | None = None  # not chosen
-        self.measured: Measured | None = None
-        self.block = (1, 1)
-        self._mask_block: tuple[int, int] | None = None  # not looked for
+        self._build_execution()
         self.values = nn.Parameter(values)
         self.register_parameter("bias", None)
         if bias:
@@ -144,91 +130,6 @@ class MaskedLayer(CheckpointedLayer):
     def density(self) -> float:
         return self.pattern.density
 
-    @property
-    def execution(self) -> str:
-        """How forward runs: one of `executions`.
-
-        "sparse": by kernels for single weights. "block": by kernels for whole blocks of them, on tensor cores.
-        "dense": by PyTorch, the values scattered into a dense weight. "compact": so, without its rows and columns in
-        which nothing survived. A layer with nothing pruned is "dense", its values being the dense weight as it stands.
-        Not set, or set to None, it is "block" where possible, else "sparse"; so it is where what was set is not
-        possible, after a move or a load. It is not in the state_dict, and a `convert` that masks the layer anew forgets
-        it. Raises ValueError if set to anything else, or to what is not possible here, and says why.
-        """
-        return self._present
-
-    @execution.setter
-    def execution(self, execution: str | None) -> None:
-        self.set_execution(execution)
-
-    def set_execution(self, execution: str | None, measured: Measured | None = None) -> None:
-        """Set `execution`, and `measured` to what it was chosen by."""
-        if execution not in (*EXECUTIONS, None):
-            raise ValueError(f"execution: expected one of {EXECUTIONS}, got {execution!r}")
-        self.check()
-        if execution and (why := BY_NAME[execution].why_not(self)):
-            raise ValueError(f"execution: expected one of {self.executions}, got {execution!r}: {why}")
-        self._execution, self.measured = execution, measured
-        self._prepare()
-
-    @property
-    def executions(self) -> tuple[str, ...]:
-        """Those that are possible for this layer on its device."""
-        return tuple(name for name, execution in BY_NAME.items() if execution.why_not(self) is None)
-
-    @property
-    def why(self) -> str:
-        """Why the `execution` is what it is."""
-        if self._whole:
-            return "nothing is pruned"
-        if self.measured is not None:
-            return str(self.measured)
-        if self._execution is None:
-            return "not measured"
-        refused = BY_NAME[self._execution].why_not(self)
-        return "set by hand" if refused is None else f"not {self._execution}, as was set: {refused}"
-
-    @property
-    def _whole(self) -> bool:
-        return self.nnz == math.prod(self.shape)
-
-    def _find_block(self) -> tuple[int, int]:
-        """(R, C) of the blocks that the mask consists of: looked for once, and only where there are kernels for any."""
-        if self._mask_block is None:
-            self._mask_block = block_of(self.pattern, self.shape)
-        return self._mask_block
-
-    def _no_plan(self) -> Tensor:
-        return self.crow_indices.new_empty(0)
-
-    def _prepare(self) -> None:
-        """Decides how forward runs, makes what that needs and drops the rest; keeps a plan that still is the right one.
-
-        May synchronise with the device, so that forward never has to.
-        """
-        execution = of(self, self._execution)
-        self._present = execution.name
-        self._rows = self._columns = self._positions = self._dense = None
-        if not execution.native:
-            self.plan, self.block = self._no_plan(), (1, 1)
-        execution.prepare(self)
-        made = "plan", "_positions", "_rows", "_columns"
-        self._remember("crow_indices", "col_indices", *(name for name in made if self._buffers[name] is not None))
-
-    def _use_plan(self, block: tuple[int, int]) -> None:
-        """For kernels that multiply blocks (R, C)."""
-        if not self.plan.numel() or block != self.block:
-            self.plan, self.block = self._compile(self.pattern, block), block
-
-    def _use_dense_weight(self, positions: Tensor, shape: tuple[int, ...]) -> None:
-        """For PyTorch's operators: a weight of this shape with the values at these positions of it, flattened."""
-        self._positions = smallest(positions, math.prod(shape))
-        self._dense = DenseWeight(self.values, shape)
-
-    def _dense_weight(self) -> Tensor:
-        """`weight` for a dense execution, its live part for a compact one: a view of `values` if nothing is pruned."""
-        return self.values.view(self.shape) if self._dense is None else self._dense(self.values, self._positions)
-
     def _in_torch(self, x: Tensor | fx.Proxy) -> Tensor | fx.Proxy:
         """forward where `ops.in_torch`: for torch.fx one module, for all others the dense layer, made of the values."""
         if isinstance(x, fx.Proxy):
@@ -246,10 +147,6 @@ class MaskedLayer(CheckpointedLayer):
             "torch.jit.script: expected a model without masked layers, got one with them: script to_dense(model), "
             "or use torch.jit.trace or torch.export"
         )
-
-    def _follow_values(self) -> None:
-        if self._dense is not None:
-            self._dense.follow(self.values)
 
     def train(self, mode: bool = True) -> MaskedLayer:
         if self._dense is not None:
@@ -279,19 +176,22 @@ class MaskedLayer(CheckpointedLayer):
         )
         self._settle(changed)
 
+    def take(self, pattern: Pattern) -> None:
+        """Follow another pattern on the same device, valid and of as many survivors as `values` now has.
+
+        The execution stays the one that was set or measured, where it is possible.
+        """
+        if self._positions is not None:
+            increment_version(self._positions)  # no backward may gather gradients there any more
+        self.crow_indices, self.col_indices = pattern.indices
+        self._prepare_anew(changed=False)
+
     def _settle(self, changed: bool) -> None:
         made = self._known[2:]
         if changed or not all(self._buffers[name] is each and each._version == version for name, each, version in made):
             self._prepare_anew(changed)
         else:
             self._remember(*(name for name, *_ in self._known))
-
-    def _prepare_anew(self, changed: bool) -> None:
-        """Forgets what was made of the last pattern or type of device; if that `changed`, what was measured as well."""
-        if changed and self.measured:
-            self._execution = self.measured = None
-        self.plan, self._mask_block = self._no_plan(), None
-        self._prepare()
 
     def extra_repr(self) -> str:
         arguments = "".join(f"{name}={getattr(self, name)!r}, " for name in self.arguments)

@@ -109,13 +109,14 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, flat, positions):
-        ctx.positions = positions
+        ctx.save_for_backward(positions)
         flat.scatter_(0, positions, values)
         return flat.detach()  # shares the version counter of the buffer
 
     @staticmethod
     def backward(ctx, gweight):
-        return gweight.index_select(0, ctx.positions), None, None
+        (positions,) = ctx.saved_tensors  # raises if the layer has moved to others
+        return gweight.index_select(0, positions), None, None
 
 
 def _capturing(values: Tensor) -> bool:

@@ -1,0 +1,228 @@
+"""Masks that move in a live model: survivors keep their values, gradient and optimiser state, and parameters stay.
+
+    masks = prune(model, 0.1)
+    set_masks(model, masks, optimizer)
+
+A parameter of nnz values gets other values of another nnz, and is the same object, so that all who hold it go on: its
+optimiser and the schedule of that, hooks, and DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, is_tensor, nn
+from torch.autograd.graph import get_gradient_edge, increment_version
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
+
+from .convert import masked_layers
+from .masks import as_mask
+from .nn import MaskedLayer
+from .nn.base import layers_alive
+from .pattern import Pattern, matrix_shape
+from .weight_decay import known_optimizers
+
+# What optimisers of torch begin with where that is not zero: the state, and the option of its group that holds it.
+_FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
+
+
+class Move:
+    """A weight's pattern `before` and another `after` it: what becomes of tensors with an element a value."""
+
+    def __init__(self, before: Pattern, after: Pattern) -> None:
+        self.before, self.after = before, after
+        self._sources = after.indices_in(before)
+
+    def __call__(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
+        """(before.nnz,) -> (after.nnz,): the elements of the survivors, bit for bit, and `fill` for each newcomer."""
+        padded = torch.cat([tensor.detach(), tensor.new_full((1,), fill)])  # newcomers read its end
+        return padded.index_select(0, self._sources.to(tensor.device))
+
+
+Moves = dict[nn.Parameter, Move]  # by the values that move
+
+
+def set_masks(
+    model: nn.Module,
+    masks: Mapping[str, Tensor | Pattern],
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    fill: float = 0.0,
+) -> None:
+    """Give masked layers of a model other masks, in place.
+
+    A weight that survives in both masks keeps its value, its gradient and all that an optimiser knows of it, bit for
+    bit. A newcomer gets the value `fill`, the gradient 0 and what its optimiser begins with, but for what is counted
+    for the whole layer, as the steps of Adam are. All parameters stay the same objects. Plans of the kernels are made
+    anew, and the execution stays where it is possible. Where anything raises, nothing has changed.
+
+    masks: bool tensors or NumPy arrays of the weights' shapes, or a `Pattern` of the weight as a matrix, keyed by
+    parameter name ("fc1.weight"). Layers not named stay as they are, unless they share the values of one that is.
+    optimizer: the one that trains the layers, or all of them. Its state is moved: tensors with an element a value, such
+    as the moments of SGD, Adam and AdamW, also fused, foreach and capturable.
+
+    A backward through calls before this one raises RuntimeError, and CUDA graphs have to be captured anew. An average
+    of the model (`AveragedModel`) is a model of its own: give it the same masks. DistributedDataParallel goes on where
+    all processes give the same masks at the same time; its buckets are made anew if the number of survivors changes.
+    Raises ValueError if a name is not that of a masked layer's weight, a mask does not fit, layers that share their
+    values would differ, an optimiser has state of a layer and is not given, or is given and has no parameter of the
+    model or state of another kind; TypeError if a mask is not boolean or an optimiser is none.
+    """
+    if not isinstance(fill, Real):
+        raise TypeError(f"fill: expected a number, got {type(fill).__name__}")
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        moves = _moves(masked_layers(model), masks)
+        layers = _layers_of(moves)
+        states = list(_moved_states(_given(optimizer, model, moves), moves))
+        grads = {values: move(values.grad) for values, move in moves.items() if values.grad is not None}
+        data = {values: move(values, fill) for values, move in moves.items()}
+        reducers = _reducers({values for values, after in data.items() if after.shape != values.shape})
+        for reducer, state in reducers:  # undone in the opposite order
+            undo.callback(reducer.__setstate__, state)
+        for values in moves:
+            undo.callback(_exchange, values, values.data, values.grad)
+            _exchange(values, data[values], grads.get(values))
+        for state, key, tensor in states:
+            undo.callback(state.__setitem__, key, state[key])
+            state[key] = tensor
+        for layer in layers:
+            undo.callback(_restore, layer, dict(vars(layer)), dict(layer._buffers))
+            layer.take(moves[layer.values].after)
+        for reducer, state in reducers:
+            reducer.__setstate__(state)
+        undo.pop_all()
+
+
+def _moves(layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor | Pattern]) -> Moves:
+    """What the masks ask for, checked."""
+    moves: Moves = {}
+    for name, mask in masks.items():
+        if name not in layers:
+            raise ValueError(f"masks: expected names among {list(layers)}, got {name!r}")
+        layer = layers[name]
+        values = layer._parameters.get("values")
+        if type(values) is not nn.Parameter:
+            got = type(layer.values).__name__
+            raise ValueError(f"masks[{name!r}]: expected a layer whose values are a Parameter, got a {got}")
+        if values.is_meta:
+            raise ValueError(f"masks[{name!r}]: expected a layer with data, got one on the meta device")
+        layer.check()
+        after = _pattern(name, layer, mask)
+        if values not in moves:
+            moves[values] = Move(layer.pattern, after)
+        elif not _equal(moves[values].after, after):
+            raise ValueError(f"masks[{name!r}]: expected the mask of the layer that it shares its values with")
+    return moves
+
+
+def _pattern(name: str, layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
+    """The mask of a layer as a pattern on its device, in memory of its own."""
+    shape, device = matrix_shape(layer.shape), layer.values.device
+    if isinstance(mask, Pattern):
+        if mask.shape != shape:
+            raise ValueError(f"masks[{name!r}]: expected a pattern of shape {shape}, got {mask.shape}")
+        mask = mask.validate()
+        indices = (each.to(device).clone(memory_format=torch.contiguous_format) for each in mask.indices)
+        return Pattern(*indices, shape)
+    mask = as_mask(name, mask)
+    if tuple(mask.shape) != layer.shape:
+        raise ValueError(f"masks[{name!r}]: expected shape {layer.shape}, got {tuple(mask.shape)}")
+    return Pattern.from_mask((mask if mask.is_meta else mask.to(device)).flatten(1))
+
+
+def _equal(one: Pattern, other: Pattern) -> bool:
+    if (one.shape, one.nnz) != (other.shape, other.nnz):
+        return False
+    return all(a is b or torch.equal(a, b) for a, b in zip(one.indices, other.indices, strict=True))
+
+
+def _layers_of(moves: Moves) -> list[MaskedLayer]:
+    """All layers that hold the values, wherever they are."""
+    layers = [layer for layer in layers_alive() if layer._parameters.get("values") in moves]
+    for layer in layers:
+        layer.check()
+        if not _equal(moves[layer.values].before, layer.pattern):
+            raise ValueError("masks: expected layers that share their values to have one mask, got two of them")
+    return layers
+
+
+def _given(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, moves: Moves) -> list[Optimizer]:
+    """The optimisers, checked: nobody else has state that would no longer fit."""
+    given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    own = set(model.parameters())
+    for each in given:
+        if not isinstance(each, Optimizer):
+            raise TypeError(f"optimizer: expected torch.optim.Optimizers, got {type(each).__name__}")
+        if not any(parameter in own for group in each.param_groups for parameter in group["params"]):
+            raise ValueError(f"optimizer: expected one of the model, got {type(each).__name__} of other parameters")
+    forgotten = known_optimizers(lambda each: each not in given and any(_kept_by(each, values) for values in moves))
+    if forgotten:
+        raise ValueError(f"optimizer: expected all that train the layers, got no {type(forgotten[0]).__name__}")
+    return given
+
+
+def _kept_by(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Any]:
+    """The state that the optimiser has for single values, or for who knows what: all but what is one number."""
+
+    def is_one(entry: Any) -> bool:
+        return all(each.numel() == 1 and each.shape != values.shape for each in tree_leaves(entry) if is_tensor(each))
+
+    return {key: entry for key, entry in optimizer.state.get(values, {}).items() if not is_one(entry)}
+
+
+def _moved_states(optimizers: list[Optimizer], moves: Moves) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """The dict, the key and the new tensor of all state that moves."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for values in moves.keys() & set(group["params"]):
+                if isinstance(optimizer, LBFGS):
+                    raise ValueError(
+                        "optimizer: expected state of each parameter, got LBFGS, which has one of them all"
+                    )
+                for key, entry in _kept_by(optimizer, values).items():
+                    if not isinstance(entry, Tensor) or entry.shape != values.shape:
+                        got = tuple(entry.shape) if isinstance(entry, Tensor) else f"a {type(entry).__name__}"
+                        name = f"{type(optimizer).__name__}'s {key!r}"
+                        raise ValueError(f"optimizer: expected {name} to be of shape {tuple(values.shape)}, got {got}")
+                    fresh = float(group.get(_FRESH.get(key), 0.0))
+                    yield optimizer.state[values], key, moves[values](entry, fresh)
+
+
+def _exchange(values: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
+    """Other values and their gradient in a Parameter; graphs of calls on the old ones raise."""
+    values.grad = None
+    if data.shape != values.shape:
+        # Graphs that are still alive hold a node that sums up gradients of the old size. Another dtype parts with it.
+        if values.requires_grad:
+            get_gradient_edge(values).node.register_prehook(_refuse)
+        values.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    values.data, values.grad = data, grad
+    if not values.is_inference():  # which has no version
+        increment_version(values)
+
+
+def _refuse(_: tuple[Tensor, ...]) -> None:
+    raise RuntimeError("backward: expected a graph of calls after the last set_masks, got one of a call before it")
+
+
+def _restore(layer: MaskedLayer, attributes: dict[str, Any], buffers: dict[str, Tensor | None]) -> None:
+    vars(layer).clear()
+    vars(layer).update(attributes)
+    layer._buffers.update(buffers)
+
+
+def _reducers(resized: set[nn.Parameter]) -> list[tuple[DistributedDataParallel, dict[str, Any]]]:
+    """The DistributedDataParallel modules with buckets for these, and the state from which each makes new ones."""
+    if not (resized and distributed.is_available() and distributed.is_initialized()):
+        return []
+    found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    found = [each for each in found if not resized.isdisjoint(each.parameters())]
+    if any(each._comm_hooks for each in found):
+        raise ValueError("model: expected a DistributedDataParallel without hooks where nnz changes, got one with them")
+    return [(each, each.__getstate__()) for each in found]  # refuses a group of its own
