@@ -1,5 +1,6 @@
 // Runs the kernels of csrc/ on THREADS threads, or ALONE as many in turn, without Python or torch, and compares them with plain loops: for processors
 // that have no torch. Prints what differs; exits with the number of differences. Structs: as in the sources.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -92,8 +93,8 @@ void chain(int64_t batch) {
     std::vector<T> y(out.size()), gx(x.size()), inputs[2], gvalues[2], gbias[2], ghidden(71 * ld), packed(22 * ld);
     const ChainMatrix of_x{const_cast<T*>(x.data()), 45, 0}, of_y{y.data(), 21, 0};
     const ChainMatrix of_gy{const_cast<T*>(gy.data()), 21, 0}, of_gx{gx.data(), 45, 0};
-    const ChainArgs args{sizeof(T) == 8, threads, 2, batch, 45, of_x, of_y, {}, nullptr};
-    const ChainArgs back{sizeof(T) == 8, threads, 2, batch, 45, of_gy, of_gx, {}, packed.data()};
+    const ChainArgs args{sizeof(T) == 8, threads, 2, batch, 45, of_x, of_y, {}, nullptr, 0};
+    const ChainArgs back{sizeof(T) == 8, threads, 2, batch, 45, of_gy, of_gx, {}, packed.data(), 0};
     std::vector<ChainLayer> all;
     int32_t* plans[2];
     for (int l = 0; l < 2; ++l) {
@@ -103,6 +104,11 @@ void chain(int64_t batch) {
         all.push_back({plans[l], size, w.rows, int64_t(w.values.size()), w.values.data(), w.bias.data(), inputs[l].data(),
                        gvalues[l].data(), gbias[l].data(), l ? ghidden.data() : nullptr});
     }
+    ChainArgs inference = args;
+    inference.inference = 1;
+    sparselottery_chain_forward(&inference, all.data());
+    same("chain inference", y, out);
+    std::fill(y.begin(), y.end(), T(0));
     sparselottery_chain_forward(&args, all.data());
     same("chain forward", y, out);
     sparselottery_chain_backward(&back, all.data());
@@ -278,7 +284,7 @@ void train(int64_t batch) {
 
 template <class T>
 void all() {
-    for (int64_t batch : {1, 7, 37, 150}) chain<T>(batch), train<T>(batch);
+    for (int64_t batch : {1, 3, 7, 37, 150}) chain<T>(batch), train<T>(batch);
     for (int64_t batch : {1, 19})
         for (int stride : {1, 2})
             for (bool flat : {false, true}) convolution<T>(batch, stride, flat);

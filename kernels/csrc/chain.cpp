@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "chain.h"
+#include "dot.h"
 #include "layer.h"
 
 namespace {
@@ -51,45 +52,54 @@ void unpack_rows(const T* packed, int64_t batch, int64_t i, int64_t row, int64_t
     }
 }
 
-// Σ values * x[columns], in scalar chains: they keep up with memory, and gathers are no faster.
-template <class T, class Index>
-__attribute__((noinline)) T dot(const T* values, const Index* columns, int64_t n, const T* x) {
-    T chains[4] = {};
-    const T* const end = values + n;
-    for (; values + 4 <= end; values += 4, columns += 4)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            chains[i] += values[i] * x[columns[i]];
-            keep_scalar(chains[i]);
-        }
-    for (; values < end; ++values, ++columns) chains[0] += *values * x[*columns];
-    return (chains[0] + chains[1]) + (chains[2] + chains[3]);
-}
+// Is this a call for `forward_few`?
+bool is_few(const Args& a) { return a.inference && a.batch <= kFew && !a.x.batch_minor && !a.y.batch_minor; }
 
-// One sample, nothing saved: a sparse dot product per output.
+// Few samples, nothing saved: whole rows of W, read once. Activations of more than one sample are (features, kFew).
 template <class T>
-void forward_single(const Args& a, const Layer* layers) {
-    for (int64_t l = 0; l < a.layers; ++l) {
-        const Layer& layer = layers[l];
-        const Plan plan = read_plan(layer.plan);
-        const bool hidden = l + 1 < a.layers;
-        const T *values = static_cast<const T*>(layer.values), *bias = static_cast<const T*>(layer.bias);
-        const T* x = static_cast<const T*>(l ? layer.input : a.x.data);
-        T* y = static_cast<T*>(hidden ? layers[l + 1].input : a.y.data);
-        const Range rows = share(plan.out_features, thread_index(), team_size());
-        for (int64_t r = rows.begin; r < rows.end; ++r) {
-            const int32_t begin = plan.crow_indices[r], n = plan.crow_indices[r + 1] - begin;
-            const T total = (bias ? bias[r] : T(0)) + (plan.columns ? dot(values + begin, plan.columns + begin, n, x)
-                                                                    : dot(values + begin, plan.wide_columns + begin, n, x));
-            y[r] = hidden && total < 0 ? T(0) : total;
+void forward_few(const Args& a, const Layer* layers) {
+    const int64_t lanes = a.batch > 1 ? kFew : 1;
+    int64_t features = lanes > 1 ? a.features : 0;
+    for (int64_t l = 0; l + 1 < a.layers; ++l) features += layers[l].rows;
+    T* const memory = ordered.get<T>(features * lanes + kLanes);
+    together(a.threads, [&] {
+        const T* x = static_cast<const T*>(a.x.data);
+        T* free = memory;
+        if (lanes > 1) {
+            const Range mine = share(a.features, thread_index(), team_size());
+            for (int64_t n = 0; n < lanes; ++n)
+                for (int64_t f = mine.begin; f < mine.end; ++f) free[f * lanes + n] = n < a.batch ? x[n * a.x.stride + f] : T(0);
+            x = free, free += a.features * lanes;
+            barrier();
         }
-        if (hidden) barrier();
-    }
+        for (int64_t l = 0; l < a.layers; ++l) {
+            const Plan plan = read_plan(layers[l].plan);
+            const bool hidden = l + 1 < a.layers;
+            const T *values = static_cast<const T*>(layers[l].values), *bias = static_cast<const T*>(layers[l].bias);
+            const Range rows = share(plan.out_features, thread_index(), team_size());
+            const auto each_row = [&](auto* columns) {
+                const auto row_of = dot_of<T, std::remove_const_t<std::remove_pointer_t<decltype(columns)>>>(a.batch);
+                for (int64_t r = rows.begin; r < rows.end; ++r) {
+                    const int32_t begin = plan.crow_indices[r];
+                    T total[kFew];
+                    row_of(values + begin, columns + begin, plan.crow_indices[r + 1] - begin, x, total);
+                    for (int64_t n = 0; n < (hidden ? lanes : a.batch); ++n) {
+                        const T y = total[n] + (bias ? bias[r] : T(0));
+                        if (hidden) free[r * lanes + n] = y < 0 ? T(0) : y;
+                        else static_cast<T*>(a.y.data)[n * a.y.stride + r] = y;
+                    }
+                }
+            };
+            plan.columns ? each_row(plan.columns) : each_row(plan.wide_columns);
+            if (hidden) barrier();
+            x = free, free += plan.out_features * lanes;
+        }
+    });
 }
 
 template <class T>
 void forward(const Args& a, const Layer* layers) {
-    if (a.batch == 1 && !layers[0].input) return together(a.threads, [&] { forward_single<T>(a, layers); });
+    if (is_few(a)) return forward_few<T>(a, layers);
     const BatchTiles<T> tiles(a.batch);
     const bool in_csr = tiles.count == 1;  // values are read but once
     int64_t entries = 0;
@@ -273,7 +283,7 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
         at += plan.in_features * columns;
     }
     const int64_t in = read_plan(frozen[0].plan).in_features, out = layers.back().rows;
-    const Args args{0, chain->threads, chain->layers, batch, in, {const_cast<void*>(x), in, 0}, {y, out, 0}, {}, nullptr};
+    const Args args{0, chain->threads, chain->layers, batch, in, {const_cast<void*>(x), in, 0}, {y, out, 0}, {}, nullptr, 1};
     forward<float>(args, layers.data());
 }
 

@@ -21,4 +21,5 @@ struct ChainArgs {
     ChainMatrix x, y;   // forward: input and output; backward: gy, and gx, whose data is null where not needed
     ChainMatrix input;  // backward: x, where forward did not save it
     void* packed_gy;    // backward: gy is packed to here
+    int64_t inference;  // forward: nobody reads the inputs of layers again
 };

@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "simd.h"
+#include "dot.h"
 
 struct Field {  // mirrored in cpu_stages.py
     int64_t channels, height, width;                   // the image
@@ -106,39 +106,16 @@ inline Sums taps_of(int64_t vectors) {
     return table[vectors - 1];
 }
 
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-
-// 16 bits of `all` from bit FROM. What limits `dots` is the number of instructions, and GCC makes three of this one.
-template <int FROM>
-INLINE uint64_t bits16(uint64_t all) {
-#ifdef __BMI__
-    uint64_t bits;
-    asm("bextr %2, %1, %0" : "=r"(bits) : "r"(all), "r"(uint64_t(16 << 8 | FROM)) : "cc");
-    return bits;
-#else
-    return all >> FROM & 65535;
-#endif
-}
-
 constexpr int kRows = 8;  // of a linear layer that are summed at once, as lanes
 
-// Σ values * x[columns] for kRows rows of `length` entries: entry k of all rows, then entry k + 1. Four loads of x make a
-// vector; 64 bits of columns are one load. Not inlined: it needs all registers.
+// Σ values * x[columns] for kRows rows of `length` entries: entry k of all rows, then entry k + 1. Not inlined: it needs
+// all registers. Values that never change may lie so, and kRows rows have one end of a loop, where those of dot.h have one each.
 template <class Index>
 __attribute__((noinline)) void dots(const float* values, const Index* columns, int64_t length, const float* x, Four* sums) {
     Four low = {}, high = {};
-    const auto four = [&](const Index* c) __attribute__((always_inline)) {
-        if constexpr (sizeof(Index) == 2) {
-            uint64_t all;
-            std::memcpy(&all, c, 8);
-            return Four{x[all & 65535], x[bits16<16>(all)], x[bits16<32>(all)], x[all >> 48]};
-        } else {
-            return Four{x[c[0]], x[c[1]], x[c[2]], x[c[3]]};
-        }
-    };
     for (const float* const end = values + kRows * length; values < end; values += kRows, columns += kRows) {
-        low += four(columns) * *reinterpret_cast<const Four*>(values);
-        high += four(columns + 4) * *reinterpret_cast<const Four*>(values + 4);
+        low += four(x, columns) * *reinterpret_cast<const Four*>(values);
+        high += four(x, columns + 4) * *reinterpret_cast<const Four*>(values + 4);
     }
     sums[0] = low, sums[1] = high;
 }

@@ -41,11 +41,11 @@ class Chain {
         kept_.push_back(bias.held);
     }
     // Where the packed inputs of layers are, `feature` bytes a feature: saved, but for an x that is packed, or in `own`.
-    void place(char* own, char* saved, bool packed_x, bool unpacked, int64_t feature) {
+    void place(char* own, char* saved, bool packed_x, int64_t feature) {
         char*& first = saved && !packed_x ? saved : own;
         for (size_t l = 0; l < layers.size(); ++l) {
             char*& from = l ? (saved ? saved : own) : first;
-            if (l || !unpacked) layers[l].input = from, from += width(l) * feature;
+            layers[l].input = from, from += width(l) * feature;
         }
     }
     int64_t width(int64_t l) const { return l ? layers[l - 1].rows : x_.columns; }  // of what layer l reads
@@ -67,15 +67,14 @@ Output run(const Matrix& x, Chain& chain, bool batch_minor, bool save, int64_t t
     if (!x.rows) throw Unfit();
     const int64_t layers = chain.layers.size(), feature = leading_dim(x.rows) * (x.is_double ? 8 : 4);
     const int64_t width = chain.width(layers), kept = (x.packed ? 0 : x.columns) + chain.hidden;
-    const bool single = x.rows == 1 && !save && !batch_minor && !x.as.batch_minor;
     Output out{empty(x.held.get(), x.rows, width, batch_minor),
                save ? empty(x.held.get(), kept * leading_dim(x.rows)) : none()};
     // What is not saved is in memory of our own.
-    const int64_t own = (save ? x.columns - kept + chain.hidden : single ? chain.hidden : x.columns + chain.hidden) * feature;
+    const int64_t own = (x.columns + chain.hidden - (save ? kept : 0)) * feature;
     char* room = own ? static_cast<char*>(sparselottery_workspace(own)) : nullptr;
-    chain.place(room, save ? static_cast<char*>(address(out.saved.get())) : nullptr, x.packed, single, feature);
+    chain.place(room, save ? static_cast<char*>(address(out.saved.get())) : nullptr, x.packed, feature);
     const ChainMatrix y{address(out.y.get()), batch_minor ? leading_dim(x.rows) : width, batch_minor};
-    const ChainArgs args{x.is_double, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr};
+    const ChainArgs args{x.is_double, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr, !save};
     int64_t code;
     {
         const Unlocked unlocked;
@@ -194,7 +193,7 @@ Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain
     const int64_t features = gy.columns + chain.hidden + (x.packed ? x.columns : 0);
     char* const packed_gy = static_cast<char*>(sparselottery_workspace(features * feature));
     char* ginput = packed_gy + gy.columns * feature;
-    chain.place(ginput + chain.hidden * feature, static_cast<char*>(saved.data), x.packed, false, feature);
+    chain.place(ginput + chain.hidden * feature, static_cast<char*>(saved.data), x.packed, feature);
     const auto gradient = [like](std::vector<Object>& all, bool needed, int64_t elements) {
         all.push_back(needed ? empty(like, elements) : none());
         return needed ? address(all.back().get()) : nullptr;
