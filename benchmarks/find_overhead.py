@@ -1,9 +1,9 @@
 """What pruning and a round cost beside training, 50 million weights (Linux): `python -m benchmarks.find_overhead`.
 
-Two layers of 5000 x 5000, and a `train` that does nothing. cpu_s: processor seconds of one `prune`, or of
-`find_ticket` for each of its trainings, one more than rounds; plan_s: those of them in which the kernels' plans are
-made; peak_rss: bytes of the process over what it held with the model; trained: those of them that the largest model
-given to `train` holds, in values, indices and plans. Each row is of a process of its own.
+Two layers of 5000 x 5000, and a `train` that does nothing. seconds: of one `prune`, or of `find_ticket` for each of its
+trainings, one more than rounds; cpu_s: those of the processors, all threads together; plan_s: those of cpu_s in which
+the kernels' plans are made; peak_rss: bytes of the process over what it held with the model; trained: those of them
+that the largest model given to `train` holds, in values, indices and plans. Each row is of a process of its own.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ def measure(what: str, side: int) -> dict[str, object]:
     def train(given: nn.Module) -> None:
         sizes.append(sum(each.nbytes for each in (*given.parameters(), *given.buffers())))
 
-    before, began = resident("VmRSS"), time.process_time()
+    before, started, began = resident("VmRSS"), time.perf_counter(), time.process_time()
     if what == "prune":
         prune(model, 0.2)
         parts = 1
     else:
         find_ticket(model, train, rounds=ROUNDS)
         parts = ROUNDS + 1
-    spent = time.process_time() - began
-    row = {"what": what, "weights": 2 * side * side, "impl": results.OURS, "cpu_s": f"{spent / parts:.3g}"}
+    spent = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - began, "plan_s": plans}
     peak = resident("VmHWM") - before
-    return row | {"plan_s": f"{plans / parts:.3g}", "peak_rss": peak, "trained": max(sizes)}
+    row = {"what": what, "weights": 2 * side * side, "impl": results.OURS}
+    row |= {name: f"{each / parts:.3g}" for name, each in spent.items()}
+    return row | {"peak_rss": peak, "trained": max(sizes)}
 
 
 def main() -> None:

@@ -62,7 +62,8 @@ def plan(
     strips = strips or [min(strip, max(32, rows // 8 // 16 * 16)) for rows in (out_features, in_features)]
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     indices = crow_indices.data_ptr(), col_indices.data_ptr()
-    return native.take(native.LIBRARY.plan, out_features, in_features, *indices, *strips, block, backward)
+    sizes = *strips, block, backward, torch.get_num_threads()
+    return native.take(native.LIBRARY.plan, out_features, in_features, *indices, *sizes)
 
 
 def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):

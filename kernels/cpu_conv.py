@@ -27,7 +27,8 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, bac
     density = col_indices.numel() / max(1, out_channels * geometry.channels * size)
     blocks = [conv_block(geometry, density, channels) for channels in (geometry.channels, out_channels)]
     pointers = taps.buffer_info()[0], crow_indices.data_ptr(), col_indices.data_ptr()
-    return native.take(native.LIBRARY.conv_plan, out_channels, *pointers, _STRIP, *blocks, backward)
+    sizes = _STRIP, *blocks, backward, torch.get_num_threads()
+    return native.take(native.LIBRARY.conv_plan, out_channels, *pointers, *sizes)
 
 
 def conv_block(geometry: Geometry, density: float, channels: int) -> int:

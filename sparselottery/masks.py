@@ -71,36 +71,35 @@ def lowest(scores: Tensor, k: int) -> Tensor:
     """Bool (n,), True at exactly the k lowest of `scores` (n,); among equal scores the first by index. O(n) time."""
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    chosen = torch.empty_like(scores, dtype=torch.bool)
     if divisible(scores) and scores.dtype in (torch.float32, torch.float64):  # NumPy compares and selects faster
-        array = scores.numpy()
-        threshold = _smallest(array, k)
-        np.less(array, threshold, out=chosen.numpy())
-        ties = torch.from_numpy(np.flatnonzero(array == threshold))
-    else:
-        threshold = scores.kthvalue(k).values
-        torch.lt(scores, threshold, out=chosen)
-        ties = (scores == threshold).nonzero().squeeze(1)
-    chosen[ties[: k - count(chosen)]] = True
+        return torch.from_numpy(_lowest(scores.numpy(), k))
+    threshold = scores.kthvalue(k).values
+    chosen = scores < threshold
+    chosen[(scores == threshold).nonzero().squeeze(1)[: k - count(chosen)]] = True
     return chosen
 
 
-def _smallest(scores: np.ndarray, k: int) -> np.floating:
-    """The k-th smallest of `scores` (n,), partitioning only those between two that a sample puts around it."""
+def _lowest(scores: np.ndarray, k: int) -> np.ndarray:
+    """As `lowest`, in one pass: the k-th is looked for only between two scores that a sample puts around it."""
     sample = np.sort(scores[:: -(-len(scores) // SAMPLE)])
     rank, margin = k / len(scores) * len(sample), 4 * len(sample) ** 0.5  # eight standard deviations or more
     low = sample[int(rank - margin)] if rank >= margin else -np.inf
     high = sample[int(rank + margin)] if rank + margin < len(sample) else np.inf
-    below, between = 0, []
+    chosen, below, between = np.empty(len(scores), dtype=bool), 0, []
     for span in spans(len(scores)):
-        part = scores[span]
-        at_least, at_most = part >= low, part <= high
-        below += len(part) - np.count_nonzero(at_least)
-        between.append(part[at_least & at_most])
-    near = np.concatenate(between)
-    if not below < k <= below + len(near):  # the sample misled, as of scores in a repeated order
-        near, below = scores, 0
-    return np.partition(near, k - below - 1)[k - below - 1]
+        part, lower = scores[span], chosen[span]
+        np.less(part, low, out=lower)
+        below += np.count_nonzero(lower)
+        between.append(np.flatnonzero((part <= high) ^ lower) + span.start)
+    places = np.concatenate(between)
+    if not below < k <= below + len(places):  # the sample misled, as of scores in a repeated order
+        chosen[:], below, places = False, 0, np.arange(len(scores))
+    near = scores[places]
+    threshold = np.partition(near, k - below - 1)[k - below - 1]
+    lower = places[near < threshold]
+    chosen[lower] = True
+    chosen[places[near == threshold][: k - below - len(lower)]] = True
+    return chosen
 
 
 def grid_of(masks: Mapping[str, Tensor], name: str, block: Block) -> Tensor:

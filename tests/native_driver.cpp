@@ -14,8 +14,8 @@
 extern "C" {
 extern const int64_t sparselottery_abi_conv[], sparselottery_abi_net[];
 extern const int64_t sparselottery_abi_rows[], sparselottery_abi_train[];
-int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, bool, int32_t**);
-int64_t sparselottery_conv_plan(int, const Taps*, const int32_t*, const int32_t*, int, int, int, bool, int32_t**);
+int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, bool, int64_t, int32_t**);
+int64_t sparselottery_conv_plan(int, const Taps*, const int32_t*, const int32_t*, int, int, int, bool, int64_t, int32_t**);
 int64_t sparselottery_chain_forward(const ChainArgs*, const ChainLayer*);
 int64_t sparselottery_chain_backward(const ChainArgs*, const ChainLayer*);
 int64_t sparselottery_conv_forward(const ConvArgs*);
@@ -99,7 +99,7 @@ void chain(int64_t batch) {
     int32_t* plans[2];
     for (int l = 0; l < 2; ++l) {
         const Matrix<T>& w = layers[l];
-        const auto size = sparselottery_plan(w.rows, w.columns, w.begin.data(), w.at.data(), 32, 16, 32, true, plans + l);
+        const auto size = sparselottery_plan(w.rows, w.columns, w.begin.data(), w.at.data(), 32, 16, 32, true, 1, plans + l);
         inputs[l].resize(w.columns * ld), gvalues[l].resize(w.values.size()), gbias[l].resize(w.rows);
         all.push_back({plans[l], size, w.rows, int64_t(w.values.size()), w.values.data(), w.bias.data(), inputs[l].data(),
                        gvalues[l].data(), gbias[l].data(), l ? ghidden.data() : nullptr});
@@ -162,7 +162,7 @@ void convolution(int64_t batch, int stride, bool flat) {
     std::vector<T> gvalues(w.values.size()), gw(w.values.size()), gbias(outputs), gb(outputs);
     int32_t* plan;
     ConvArgs a{sizeof(T) == 8, threads, flat, 1, 1, batch, channels, height, width, outputs, out_height, out_width, &taps};
-    a.plan_size = sparselottery_conv_plan(outputs, &taps, w.begin.data(), w.at.data(), 256, 2, 4, true, &plan);
+    a.plan_size = sparselottery_conv_plan(outputs, &taps, w.begin.data(), w.at.data(), 256, 2, 4, true, 1, &plan);
     a.plan = plan, a.nnz = int64_t(w.values.size()), a.values = w.values.data(), a.bias = w.bias.data();
     a.x = const_cast<T*>(x.data()), a.y = y.data();
     const int64_t of_x[3] = {channels * height * width, height * width, 1};
@@ -262,7 +262,7 @@ void train(int64_t batch) {
     std::vector<T> expected = w.values, expected_bias = w.bias;
     const double rate = 0.5, constants[2] = {0, 0};
     int32_t* plan;
-    sparselottery_plan(21, 45, w.begin.data(), w.at.data(), 16, 16, 32, true, &plan);
+    sparselottery_plan(21, 45, w.begin.data(), w.at.data(), 16, 16, 32, true, 1, &plan);
     const std::vector<int64_t> args{
         sizeof(T) == 8, threads, 1, batch, word(x.data()), word(labels.data()), word(order.data()), word(&rate), 1, 0, 1,
         word(constants), word(plan), word(trained.data()), word(moments.data()), 0, word(bias.data()), word(bias_moments.data()),

@@ -63,6 +63,7 @@ def test_overhead_rows(monkeypatch):
         assert (row["what"], row["weights"]) == (what, 80_000)
         assert (float(row["plan_s"]) > 0) is planned
         assert float(row["cpu_s"]) > float(row["plan_s"])
+        assert float(row["seconds"]) > 0
         assert row["peak_rss"] >= 0
         assert (row["trained"] > 8 * 0.8 * 80_000) is planned  # values, indices and more of round 1
 

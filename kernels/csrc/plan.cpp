@@ -1,7 +1,8 @@
-#include "plan.h"
-#include "simd.h"
+#include "order.h"
+#include "team.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -20,11 +21,7 @@ struct Header {  // of a plan: offsets in words, 0 where there is nothing
 enum Word { FORWARD = sizeof(Header) / 4, SCHEDULE = 12, TRANSPOSE = FORWARD + SCHEDULE };
 
 constexpr int32_t kNarrow = 65536;  // columns up to here have 16 bits
-
-struct Compressed {  // one orientation, compressed by rows
-    int32_t rows, cols;
-    const int32_t *ptr, *idx, *value;  // value: index into CSR order, null where it is the identity
-};
+constexpr int32_t kAlone = 65536;   // entries: a team is not worth its start for fewer
 
 class Writer {  // of words in memory that is given away as it is: what is large is written there, once
   public:
@@ -67,6 +64,7 @@ class Writer {  // of words in memory that is given away as it is: what is large
     void grow(int64_t capacity) {
         int32_t* words = static_cast<int32_t*>(std::aligned_alloc(64, (capacity * 4 + 63) / 64 * 64));
         if (!words) throw std::bad_alloc();
+        expect_writes(words, capacity * 4);
         if (size_) std::memcpy(words, words_, size_ * 4);
         std::free(words_);
         words_ = words, capacity_ = capacity;
@@ -75,53 +73,102 @@ class Writer {  // of words in memory that is given away as it is: what is large
     int64_t size_ = 0, capacity_ = 0;
 };
 
-void write_schedule(Writer& out, int at, const Compressed& m, int32_t strip, int32_t block) {
-    const int32_t strips = (m.rows + strip - 1) / strip, blocks = (m.cols + block - 1) / block;
-    std::vector<Tile> tiles;
+struct Grid {  // the tiles of a schedule
+    int32_t rows, cols, strip, block;
+    int32_t strips() const { return (rows + strip - 1) / strip; }
+    int32_t blocks() const { return (cols + block - 1) / block; }
+};
+
+struct Csr {
+    int32_t rows;
+    const int32_t *ptr, *idx;
+};
+
+struct Part {  // of a schedule: consecutive strips, which one thread writes
+    Part(const Grid& grid, uint16_t* col, int32_t* value)
+        : entry_col(col), entry_value(value), order(grid.strip), first(grid.block + 2) {}
+    // Begins a tile: its rows that have entries, longest first -> `order`, and how many these are.
+    int32_t sort(const int32_t* lengths, int32_t rows) {
+        tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
+        const int32_t block = int32_t(first.size()) - 2;
+        std::fill(first.begin(), first.end(), 0);
+        for (int32_t r = 0; r < rows; ++r) ++first[block - lengths[r] + 1];
+        for (int32_t n = 0; n < block; ++n) {
+            if (const int32_t count = first[n + 1]) buckets.push_back({block - n, count});
+            first[n + 1] += first[n];
+        }
+        const int32_t segments = first[block];
+        for (int32_t r = 0; r < rows; ++r) order[first[block - lengths[r]]++] = r;
+        segment_row.insert(segment_row.end(), order.begin(), order.begin() + segments);
+        return segments;
+    }
+    uint16_t* const entry_col;
+    int32_t* const entry_value;
+    int32_t entry = 0;  // the next one
+    std::vector<Tile> tiles;  // their buckets and segments count from the part's first
     std::vector<Bucket> buckets;
     std::vector<uint16_t> segment_row;
-    std::vector<int32_t> segment_value;
-    const int32_t nnz = m.ptr[m.rows], at_col = out.room<uint16_t>(nnz), at_value = out.room<int32_t>(m.value ? nnz : 0);
-    uint16_t* const entry_col = out.array<uint16_t>(at_col);
-    int32_t* const entry_value = out.array<int32_t>(at_value);
-    int32_t entry = 0;
-    std::vector<int32_t> cursor(m.ptr, m.ptr + m.rows), end(strip), order(strip), first(block + 2);
-    for (int32_t s = 0; s < strips; ++s) {
-        const int32_t row0 = s * strip, height = std::min(strip, m.rows - row0);
-        for (int32_t b = 0; b < blocks; ++b) {
-            tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
-            const int32_t col0 = b * block, limit = col0 + block;
-            std::fill(first.begin(), first.end(), 0);
-            for (int32_t r = 0; r < height; ++r) {  // a counting sort of the rows by segment length, longest first
-                int32_t k = cursor[row0 + r];
-                while (k < m.ptr[row0 + r + 1] && m.idx[k] < limit) ++k;
-                end[r] = k;
-                ++first[block - (k - cursor[row0 + r]) + 1];
-            }
-            for (int32_t n = 0; n <= block; ++n) {
-                const int32_t length = block - n, count = first[n + 1];
-                if (length && count) buckets.push_back({length, count});
-                first[n + 1] += first[n];
-            }
-            for (int32_t r = 0; r < height; ++r) order[first[block - (end[r] - cursor[row0 + r])]++] = r;
-            for (int32_t i = 0; i < height; ++i) {
-                const int32_t r = order[i], begin = cursor[row0 + r];
-                if (begin == end[r]) break;
-                segment_row.push_back(uint16_t(r));
-                segment_value.push_back(begin);
-                const int32_t length = end[r] - begin;
-                for (int32_t k = 0; k < length; ++k) entry_col[entry + k] = uint16_t(m.idx[begin + k] - col0);
-                if (m.value) std::copy_n(m.value + begin, length, entry_value + entry);
-                entry += length;
-                cursor[row0 + r] = end[r];
+    std::vector<int32_t> segment_value, order, first;
+};
+
+// Writes a schedule with so many entries, of which fill(part, strips) writes those of some strips.
+template <class F>
+void write_schedule(Writer& out, int at, const Grid& grid, int32_t entries, bool transposed, int64_t threads, F fill) {
+    const int32_t at_col = out.room<uint16_t>(entries), at_value = out.room<int32_t>(transposed ? entries : 0);
+    if (entries < kAlone) threads = 1;
+    std::vector<Part> parts(threads, Part(grid, out.array<uint16_t>(at_col), out.array<int32_t>(at_value)));
+    std::atomic<bool> full{false};
+    together(threads, [&] {
+        try {
+            fill(parts[thread_index()], share(grid.strips(), thread_index(), team_size()));
+        } catch (const std::bad_alloc&) {  // which may not leave a thread
+            full = true;
+        }
+    });
+    if (full) throw std::bad_alloc();
+    Part& whole = parts[0];
+    for (int64_t i = 1; i < threads; ++i) {
+        const int32_t buckets = int32_t(whole.buckets.size()), segments = int32_t(whole.segment_row.size());
+        for (const Tile& tile : parts[i].tiles)
+            whole.tiles.push_back({tile.bucket + buckets, tile.segment + segments, tile.entry});
+        const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+        append(whole.buckets, parts[i].buckets);
+        append(whole.segment_row, parts[i].segment_row);
+        append(whole.segment_value, parts[i].segment_value);
+    }
+    whole.tiles.push_back({int32_t(whole.buckets.size()), int32_t(whole.segment_row.size()), entries});
+    const int32_t fields[SCHEDULE] = {grid.rows, grid.cols, grid.strip, grid.block, grid.strips(), grid.blocks(),
+                                      out.append(whole.tiles), out.append(whole.buckets), out.append(whole.segment_row),
+                                      out.append(whole.segment_value), at_col, at_value};
+    std::copy(fields, fields + SCHEDULE, out.array<int32_t>(at));
+}
+
+void write_forward(Writer& out, const Grid& grid, const Csr& w, int64_t threads) {
+    write_schedule(out, FORWARD, grid, w.ptr[w.rows], false, threads, [&](Part& part, Range strips) {
+        std::vector<int32_t> cursor(grid.strip), lengths(grid.strip);
+        for (int64_t s = strips.begin; s < strips.end; ++s) {
+            const int32_t row0 = int32_t(s) * grid.strip, height = std::min(grid.strip, w.rows - row0);
+            std::copy_n(w.ptr + row0, height, cursor.begin());
+            part.entry = w.ptr[row0];
+            for (int32_t b = 0; b < grid.blocks(); ++b) {
+                const int32_t col0 = b * grid.block, limit = col0 + std::min(grid.block, grid.cols - col0);
+                for (int32_t r = 0; r < height; ++r) {
+                    int32_t k = cursor[r];
+                    while (k < w.ptr[row0 + r + 1] && w.idx[k] < limit) ++k;
+                    lengths[r] = k - cursor[r];
+                }
+                const int32_t segments = part.sort(lengths.data(), height);
+                for (int32_t i = 0; i < segments; ++i) {
+                    const int32_t r = part.order[i], begin = cursor[r];
+                    part.segment_value.push_back(begin);
+                    uint16_t* const col = part.entry_col + part.entry;
+                    for (int32_t k = 0; k < lengths[r]; ++k) col[k] = uint16_t(w.idx[begin + k] - col0);
+                    part.entry += lengths[r];
+                    cursor[r] += lengths[r];
+                }
             }
         }
-    }
-    tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
-    if (m.value) segment_value.clear();
-    const int32_t fields[SCHEDULE] = {m.rows, m.cols, strip, block, strips, blocks, out.append(tiles), out.append(buckets),
-                                out.append(segment_row), out.append(segment_value), at_col, at_value};
-    std::copy(fields, fields + SCHEDULE, out.array<int32_t>(at));
+    });
 }
 
 Schedule read_schedule(const int32_t* words, int at) {
@@ -136,27 +183,56 @@ struct Entry {
     int32_t row, col;  // of Wᵀ
 };
 
-// Writes the transpose that holds those values of W (in CSR order) for which at(k, row of W, col of W, &entry).
+// Writes the transpose that holds those values of W for which at(row of W, col of W, &entry). A row of Wᵀ are `size` columns
+// of W, and so each of its tiles is read from a rectangle of W, which stays in a cache: what is large is passed in order.
 template <class F>
-void write_transpose(Writer& out, int phase, int32_t rows, int32_t cols, int32_t out_features, const int32_t* crow_indices,
-                     const int32_t* col_indices, int32_t strip, int32_t block, F at) {
-    std::vector<int32_t> ptr(rows + 1), idx, value;
-    Entry e;
-    auto each = [&](auto f) {
-        for (int32_t r = 0; r < out_features; ++r)
-            for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k)
-                if (at(r, col_indices[k], &e)) f(k);
+void write_transpose(Writer& out, int phase, const Grid& grid, int32_t size, const Csr& w, int64_t threads, F at) {
+    const int32_t height = grid.block / size;  // of the rectangle
+    const auto count = [&](int32_t row, int32_t begin, int32_t end) {
+        Entry e;
+        int32_t found = 0;
+        for (int32_t k = begin; k < end; ++k) found += at(row, w.idx[k], &e);
+        return found;
     };
-    each([&](int32_t) { ++ptr[e.row + 1]; });
-    for (int32_t r = 0; r < rows; ++r) ptr[r + 1] += ptr[r];
-    std::vector<int32_t> next(ptr.begin(), ptr.end());
-    idx.resize(ptr[rows]), value.resize(ptr[rows]);
-    each([&](int32_t k) {
-        const int32_t to = next[e.row]++;
-        idx[to] = e.col;
-        value[to] = k;
+    int32_t entries = 0;
+    for (int32_t r = 0; r < w.rows; ++r) entries += count(r, w.ptr[r], w.ptr[r + 1]);
+    write_schedule(out, TRANSPOSE + SCHEDULE * phase, grid, entries, true, threads, [&](Part& part, Range strips) {
+        std::vector<int32_t> cursor(w.rows), end(height), lengths(grid.strip), next(grid.strip);
+        const int64_t before = strips.begin * grid.strip * size;
+        for (int32_t r = 0; r < w.rows; ++r) {
+            cursor[r] = int32_t(std::lower_bound(w.idx + w.ptr[r], w.idx + w.ptr[r + 1], before) - w.idx);
+            part.entry += count(r, w.ptr[r], cursor[r]);
+        }
+        for (int64_t s = strips.begin; s < strips.end; ++s) {
+            const int32_t row0 = int32_t(s) * grid.strip, rows = std::min(grid.strip, grid.rows - row0);
+            const int32_t limit = (row0 + rows) * size;
+            for (int32_t b = 0; b < grid.blocks(); ++b) {
+                const int32_t col0 = b * grid.block, top = b * height, bottom = std::min(top + height, w.rows);
+                Entry e;
+                std::fill(lengths.begin(), lengths.end(), 0);
+                for (int32_t r = top; r < bottom; ++r) {
+                    int32_t k = cursor[r];
+                    for (; k < w.ptr[r + 1] && w.idx[k] < limit; ++k)
+                        if (at(r, w.idx[k], &e)) ++lengths[e.row - row0];
+                    end[r - top] = k;
+                }
+                const int32_t segments = part.sort(lengths.data(), rows);
+                for (int32_t i = 0; i < segments; ++i) {
+                    next[part.order[i]] = part.entry;
+                    part.entry += lengths[part.order[i]];
+                }
+                for (int32_t r = top; r < bottom; ++r) {
+                    for (int32_t k = cursor[r]; k < end[r - top]; ++k) {
+                        if (!at(r, w.idx[k], &e)) continue;
+                        const int32_t to = next[e.row - row0]++;
+                        part.entry_col[to] = uint16_t(e.col - col0);
+                        part.entry_value[to] = k;
+                    }
+                    cursor[r] = end[r - top];
+                }
+            }
+        }
     });
-    write_schedule(out, TRANSPOSE + SCHEDULE * phase, {rows, cols, ptr.data(), idx.data(), value.data()}, strip, block);
 }
 
 }  // namespace
@@ -185,10 +261,11 @@ EXPORT const int64_t sparselottery_vector_bytes = VECTOR_BYTES;
 ABI(plan, FORWARD, sizeof(Taps) / 4);
 
 // Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is
-// to be given back to sparselottery_free.
+// to be given back to sparselottery_free. Not a bit of it depends on the threads.
 EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
                                   const int32_t* col_indices, int32_t strip, int32_t strip_back, int32_t block,
-                                  bool backward, int32_t** words) {
+                                  bool backward, int64_t threads, int32_t** words) {
+    const Csr w{out_features, crow_indices, col_indices};
     const int32_t nnz = crow_indices[out_features];
     Writer out(out_features, in_features, nnz, backward, {});
     out.header.crow_indices = out.append(crow_indices, out_features + 1);
@@ -198,20 +275,20 @@ EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, con
     } else {
         out.header.columns = out.append(col_indices, nnz);
     }
-    write_schedule(out, FORWARD, {out_features, in_features, crow_indices, col_indices, nullptr}, strip, block);
-    if (!backward) return out.give(words);
-    write_transpose(out, 0, in_features, out_features, out_features, crow_indices, col_indices, strip_back, block,
-                    [](int32_t row, int32_t col, Entry* e) {
-                        *e = {col, row};
-                        return true;
-                    });
+    write_forward(out, {out_features, in_features, strip, block}, w, threads);
+    if (backward)
+        write_transpose(out, 0, {in_features, out_features, strip_back, block}, 1, w, threads,
+                        [](int32_t row, int32_t col, Entry* e) {
+                            *e = {col, row};
+                            return true;
+                        });
     return out.give(words);
 }
 
 // The same for a convolution; `block` and `block_back` are in channels.
 EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, const int32_t* crow_indices,
                                        const int32_t* col_indices, int32_t strip, int32_t block, int32_t block_back,
-                                       bool backward, int32_t** words) {
+                                       bool backward, int64_t threads, int32_t** words) {
     const int32_t size = taps->size(), nnz = crow_indices[out_channels];
     Writer out(out_channels, taps->channels * size, nnz, backward ? taps->phases() : 0, *taps);
     const int32_t in_group = taps->channels / taps->groups, out_group = out_channels / taps->groups;
@@ -219,11 +296,11 @@ EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, c
     for (int32_t r = 0; r < out_channels; ++r)
         for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k)
             columns[k] = col_indices[k] + r / out_group * in_group * size;
-    write_schedule(out, FORWARD, {out_channels, taps->channels * size, crow_indices, columns.data(), nullptr}, strip,
-                   block * size);
+    const Csr w{out_channels, crow_indices, columns.data()};
+    write_forward(out, {out_channels, taps->channels * size, strip, block * size}, w, threads);
     for (int phase = 0; phase < out.header.phases; ++phase)
-        write_transpose(out, phase, taps->channels, out_channels * size, out_channels, crow_indices, columns.data(), strip,
-                        block_back * size, [&](int32_t row, int32_t col, Entry* e) {
+        write_transpose(out, phase, {taps->channels, out_channels * size, strip, block_back * size}, size, w, threads,
+                        [&](int32_t row, int32_t col, Entry* e) {
                             const int tap = col % size, stride = taps->stride[1];
                             int shift;
                             *e = {col / size, row * size + tap};

@@ -9,9 +9,10 @@
 extern "C" {
 int64_t sparselottery_conv_forward(const void* args);
 int64_t sparselottery_conv_backward(const void* args);
-int64_t sparselottery_plan(int32_t, int32_t, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool, int32_t**);
+int64_t sparselottery_plan(int32_t, int32_t, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool, int64_t,
+                           int32_t**);
 int64_t sparselottery_conv_plan(int32_t, const Taps*, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool,
-                                int32_t**);
+                                int64_t, int32_t**);
 void sparselottery_free(void* memory);
 void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y);
 void sparselottery_net(const void* net, const float* x, float* y, int64_t batch);
