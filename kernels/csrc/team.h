@@ -11,6 +11,7 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#include <unistd.h>
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
@@ -80,11 +81,22 @@ class Company {
 };
 inline thread_local Company company;
 
+#ifdef _OPENMP
+// Whether this process was forked from one whose teams have run: OpenMP's threads stayed there, and a team would wait for
+// them forever.
+inline bool orphaned() {
+    static std::atomic<int64_t> first{0};
+    const int64_t own = getpid();
+    int64_t found = 0;
+    return !first.compare_exchange_strong(found, own) && found != own;
+}
+#endif
+
 // f() by a team of `threads`, just as many if `all`; false, with nothing done, where there is no company.
 template <class F>
 bool in_company(int64_t threads, bool all, F f) {
 #ifdef _OPENMP
-    if (threads < 2 || !company.wanted() || omp_in_parallel()) return false;
+    if (threads < 2 || !company.wanted() || omp_in_parallel() || orphaned()) return false;
     Meeting meeting;
     double met = 0;
 #pragma omp parallel num_threads(threads)
