@@ -21,6 +21,7 @@ CUTS = {
     "rows of many images": (geometry(5, sides=PADDED), 20, 33, (23, 9), 1),
     "groups of images": (geometry(5, sides=PADDED), 20, 150, (2, 2), 1),
     "stride": (geometry(6, stride=(2, 2), sides=PADDED), 9, 40, (17, 15), 1),
+    "rows of two phases": (geometry(1, (3, 1), (2, 1), (0, 1, 0, 3)), 3, 1, (5, 3), 1),
     "pooled": (geometry(3, sides=PADDED), 20, 3, (30, 12), 3),
     "1x1, images as rows": (geometry(20, (1, 1)), 40, 9, (7, 7), 1),
     "1x1, images apart": (geometry(40, (1, 1)), 70, 2, (60, 56), 1),

@@ -1,10 +1,10 @@
 // Direct sparse convolution: no im2col, the tiles of a matrix product over packed images.
 //
 // An item of work is a range of rows of some images. Its input is packed with a halo, so that a tap is a constant offset,
-// which is written down for each entry, once a call: a table of taps would be one more load for each use. Then each step multiplies all weights with a few
-// vectors of neighbouring output pixels. A vector holds one pixel of kLanes images or, where the batch is too small for
-// that or the kernel is 1x1, kLanes pixels of one image. For a stride, pixels with the same coordinates modulo the stride
-// (a phase) lie together, so that neighbours stay neighbours.
+// which is written down for each entry, once a call: a table of taps would be one more load for each use. Then each step
+// multiplies all weights with a few vectors of neighbouring output pixels. A vector holds one pixel of kLanes images or,
+// where the batch is too small for that or the kernel is 1x1, kLanes pixels of one image. For a stride, pixels with the
+// same coordinates modulo the stride (a phase) lie together, so that neighbours stay neighbours.
 #include <cmath>
 
 #include "cut.h"

@@ -14,8 +14,8 @@ struct Images {  // pixels, or else channels, are contiguous
         Images some = *this;
         some.data += first * image + from * row;
         some.height = to - from;
-        const int64_t last = some.height * width - 1;
-        if (row == width * pixel && place[last] - place[0] == last) some.width = last + 1, some.height = 1;
+        const bool follow = some.height > 1 && place[width] - place[0] == width;  // no halo, and no phases between
+        if (follow && row == width * pixel) some.width *= some.height, some.height = 1;
         return some;
     }
 };
