@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparselottery import MaskedConv2d, MaskedLinear, Ticket, convert, explain, export, find_ticket, load_sparse, prune
+from sparselottery.kernels import native
 
 Net = Callable[[Tensor], Tensor]
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
@@ -257,6 +259,28 @@ def test_called_after_a_fork(given, entry):
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="needs the native kernels")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
+def test_a_forked_child_has_no_team():
+    """Whatever the number of threads: those of the parent's team are not in the child, and waiting for them has no end."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    net, x = convert(model, prune(model, 0.9)), torch.randn(64, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            wanted = net(x)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # ends it by a signal
+            with torch.no_grad():
+                os._exit(0 if torch.equal(net(x), wanted) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Marked(Tensor):
