@@ -5,17 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sparselottery.masks import (
-    as_mask,
-    at_random,
-    by_magnitude,
-    check,
-    lowest,
-    pools,
-    prune_pools,
-    rearrange,
-    survivors,
-)
+from sparselottery.lowest import lowest
+from sparselottery.masks import as_mask, check, pools, prune_pools, rearrange, survivors
+from sparselottery.scores import at_random, by_magnitude
 
 LENET = {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}
 NAMES = ["conv.fc1.weight", "conv.fc2.weight", "head.weight"]
