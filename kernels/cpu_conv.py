@@ -20,7 +20,7 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, bac
 
     backward: False leaves out what only gradients need.
     """
-    out_channels = crow_indices.numel() - 1
+    out_channels, geometry = crow_indices.numel() - 1, _unstrided(geometry)
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     taps = array("i", _taps(geometry))
     size = geometry.kernel_h * geometry.kernel_w
@@ -34,7 +34,8 @@ def conv_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, bac
 def conv_block(geometry: Geometry, density: float, channels: int) -> int:
     """Channels per tile: what they read fits L1, but a row segment has 12 entries."""
     taps = geometry.kernel_h * geometry.kernel_w
-    fits = _L1 // (64 * geometry.kernel_h * (8 + geometry.kernel_w - 1))
+    step = native.VECTOR_BYTES // 8  # 8 vectors of fp32, in pixels of 16 images
+    fits = _L1 // (64 * geometry.kernel_h * (step + geometry.kernel_w - 1))
     return min(max(1, fits, int(12 / max(density * taps, 1e-9))), max(1, channels), 65536 // taps)
 
 
@@ -45,10 +46,11 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
         norm = norm and Norm(*(None if t is None else t.float() for t in norm[:4]), norm.epsilon)
         y, winners = conv_forward(*wide, crow_indices, col_indices, plan, geometry, relu, pool, norm)
         return y.to(x.dtype), winners
-    geometry, x = Geometry(*geometry), _dense_images(x)
+    images, strided = x, Geometry(*geometry)
+    x, geometry = _seen(x, strided), _unstrided(strided)
     out_size = geometry.output_size(*x.shape[2:])
     shape = x.shape[0], crow_indices.shape[0] - 1, *(size // pool for size in out_size)
-    y = native.empty(*shape, dtype=x.dtype, memory_format=image_format(x))
+    y = native.empty(*shape, dtype=x.dtype, memory_format=image_format(images))
     size = winners_shape(*shape[:2], geometry, out_size, pool) if pool > 1 else [0]
     winners = native.empty(*size, dtype=torch.uint8)
     values, bias = values.contiguous(), None if bias is None else bias.contiguous()
@@ -77,7 +79,7 @@ def conv_forward(x, values, bias, crow_indices, col_indices, plan, geometry, rel
     args += [*strides, 0, 0, winners.data_ptr(), *statistics, _bits(epsilon)]
     if native.LIBRARY.conv_forward(args) == native.TOO_LARGE:
         indices = crow_indices, col_indices, plan
-        return reference.conv_forward(x, values, bias, *indices, geometry, relu, pool, norm)
+        return reference.conv_forward(images, values, bias, *indices, strided, relu, pool, norm)
     return y, winners
 
 
@@ -90,7 +92,8 @@ def conv_backward(
         needs = need_x, need_values, need_bias
         grads = conv_backward(*wide, crow_indices, col_indices, plan, geometry, relu, pool, *needs)
         return tuple(g.to(x.dtype) for g in grads)
-    geometry, x, gy, values = Geometry(*geometry), _dense_images(x), _dense_images(gy), values.contiguous()
+    images, strided = x, Geometry(*geometry)
+    x, geometry, gy, values = _seen(x, strided), _unstrided(strided), _dense_images(gy), values.contiguous()
     gated = relu and pool == 1
     if gated and gy.stride() != y.stride():
         gy = torch.empty_like(y).copy_(gy)
@@ -112,9 +115,30 @@ def conv_backward(
     args += [x.data_ptr(), y.data_ptr() if gated else 0, gy.data_ptr(), gx.data_ptr(), *strides]
     args += [gvalues.data_ptr(), gbias.data_ptr(), winners.data_ptr(), 0, 0, 0, 0, 0]
     if native.LIBRARY.conv_backward(args) == native.TOO_LARGE:
-        tensors, needs = (gy, x, y, winners, values, crow_indices, col_indices), (need_x, need_values, need_bias)
-        return reference.conv_backward(*tensors, plan, geometry, relu, pool, *needs)
+        tensors, needs = (gy, images, y, winners, values, crow_indices, col_indices), (need_x, need_values, need_bias)
+        return reference.conv_backward(*tensors, plan, strided, relu, pool, *needs)
+    if need_x and geometry != strided:
+        gx, seen = torch.zeros_like(images, memory_format=image_format(images)), gx
+        gx[:, :, :: strided.stride_h, :: strided.stride_w] = seen
     return gx, gvalues, gbias
+
+
+def _unstrided(geometry: Geometry) -> Geometry:
+    """The geometry of the same product over the pixels `_seen`."""
+    return geometry._replace(stride_h=1, stride_w=1) if _skips(geometry) else geometry
+
+
+def _seen(x: Tensor, geometry: Geometry) -> Tensor:
+    """x, as `_dense_images`, without the pixels that a stride skips."""
+    if not _skips(geometry):
+        return _dense_images(x)
+    return x[:, :, :: geometry.stride_h, :: geometry.stride_w].contiguous(memory_format=image_format(x))
+
+
+def _skips(g: Geometry) -> bool:
+    """Are there pixels that no tap meets, whatever their channel? A 1x1 kernel with a stride skips all but a few."""
+    unpadded = not (g.top or g.bottom or g.left or g.right)
+    return g.kernel_h == g.kernel_w == 1 and unpadded and (g.stride_h, g.stride_w) != (1, 1)
 
 
 def _taps(g: Geometry) -> list[int]:

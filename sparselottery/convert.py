@@ -17,7 +17,7 @@ from .copying import copied
 from .execution import choose_execution
 from .maskable import MASKED, TORCH_PRUNED, unmaskable
 from .masks import as_mask
-from .nn import MaskedLayer, MaskedSequential
+from .nn import MaskedLayer, MaskedSequential, keep_from_fast_path
 from .nn.weight import plain
 from .weight_decay import SparseLotteryWarning, known_optimizers
 
@@ -200,6 +200,7 @@ def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
         if type(module) in (nn.Sequential, MaskedSequential):
             masked = any(isinstance(child, MaskedLayer) for child in module)
             module.__class__ = MaskedSequential if masked else nn.Sequential
+    keep_from_fast_path(model)
     indices = [
         f"{name}.{buffer}" if name else buffer
         for name, module in model.named_modules()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparselottery import convert, prune
+from sparselottery import convert, prune, to_dense
+from sparselottery.convert import masks_of
 
 
 def averaged(model, **how):
@@ -46,3 +47,35 @@ def test_exponential_weights_round_indices_down_and_are_refused(model):
     with torch.no_grad():
         model[0].values.fill_(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
     torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_rounded_indices_that_are_some_pattern_are_refused(kind):
+    """The column of one survivor, which becomes the one before."""
+    layer = nn.Linear(64, 8) if kind == "linear" else nn.Conv2d(8, 8, 3)
+    mask = torch.zeros(8, layer.weight[0].numel(), dtype=torch.bool)
+    columns = torch.arange(1, 64, dtype=torch.int32)
+    averages = (columns * 0.9 + columns * (1 - 0.9)).int()
+    mask[0, columns[averages == columns - 1][0]] = True
+    net = convert(nn.Sequential(layer), {"0.weight": mask.view_as(layer.weight)})
+    x = torch.randn(3, 64) if kind == "linear" else torch.randn(2, 8, 5, 5)
+    average = AveragedModel(net, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(net)
+    torch.testing.assert_close(average(x), net(x))
+    average.update_parameters(net)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"plan: .*or averaged \(AveragedModel: use_buffers=False\)"):
+            average(x)
+    average.module.load_state_dict(net.state_dict())
+    torch.testing.assert_close(average(x), net(x))
+
+
+def test_all_buffers_written_in_place_with_those_of_a_like_model(model):
+    """As a broadcast to other processes does."""
+    x, other = torch.randn(3, 30), convert(nn.Sequential(*to_dense(model)), masks_of(model))
+    with torch.no_grad():
+        for ours, theirs in zip(
+            [*model.parameters(), *model.buffers()], [*other.parameters(), *other.buffers()], strict=True
+        ):
+            ours.copy_(theirs)
+    torch.testing.assert_close(model(x), other(x))

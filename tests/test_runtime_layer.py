@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,43 @@ def test_transformer_encoders_run_sparse(encoder, made, tmp_path, norm_first, st
                 torch.testing.assert_close(net(x, **options)[keep], expected[keep], rtol=1e-4, atol=1e-5)
             assert not encoder
     assert not made
+
+
+def test_compiled_encoders_run_sparse(tmp_path):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    converted, called = convert(model, prune(model, 0.8)), []
+    Ticket.from_model(converted).save(tmp_path / "net.safetensors")
+    frozen, x = load_sparse(tmp_path / "net.safetensors", model), torch.randn(2, 4, 16)
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    for net in (converted, frozen, copy.deepcopy(converted)):
+        torch.compiler.reset()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(net, backend=backend)(x), to_dense(converted)(x))
+        assert called
+        assert torch._transformer_encoder_layer_fwd not in called
+        called.clear()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_encoders_with_a_dense_first_layer(encoder, tmp_path):
+    """torch asks the first layer alone whether nested tensors may be given to all."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    converted = convert(model, {name: mask for name, mask in prune(model, 0.8).items() if "layers.1" in name})
+    Ticket.from_model(converted).save(tmp_path / "net.safetensors")
+    frozen, dense = load_sparse(tmp_path / "net.safetensors", model), to_dense(converted)
+    x, padding = torch.randn(2, 4, 16), torch.tensor([[False] * 4, [False, False, True, True]])
+    with torch.no_grad():
+        expected = dense(x, src_key_padding_mask=padding)
+        assert [type(each) for each in dense.modules()] == [type(each) for each in model.modules()]
+        assert len(encoder) == 2
+        for net in (converted, frozen):
+            encoder.clear()
+            torch.testing.assert_close(net(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+            assert len(encoder) == 1
 
 
 def test_attention_is_right(tmp_path):

@@ -4,11 +4,13 @@
 #include <vector>
 
 #include "images.h"
-#include "plan.h"
+#include "order.h"
 #include "pool.h"
 #include "team.h"
 
-struct ConvArgs {  // mirrored in cpu_conv.py; flat: pixels are lanes
+enum Flat : int64_t { IMAGES = 0, PIXELS = 1, ROWS = 2 };  // what lanes are; ROWS: pixels, and images are rows of one
+
+struct ConvArgs {  // mirrored in cpu_conv.py
     int64_t is_double, threads, flat, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
     const Taps* taps;
     const int32_t* plan;
@@ -28,12 +30,29 @@ struct ConvArgs {  // mirrored in cpu_conv.py; flat: pixels are lanes
 
 constexpr int64_t kWorkingSet = 1 << 20;     // bytes of an item's packed blocks: about an L2
 constexpr int64_t kRun = 128;                // pixels of a channel that an item reads or writes, at least
+constexpr int64_t kShares = 4;               // items that a small call is cut into, whatever threads there are
+constexpr int64_t kSharePixels = 512;        // pixels of y, at least, for which a copy of gvalues costs little beside
+constexpr int64_t kMaxShares = 64;           // of these copies
 constexpr int64_t kMaxElements = INT32_MAX;  // of a packed block: offsets into it have 32 bits
 
 template <class T>
 Images<T> images(const ConvArgs& a, void* data, const int64_t* strides, bool output) {
+    const int64_t width = output ? a.pooled_width() : a.width;
     return {static_cast<T*>(data), a.batch, output ? a.out_channels : a.channels, output ? a.pooled_height() : a.height,
-            output ? a.pooled_width() : a.width, strides[0], strides[1], strides[2]};
+            width, strides[0], strides[1], a.flat == ROWS ? strides[0] : width * strides[2], strides[2]};
+}
+
+// A 1x1 convolution is a product of matrices: pixels are lanes, which contiguous images hold as the product wants them. As
+// small images would fill few vectors, they are taken for the rows of a single one.
+inline ConvArgs by_pixels(const ConvArgs& a, int64_t size) {
+    const Taps& t = *a.taps;
+    ConvArgs b = a;
+    const int64_t pixels = a.height * a.width;
+    if (t.size() > 1 || t.phases() > 1 || a.pool > 1 || pixels < kLanes || a.out_height * a.out_width != pixels) return b;
+    b.flat = PIXELS;
+    if (pixels * (a.channels + a.out_channels) * size > kWorkingSet) return b;
+    b.flat = ROWS, b.batch = 1, b.height = b.out_height = a.batch, b.width = b.out_width = pixels;
+    return b;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -78,38 +97,36 @@ inline std::vector<Step> steps(int64_t rows, int64_t width, int64_t pitch, int64
 }
 
 // How a call is cut into items, and what an item's blocks look like. Rows are those of the block that is written.
+//
+// No sum may depend on how many threads there are. Those of y depend on the cut where steps have fewer than 4 vectors
+// (kSums), those of the values' gradient always: threads then share out a cut that sizes alone decide.
 template <class T>
 struct Cut {
     Cut(const ConvArgs& a, int64_t rows, int64_t width) : rows(rows) {
         lanes = 1;
         if (!a.flat) {
             const int64_t groups = ceil_div(a.batch, kLanes);
-            lanes = kLanes * std::max<int64_t>(1, std::min(kMaxGroups<T> / width, groups / a.threads));
+            lanes = kLanes * std::max<int64_t>(1, std::min(kMaxGroups<T> / width, groups / kShares));
         }
         parts = ceil_div(a.batch, lanes);
     }
     // A working set of `fixed` + height * `per_row` bytes an item, but rows enough to read and write memory in long runs,
-    // and items for all threads; a multiple of `unit`.
-    void choose_height(int64_t threads, int64_t width, int64_t fixed, int64_t per_row, int64_t unit = 1) {
-        height = std::max(ceil_div(kRun, width), (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
-        const int64_t wanted = ceil_div(threads, parts);  // blocks per part
-        height = std::max<int64_t>(1, std::min({height, ceil_div(rows, wanted), rows}));
-        height = ceil_div(ceil_div(rows, ceil_div(rows, height)), unit) * unit;
-        per_part = ceil_div(rows, height);
+    // and as many items as are `wanted`, of at least `least` rows and, where pixels are lanes, of 4 groups of them; a
+    // multiple of `unit` rows.
+    void choose_height(int64_t wanted, int64_t least, int64_t width, int64_t fixed, int64_t per_row, int64_t unit = 1) {
+        const int64_t most = std::max(ceil_div(kRun, width), (kWorkingSet - fixed) / std::max<int64_t>(per_row, 1));
+        least = std::max<int64_t>(least, lanes == 1 ? ceil_div(3 * kLanes + 1, width) : 1);
+        this->unit = unit, units = ceil_div(rows, unit);
+        const int64_t shared = std::min(ceil_div(wanted, parts), units / ceil_div(least, unit));
+        per_part = std::clamp<int64_t>(std::max(ceil_div(rows, most), shared), 1, units);
+        height = ceil_div(units, per_part) * unit;
     }
     int64_t items() const { return parts * per_part; }
     int64_t image(int64_t item) const { return item / per_part * lanes; }
-    int64_t begin(int64_t item) const { return item % per_part * height; }
-    int64_t end(int64_t item) const { return std::min(rows, begin(item) + height); }
-    int64_t rows, lanes, parts, height = 1, per_part = 1;
+    int64_t begin(int64_t item) const { return units * (item % per_part) / per_part * unit; }
+    int64_t end(int64_t item) const { return std::min(rows, units * (item % per_part + 1) / per_part * unit); }
+    int64_t rows, lanes, parts, height = 1, per_part = 1, units = 1, unit = 1;
 };
-
-// My items: a contiguous share, the same at every call.
-template <class T, class F>
-void each_item(const Cut<T>& cut, F f) {
-    const int64_t size = team_size(), me = thread_index(), items = cut.items();
-    for (int64_t item = items * me / size; item < items * (me + 1) / size; ++item) f(item);
-}
 
 // Zeroes the rows of a block that lie outside of the image, where earlier items may have left theirs.
 template <class T>
@@ -150,22 +167,33 @@ struct Input {
     std::vector<int32_t> place;
 };
 
-// Items by rows of the output.
+// Items by rows of the output, as many as are `wanted`.
 template <class T>
-Cut<T> cut_output(const ConvArgs& a) {
+Cut<T> cut_output(const ConvArgs& a, int64_t wanted) {
     Cut<T> cut(a, a.used_height(), a.out_width);
     const Input<T> one(a, cut.lanes, 1), two(a, cut.lanes, 2);
     const int64_t row = two.elements() - one.elements() + a.out_channels * one.block.pitch * cut.lanes;
-    cut.choose_height(a.threads, a.out_width, one.elements() * sizeof(T), row * sizeof(T), a.pool);
+    cut.choose_height(wanted, 1, a.out_width, one.elements() * sizeof(T), row * sizeof(T), a.pool);
     return cut;
 }
 
-// channel * plane + offset(r, s) of all taps of `channels`.
+// Where the entries of `strips` find their input: channel * plane + offset(r, t) of the tap that their column is.
 template <class F>
-void offsets(int32_t* to, int64_t channels, int64_t plane, const Taps& taps, F offset) {
-    for (int64_t r = 0; r < taps.kernel[0]; ++r)
-        for (int64_t s = 0; s < taps.kernel[1]; ++s, ++to) {
-            const int64_t first = offset(r, s);
-            for (int64_t c = 0; c < channels; ++c) to[c * taps.size()] = int32_t(c * plane + first);
-        }
+void entry_offsets(const Schedule& s, Range strips, int64_t channels, int64_t plane, const Taps& taps, F offset,
+                   int32_t* to) {
+    std::vector<int32_t> columns(channels * taps.size());
+    for (int64_t tap = 0; tap < taps.size(); ++tap) {
+        const int64_t first = offset(tap / taps.kernel[1], tap % taps.kernel[1]);
+        for (int64_t c = 0; c < channels; ++c) columns[c * taps.size() + tap] = int32_t(c * plane + first);
+    }
+    for (int64_t tile = strips.begin * s.blocks; tile < strips.end * s.blocks; ++tile) {
+        const int32_t* first = columns.data() + tile % s.blocks * s.block;
+        for (int32_t k = s.tiles[tile].entry; k < s.tiles[tile + 1].entry; ++k) to[k] = first[s.entry_col[k]];
+    }
+}
+
+// Is the call's plan one for it, and are there values?
+inline bool has_plan(const ConvArgs& a, bool backward) {
+    return is_plan(a.plan, a.plan_size, a.out_channels, a.channels * a.taps->size(), a.nnz, backward, a.taps) &&
+           (!a.nnz || a.values);
 }

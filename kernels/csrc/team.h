@@ -11,6 +11,7 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#include <unistd.h>
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
@@ -80,11 +81,22 @@ class Company {
 };
 inline thread_local Company company;
 
+#ifdef _OPENMP
+// Whether this process was forked from one whose teams have run: OpenMP's threads stayed there, and a team would wait for
+// them forever.
+inline bool orphaned() {
+    static std::atomic<int64_t> first{0};
+    const int64_t own = getpid();
+    int64_t found = 0;
+    return !first.compare_exchange_strong(found, own) && found != own;
+}
+#endif
+
 // f() by a team of `threads`, just as many if `all`; false, with nothing done, where there is no company.
 template <class F>
 bool in_company(int64_t threads, bool all, F f) {
 #ifdef _OPENMP
-    if (threads < 2 || !company.wanted() || omp_in_parallel()) return false;
+    if (threads < 2 || !company.wanted() || omp_in_parallel() || orphaned()) return false;
     Meeting meeting;
     double met = 0;
 #pragma omp parallel num_threads(threads)
@@ -137,11 +149,13 @@ class Queue {
     std::atomic<int64_t> next_{0};
 };
 
+constexpr size_t kHugePage = 2 << 20;
+
 // Asks for huge pages in fresh memory that is about to be written: faulting in 4 KiB at a time costs a large
 // convolution as much as its arithmetic.
 inline void expect_writes(void* memory, int64_t bytes) {
 #ifdef __linux__
-    constexpr int64_t huge = 2 << 20;
+    constexpr int64_t huge = kHugePage;
     const int64_t address = reinterpret_cast<int64_t>(memory), begin = (address + huge - 1) / huge * huge;
     const int64_t length = (address + bytes - begin) / huge * huge;
     if (length > 0) madvise(reinterpret_cast<void*>(begin), length, MADV_HUGEPAGE);
@@ -155,9 +169,11 @@ class Scratch {  // per thread, grows, lives as long as the thread: fresh pages 
     T* get(size_t count) {
         if (count * sizeof(T) > size_) {
             std::free(memory_);
-            size_ = (count * sizeof(T) + 4095) / 4096 * 4096;
-            memory_ = std::aligned_alloc(64, size_);
+            const size_t bytes = count * sizeof(T), unit = bytes < kHugePage ? 4096 : kHugePage;
+            size_ = (bytes + unit - 1) / unit * unit;
+            memory_ = std::aligned_alloc(unit, size_);
             if (!memory_) std::abort();
+            expect_writes(memory_, size_);  // columns of a block are pages apart: huge ones need a hundredth of the TLB
         }
         return static_cast<T*>(memory_);
     }

@@ -10,14 +10,16 @@
 
 constexpr int kParked = 64;  // partial dot products held back and reduced together
 
-// Where a tile finds the row of an entry: packed rows follow each other; taps of a convolution have a table.
+// Where a tile finds the row of an entry: packed rows follow each other; entries of a convolution have an offset each.
 template <int WIDTH>
 struct Packed {
+    INLINE const uint16_t* entries(const Schedule& s, const Tile* tile) const { return s.entry_col + tile->entry; }
     INLINE int64_t operator()(uint16_t column) const { return int64_t(column) * WIDTH; }
 };
 struct Mapped {
-    const int32_t* offset;
-    INLINE int64_t operator()(uint16_t column) const { return offset[column]; }
+    const int32_t* offsets;  // of all entries of the schedule
+    INLINE const int32_t* entries(const Schedule&, const Tile* tile) const { return offsets + tile->entry; }
+    INLINE int64_t operator()(int32_t offset) const { return offset; }
 };
 
 // Independent sums per output vector, so that few registers per row still hide the latency of a multiply-add. A batch
@@ -38,7 +40,7 @@ template <class T, int R, bool IN_CSR, class Rows>
 void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x, Rows rows, T* y, int64_t ldy) {
     constexpr int W = kWidth<T>, U = kSums<R>;
     const Bucket* last = s.buckets + tile[1].bucket;
-    const uint16_t* col = s.entry_col + tile->entry;
+    const auto* col = rows.entries(s, tile);
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
         const int32_t length = b->length;
@@ -123,7 +125,7 @@ void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* g
     const int32_t* at = s.entry_value + tile->entry;
     Parked<T, IN_CSR> dots(gvalues, at, add);
     const Bucket* last = s.buckets + tile[1].bucket;
-    const uint16_t* col = s.entry_col + tile->entry;
+    const auto* col = rows.entries(s, tile);
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b)
         for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
@@ -169,7 +171,7 @@ void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, co
     constexpr int W = kWidth<T>;
     Parked<T, false> dots(gvalues, nullptr, add);
     const Bucket* last = s.buckets + tile[1].bucket;
-    const uint16_t* col = s.entry_col + tile->entry;
+    const auto* col = rows.entries(s, tile);
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b)
         for (const int32_t stop = segment + b->count; segment < stop; ++segment) {

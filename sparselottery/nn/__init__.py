@@ -2,6 +2,7 @@
 
 from .base import MaskedLayer
 from .conv import MaskedConv2d, geometry_of
+from .encoder import keep_from_fast_path
 from .executions import EXECUTIONS, NATIVE, Measured
 from .indices import IndexedLayer
 from .linear import MaskedLinear
@@ -19,5 +20,6 @@ __all__ = [
     "Measured",
     "count_packs",
     "geometry_of",
+    "keep_from_fast_path",
     "native_runs",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..pattern import Pattern, block_of
@@ -127,8 +128,27 @@ class ExecutedLayer(CheckpointedLayer):
             self._dense.follow(self.values)
 
     def _prepare_anew(self, changed: bool) -> None:
-        """Forgets what was made of the last pattern or type of device; if that `changed`, what was measured as well."""
+        """Forgets what was made of the last pattern or type of device; if that `changed`, what was measured as well.
+
+        Raises ValueError where all buffers were written to in place, and what is made of the indices now is not what
+        was written: so an average of all buffers shows, even if the indices that it has rounded are some pattern's.
+        """
+        known, before = self._known, dict(self._buffers)
         if changed and self.measured:
             self._execution = self.measured = None
         self.plan, self._mask_block = self._no_plan(), None
         self._prepare()
+        if all(before[name] is each and each._version != version for name, each, version in known) and not all(
+            _equal(before[name], self._buffers[name]) for name, *_ in known[2:]
+        ):
+            self._known = known  # so the next call is refused, too
+            self._buffers.update(before)
+            raise ValueError(self._unlike("plan: expected that of the indices, got another"))
+
+
+def _equal(written: Tensor, made: Tensor | None) -> bool:
+    """Up to numbers that fp32 rounds: an average of equal ones, which leaves the indices as they are, changes those."""
+    if made is None or made.shape != written.shape:
+        return False
+    exact = made.abs() < 2**24
+    return torch.equal(written[exact], made[exact])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pattern import Pattern
+from ..pattern import Pattern, matrix_shape
 
 _UNKNOWN = (("crow_indices", None, 0),)  # no layer has None there
 
@@ -87,12 +87,15 @@ class IndexedLayer(nn.Module):
             if pattern.nnz != nnz:
                 raise ValueError(f"col_indices: expected as many as values, {nnz}, got {pattern.nnz}")
         except ValueError as error:
-            raise ValueError(
-                f"{error}. These indices of a {type(self).__name__} of {shape} were never loaded, or were changed by "
-                "hand or averaged (AveragedModel: use_buffers=False): load_state_dict values and indices of a "
-                "converted model first"
-            ) from None
+            raise ValueError(self._unlike(error)) from None
         return pattern
+
+    def _unlike(self, why: ValueError | str) -> str:
+        return (
+            f"{why}. These indices of a {type(self).__name__} of {matrix_shape(self.shape)} were never loaded, or were "
+            "changed by hand or averaged (AveragedModel: use_buffers=False): load_state_dict values and indices of a "
+            "converted model first"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows its buffers if this layer does."""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ..pattern import Pattern, matrix_shape
 from .dense import traced
 from .indices import IndexedLayer
-from .tensor_calls import METADATA, REFUSED, for_one_call, of_copy, read_only
+from .tensor_calls import METADATA, REFUSED, holder_of, is_called_by, of_copy, read_only
 
 
 class Weight(Tensor):
@@ -86,6 +86,9 @@ class WeightedLayer(IndexedLayer):
     def __delattr__(self, name: str) -> None:
         if name == "weight":
             raise AttributeError("weight: expected to stay, as it is what `values` are at the mask; cannot be deleted")
+        if name == "values" and is_called_by("utils.parametrize", 1):  # it fails after this, the parameter gone
+            raise TypeError("torch.nn.utils.parametrize: expected a name other than 'values', which a ModuleDict has; "
+                            "torch.nn.utils.prune and forward pre-hooks can change the values")  # fmt: skip
         super().__delattr__(name)
 
 
@@ -236,7 +239,7 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
         raise TypeError(f"weight: expected a tensor, got {type(value).__name__}")
     if isinstance(value, Weight) and value._layer is not layer:
         raise TypeError("weight: expected a tensor, got the weight of another layer: assign its clone()")
-    if for_one_call(2):
+    if is_called_by("utils._named_member_accessor", 2):  # takes no assignment of a `weight` back
         raise TypeError("torch.func.functional_call: expected values of a masked layer, got its weight")
     if value.requires_grad and not isinstance(value, (nn.Parameter, Weight)):
         raise TypeError("weight: expected a Parameter or a tensor without gradient: see torch.func.functional_call")
@@ -246,6 +249,9 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
     if tuple(value.shape) != tuple(layer.shape) or value.device != values.device:
         expected, got = (f"{tuple(t)} on {d}" for t, d in ((layer.shape, values.device), (value.shape, value.device)))
         raise ValueError(f"weight: expected shape {expected}, got {got}")
+    if isinstance(value, nn.Parameter) and not isinstance(value, Weight) and (holder := holder_of(value)) is not None:
+        raise TypeError(f"weight: expected a tensor of its own, got the parameter of a {type(holder).__name__}, which "
+                        "a masked layer cannot share: assign its detach(), or tie them, then convert")  # fmt: skip
     with torch.no_grad():
         values.copy_(layer.pattern.gather(value.detach().flatten(1)))
     if isinstance(value, nn.Parameter):
@@ -289,6 +295,13 @@ def _set_grad(weight: Weight, grad: Tensor | None) -> None:
     layer.values.grad = None if grad is None else layer.pattern.gather(plain(grad).detach().flatten(1))
 
 
+def _get_grad_fn(weight: Weight, *args: Any) -> Any:
+    if is_called_by("modules.module", 2):  # register_parameter asks for it
+        raise TypeError("weight: expected to stay with its masked layer, got to be a parameter of a module: assign its "
+                        "detach().clone(), or tie the layers, then convert; prune by sparselottery.prune")  # fmt: skip
+    return _on_dense(Tensor.grad_fn.__get__, (weight, *args), {})
+
+
 def _requires_grad(weight: Weight) -> bool:
     return weight._values().requires_grad and not weight._detached
 
@@ -300,6 +313,7 @@ _SPECIAL: dict[Callable, Callable] = {
     Tensor.requires_grad_: _set_requires_grad,
     Tensor.is_leaf.__get__: lambda weight, *_: not _requires_grad(weight),
     Tensor.grad.__get__: lambda weight, *_: _get_grad(weight),
+    Tensor.grad_fn.__get__: _get_grad_fn,
     Tensor.grad.__set__: _set_grad,
     Tensor.data.__set__: _set_data,
     Tensor.__deepcopy__: of_copy(Tensor.__deepcopy__),

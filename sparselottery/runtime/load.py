@@ -16,7 +16,7 @@ from ..architecture import build
 from ..copying import copied
 from ..files import Contents, read, refusals_name
 from ..maskable import MASKED, unmaskable
-from ..nn import MaskedLayer
+from ..nn import MaskedLayer, keep_from_fast_path
 from .layer import FrozenLayer, runs_native
 from .sequential import FrozenSequential, Run
 from .tuning import choose_dense
@@ -155,7 +155,8 @@ def _frozen_layers(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.M
 
 
 def _prepare(net: nn.Module) -> None:
-    """Sequentials with frozen layers become frozen ones."""
+    """Sequentials with frozen layers become frozen ones, and encoders of torch call them."""
     for module in net.modules():
         if type(module) is nn.Sequential and any(isinstance(m, FrozenLayer) for m in module.modules()):
             module.__class__ = FrozenSequential
+    keep_from_fast_path(net)
