@@ -22,6 +22,7 @@ from . import ranks
 from .convert import dense_entries, masked_layers, masks_of, prunable
 from .files import Contents, json_copy, read_json, write, write_json
 from .masks import Granularity, Masks, as_mask, check, check_blocks, pools, prune_pools
+from .n_of_m import NofM
 from .nn.indices import Seen
 from .random_state import random_state_kept
 from .scores import Scores, at_random, by_given, by_magnitude, by_magnitude_of_survivors
@@ -167,9 +168,12 @@ def find_ticket(
     check_blocks(masks, chosen)
     recipe = {"fraction": fraction, **how, "rewind_step": rewind_step, "reset": reset, "settings": settings}
     recipe |= {"layers": {name: list(weight.shape) for name, weight in weights.items()}}
-    blocked = [pool for pool in chosen if pool.fraction and (pool.block != (1, 1) or pool.n_of_m)]
+    blocked = [pool for pool in chosen if pool.fraction and pool.block != (1, 1)]
     if blocked:  # else left out, so that runs begun before there were blocks go on
-        recipe["granularity"] = {name: str(pool.n_of_m or "") or pool.block for pool in blocked for name in pool.names}
+        grains = {name: pool.block for pool in blocked for name in pool.names}
+        recipe["granularity"] = {
+            name: str(grain) if isinstance(grain, NofM) else grain for name, grain in grains.items()
+        }
     state = dict(dense_entries(model))
     if lazy := [name for name, entry in state.items() if is_lazy(entry)]:
         raise ValueError(

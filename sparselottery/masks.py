@@ -37,13 +37,12 @@ SCOPES = ("layer", "global")
 class Pool(NamedTuple):
     """Blocks that compete: `fraction` of the surviving ones of all `names` together is removed.
 
-    n_of_m: of a layer alone, whose single weights compete within their groups only.
+    A layer with N:M is alone, and its single weights compete within their groups.
     """
 
     names: tuple[str, ...]
     fraction: float
-    block: Block = (1, 1)
-    n_of_m: NofM | None = None
+    block: Grain = (1, 1)
 
 
 def survivors(masks: Mapping[str, Tensor]) -> int:
@@ -73,10 +72,10 @@ def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"masks[{name!r}]: expected shape {expected}, got {got}")
 
 
-def grid_of(masks: Mapping[str, Tensor], name: str, block: Block) -> Tensor:
-    """Which blocks of a layer survive; its mask itself for (1, 1). ValueError if of any block only a part does."""
+def grid_of(masks: Mapping[str, Tensor], name: str, block: Grain) -> Tensor:
+    """Which blocks of a layer survive; for (1, 1) and N:M its mask. ValueError if of any block only a part does."""
     mask = masks[name]
-    if block == (1, 1):
+    if block == (1, 1) or isinstance(block, NofM):
         return mask
     counts = block_sums(mask, block)
     grid = counts > 0
@@ -166,12 +165,8 @@ def pools(
         if name not in own:
             together = scope == "global" and not isinstance(grains[name], NofM)
             groups.setdefault(grains[name] if together else name, []).append(name)
-    alone = [_pool((name,), rate, grains[name]) for name, rate in own.items()]
-    return alone + [_pool(tuple(group), float(fraction), grains[group[0]]) for group in groups.values()]
-
-
-def _pool(names: tuple[str, ...], fraction: float, grain: Grain) -> Pool:
-    return Pool(names, fraction, n_of_m=grain) if isinstance(grain, NofM) else Pool(names, fraction, grain)
+    alone = [Pool((name,), rate, grains[name]) for name, rate in own.items()]
+    return alone + [Pool(tuple(group), float(fraction), grains[group[0]]) for group in groups.values()]
 
 
 def granularities(names: Iterable[str], granularity: Granularity) -> dict[str, Grain]:
@@ -196,7 +191,7 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
     for pool in chosen:
         if pool.fraction == 0:
             continue
-        if pool.n_of_m:
+        if isinstance(pool.block, NofM):
             pruned |= {name: _within_groups(name, masks[name], pool, score(name, (1, 1))) for name in pool.names}
             continue
         before = [grid_of(masks, name, pool.block) for name in pool.names]
@@ -212,10 +207,10 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
 
 
 def _within_groups(name: str, mask: Tensor, pool: Pool, scores: Tensor) -> Tensor:
-    goes = fraction_of(mask, pool.n_of_m)
+    goes = fraction_of(mask, pool.block)
     if not math.isclose(goes, pool.fraction, abs_tol=1e-9):
-        raise ValueError(f"{name}: expected the fraction {goes:g}, which leaves {pool.n_of_m}, got {pool.fraction:g}")
-    return n_of_m(mask, scores, pool.n_of_m)
+        raise ValueError(f"{name}: expected the fraction {goes:g}, which leaves {pool.block}, got {pool.fraction:g}")
+    return n_of_m(mask, scores, pool.block)
 
 
 def rearrange(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparselottery import Pattern, masks, pieces
+from sparselottery import Pattern, pieces
 from sparselottery.lowest import lowest
 from sparselottery.masks import pools, prune_pools
 from sparselottery.pieces import divisible, keep, put, spans, take

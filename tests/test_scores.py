@@ -166,5 +166,5 @@ def test_what_is_not_n_of_m_is_refused(granularity):
 
 
 def test_a_fraction_that_leaves_something_else_is_refused():
-    with pytest.raises(ValueError, match="expected the fraction 0.5, which leaves 2:4, got 0.3"):
+    with pytest.raises(ValueError, match=r"expected the fraction 0\.5, which leaves 2:4, got 0\.3"):
         prune(net(), 0.3, granularity="2:4")
