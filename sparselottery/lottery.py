@@ -21,20 +21,11 @@ from torch.nn.parameter import is_lazy
 from . import ranks
 from .convert import dense_entries, masked_layers, masks_of, prunable
 from .files import Contents, json_copy, read_json, write, write_json
-from .masks import (
-    Granularity,
-    Masks,
-    as_mask,
-    at_random,
-    by_magnitude,
-    by_magnitude_of_survivors,
-    check,
-    check_blocks,
-    pools,
-    prune_pools,
-)
+from .masks import Granularity, Masks, as_mask, check, check_blocks, pools, prune_pools
+from .n_of_m import NofM
 from .nn.indices import Seen
 from .random_state import random_state_kept
+from .scores import Scores, at_random, by_given, by_magnitude, by_magnitude_of_survivors
 from .storable import check_storable
 from .ticket import Ticket, contents_of
 
@@ -48,6 +39,7 @@ def prune(
     masks: Mapping[str, Tensor] | None = None,
     *,
     method: str = "magnitude",
+    scores: Scores | Callable[[nn.Module], Scores] | None = None,
     scope: str = "layer",
     rates: Mapping[str, float] | None = None,
     output_fraction: float | None = None,
@@ -65,6 +57,8 @@ def prune(
         masks: what survives now, bool tensors keyed by parameter name ("fc1.weight"); layers not named are whole.
             None: the masks that the model was converted with; all True if it was not.
         method: "magnitude" removes the smallest |w|, of blocks the smallest mean |w|, "random" any.
+        scores: what takes the place of |w|, by layer: the lowest goes. A tensor of the weight's shape, or (n,) of the
+            survivors by index; or a function that makes them of the model: `sparselottery.saliency` has some.
         scope: "layer" takes `fraction` of each layer, "global" of all layers together, or if their granularity differs,
             of all with the same one.
         rates: fractions of single layers, by name or fnmatch pattern (the first that matches counts). Such a layer
@@ -72,13 +66,15 @@ def prune(
         output_fraction: the rate of the last layer; the paper takes half of `fraction` (App. G.4).
         ignore: names or patterns of layers to leave as they are.
         granularity: (R, C) removes whole blocks of R rows x C columns, of a convolution R filters x C channels at one
-            tap; the border of the weight may cut blocks off. A mapping gives it by name or pattern as `rates` does;
-            layers not named are (1, 1), single weights. The output layer is usually left so.
+            tap; the border of the weight may cut blocks off. "N:M" leaves N of each M weights that follow each other in
+            a row, of a convolution at consecutive channels: `fraction` says the same. A mapping gives it by name or
+            pattern as `rates` does; layers not named are (1, 1), single weights. The output layer is usually left so.
         generator: for "random"; None uses torch's.
     Returns a mask for every layer that `convert` can mask, in module order.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
-    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, and a mask that is
-    not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks.
+    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints or "N:M", a mask that
+    is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of another
+    shape, not finite or missing, and a fraction that does not leave N:M.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
@@ -86,7 +82,12 @@ def prune(
     masks = _complete(weights, masks_of(model) if masks is None else masks)
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity)
-    score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
+    if scores is not None:
+        if method != "magnitude":
+            raise ValueError(f"scores: expected none with method {method!r}, which does not read them")
+        score = by_given(scores(model) if callable(scores) else scores, masks)
+    else:
+        score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
     return prune_pools(masks, chosen, score)
 
 
@@ -97,6 +98,7 @@ def find_ticket(
     rounds: int,
     retrain: Callable[..., Mapping[str, Any] | None] | None = None,
     fraction: float = 0.2,
+    scores: Callable[[nn.Module], Scores] | None = None,
     rewind_step: int = 0,
     reset: bool = True,
     scope: str = "layer",
@@ -137,6 +139,8 @@ def find_ticket(
         rounds: how often to prune, at least 1.
         retrain: as `train`, in its place from round 1 on: with `reset=False` e.g. fine-tuning at a low learning rate.
         fraction, scope, rates, output_fraction, ignore, granularity: how to prune, by magnitude: see `prune`.
+        scores: a function of the trained model, whose result takes the place of magnitudes. It gets a new model with
+            the trained weights, converted, and with them alone: gradients it takes itself. Name it in `settings`.
         rewind_step: k, the step whose weights the survivors go back to; 0 is the initialisation.
         reset: False trains on from the pruned weights instead, and goes back to theta_k only in the ticket that is
             returned ("continued training", paper App. B).
@@ -166,7 +170,10 @@ def find_ticket(
     recipe |= {"layers": {name: list(weight.shape) for name, weight in weights.items()}}
     blocked = [pool for pool in chosen if pool.fraction and pool.block != (1, 1)]
     if blocked:  # else left out, so that runs begun before there were blocks go on
-        recipe["granularity"] = {name: pool.block for pool in blocked for name in pool.names}
+        grains = {name: pool.block for pool in blocked for name in pool.names}
+        recipe["granularity"] = {
+            name: str(grain) if isinstance(grain, NofM) else grain for name, grain in grains.items()
+        }
     state = dict(dense_entries(model))
     if lazy := [name for name, entry in state.items() if is_lazy(entry)]:
         raise ValueError(
@@ -206,8 +213,13 @@ def find_ticket(
         try:  # before anybody can change the trained weights, which are the model's own
             if number < rounds:
                 weights = theta.weights if reset else Ticket.from_contents(trained).weights
-                survivors = {layer: values for layer, (_, values) in trained.layers.items()}
-                score = by_magnitude_of_survivors(survivors, masks)
+                if scores is None:
+                    survivors = {layer: values for layer, (_, values) in trained.layers.items()}
+                    score = by_magnitude_of_survivors(survivors, masks)
+                else:
+                    with random_state_kept():
+                        score = by_given(scores(Ticket.from_contents(trained).apply(model)), masks)
+                    survivors = None
                 del done, trained  # a model's bytes or two
                 masks = prune_pools(masks, chosen, score)
                 # Read at the masks only: nothing need be set to zero.

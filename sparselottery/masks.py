@@ -22,22 +22,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pieces import count, divisible, put, scratch, spans, take
+from .lowest import lowest
+from .n_of_m import NofM, fraction_of, n_of_m
+from .pieces import count, put
 
 Masks = dict[str, Tensor]
 Block = tuple[int, int]
-Granularity = Block | Mapping[str, Block]  # of all layers, or by name or fnmatch pattern, the others being (1, 1)
+Grain = Block | NofM
+Granularity = Block | str | Mapping[str, Block | str]  # of all layers, or by name or pattern, the others being (1, 1)
 Score = Callable[[str, Block], Tensor]  # layer -> scores (n,) of its n surviving blocks, in order; the lowest go first
 SCOPES = ("layer", "global")
-SAMPLE = 2**16  # scores, of which it is learnt where to look for the k-th smallest
 
 
 class Pool(NamedTuple):
-    """Blocks that compete: `fraction` of the surviving ones of all `names` together is removed."""
+    """Blocks that compete: `fraction` of the surviving ones of all `names` together is removed.
+
+    A layer with N:M is alone, and its single weights compete within their groups.
+    """
 
     names: tuple[str, ...]
     fraction: float
-    block: Block = (1, 1)
+    block: Grain = (1, 1)
 
 
 def survivors(masks: Mapping[str, Tensor]) -> int:
@@ -67,45 +72,10 @@ def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"masks[{name!r}]: expected shape {expected}, got {got}")
 
 
-def lowest(scores: Tensor, k: int) -> Tensor:
-    """Bool (n,), True at exactly the k lowest of `scores` (n,); among equal scores the first by index. O(n) time."""
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if divisible(scores) and scores.dtype in (torch.float32, torch.float64):  # NumPy compares and selects faster
-        return torch.from_numpy(_lowest(scores.numpy(), k))
-    threshold = scores.kthvalue(k).values
-    chosen = scores < threshold
-    chosen[(scores == threshold).nonzero().squeeze(1)[: k - count(chosen)]] = True
-    return chosen
-
-
-def _lowest(scores: np.ndarray, k: int) -> np.ndarray:
-    """As `lowest`, in one pass: the k-th is looked for only between two scores that a sample puts around it."""
-    sample = np.sort(scores[:: -(-len(scores) // SAMPLE)])
-    rank, margin = k / len(scores) * len(sample), 4 * len(sample) ** 0.5  # eight standard deviations or more
-    low = sample[int(rank - margin)] if rank >= margin else -np.inf
-    high = sample[int(rank + margin)] if rank + margin < len(sample) else np.inf
-    chosen, below, between = np.empty(len(scores), dtype=bool), 0, []
-    for span in spans(len(scores)):
-        part, lower = scores[span], chosen[span]
-        np.less(part, low, out=lower)
-        below += np.count_nonzero(lower)
-        between.append(np.flatnonzero((part <= high) ^ lower) + span.start)
-    places = np.concatenate(between)
-    if not below < k <= below + len(places):  # the sample misled, as of scores in a repeated order
-        chosen[:], below, places = False, 0, np.arange(len(scores))
-    near = scores[places]
-    threshold = np.partition(near, k - below - 1)[k - below - 1]
-    lower = places[near < threshold]
-    chosen[lower] = True
-    chosen[places[near == threshold][: k - below - len(lower)]] = True
-    return chosen
-
-
-def grid_of(masks: Mapping[str, Tensor], name: str, block: Block) -> Tensor:
-    """Which blocks of a layer survive; its mask itself for (1, 1). ValueError if of any block only a part does."""
+def grid_of(masks: Mapping[str, Tensor], name: str, block: Grain) -> Tensor:
+    """Which blocks of a layer survive; for (1, 1) and N:M its mask. ValueError if of any block only a part does."""
     mask = masks[name]
-    if block == (1, 1):
+    if block == (1, 1) or isinstance(block, NofM):
         return mask
     counts = block_sums(mask, block)
     grid = counts > 0
@@ -142,54 +112,6 @@ def block_sums(tensor: Tensor, block: Block) -> Tensor:
     return by_column.unflatten(0, (padded.shape[0] // height, height)).sum((1, 3))
 
 
-def by_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """The blocks with the smallest mean |w| go first; see `by_score`."""
-
-    def magnitudes(name: str) -> Tensor:
-        copy = take(weights[name].detach().to(masks[name].device), masks[name])
-        return copy.abs() if copy.is_complex() else copy.abs_()
-
-    return _by_mean(magnitudes, masks)
-
-
-def by_magnitude_of_survivors(values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """As `by_magnitude`, given the weights (n,) of a layer that survive, by index, alone."""
-
-    def magnitudes(name: str) -> Tensor:
-        alive = values[name].detach().to(masks[name].device)
-        return alive.abs() if alive.is_complex() else torch.abs(alive, out=scratch(len(alive), alive))
-
-    return _by_mean(magnitudes, masks)
-
-
-def by_score(score_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """The blocks with the smallest mean score go first. By their sums, those that the border cuts off would.
-
-    score_of: layer -> scores of its single weights, of its mask's shape. The mean is float64, so that blocks of equal
-    float32 scores tie, whatever their sizes. The result raises ValueError for a layer with survivors that are not
-    finite.
-    """
-    return _by_mean(lambda name: take(score_of(name).to(masks[name].device), masks[name]), masks)
-
-
-def _by_mean(alive_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """As `by_score`. alive_of: layer -> new scores (n,) of the weights that survive, by index."""
-
-    def score(name: str, block: Block = (1, 1)) -> Tensor:
-        mask, alive = masks[name], alive_of(name)
-        if alive.numel() and not all(map(math.isfinite, map(float, alive.aminmax()))):
-            bad = int(alive.isfinite().logical_not_().count_nonzero())
-            raise ValueError(f"{name}: expected finite weights, got {bad} that are nan or inf")
-        if block == (1, 1):
-            return alive
-        scores = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-        sums = block_sums(scores.masked_scatter_(mask, alive.double()), block)
-        counts = block_sums(mask, block)
-        return (sums / counts)[counts > 0]
-
-    return score
-
-
 def to_counts(masks: Mapping[str, Tensor], chosen: Iterable[Pool], like: Mapping[str, Tensor]) -> list[Pool]:
     """The pools with the fractions that leave each of them as many surviving blocks of `masks` as `like` has in it.
 
@@ -204,17 +126,6 @@ def to_counts(masks: Mapping[str, Tensor], chosen: Iterable[Pool], like: Mapping
             raise ValueError(f"{', '.join(pool.names)}: expected at most {before} survivors, got {after}")
         exact.append(pool._replace(fraction=(before - after) / max(before, 1)))
     return exact
-
-
-def at_random(masks: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Score:
-    """Any go first. Scores are float64, so that ties (broken by index, hence not random) all but never occur."""
-
-    def score(name: str, block: Block = (1, 1)) -> Tensor:
-        count = int(grid_of(masks, name, block).sum())
-        scores = torch.rand(count, dtype=torch.float64, generator=generator, device=_device(generator))
-        return scores.to(masks[name].device)
-
-    return score
 
 
 def pools(
@@ -248,25 +159,26 @@ def pools(
         own[names[-1]] = float(output_fraction)
     for pattern in ignore:
         own.update(dict.fromkeys(_matching("ignore", pattern, names), 0.0))
-    blocks = granularities(names, granularity)
+    grains = granularities(names, granularity)
     groups: dict[object, list[str]] = {}
     for name in names:
         if name not in own:
-            groups.setdefault(blocks[name] if scope == "global" else name, []).append(name)
-    alone = [Pool((name,), rate, blocks[name]) for name, rate in own.items()]
-    return alone + [Pool(tuple(group), float(fraction), blocks[group[0]]) for group in groups.values()]
+            together = scope == "global" and not isinstance(grains[name], NofM)
+            groups.setdefault(grains[name] if together else name, []).append(name)
+    alone = [Pool((name,), rate, grains[name]) for name, rate in own.items()]
+    return alone + [Pool(tuple(group), float(fraction), grains[group[0]]) for group in groups.values()]
 
 
-def granularities(names: Iterable[str], granularity: Granularity) -> dict[str, Block]:
-    """The block of each layer, by the first pattern that matches; ValueError or TypeError for what is not (R, C)."""
+def granularities(names: Iterable[str], granularity: Granularity) -> dict[str, Grain]:
+    """The grain of each layer, by the first pattern that matches; raises for what is neither (R, C) nor "N:M"."""
     if not isinstance(granularity, Mapping):
-        return dict.fromkeys(names, _checked_block("granularity", granularity))
-    names, blocks = list(names), {}
-    for pattern, block in granularity.items():
-        block = _checked_block(f"granularity[{pattern!r}]", block)
+        return dict.fromkeys(names, _checked_grain("granularity", granularity))
+    names, grains = list(names), {}
+    for pattern, grain in granularity.items():
+        grain = _checked_grain(f"granularity[{pattern!r}]", grain)
         for name in _matching("granularity", pattern, names):
-            blocks.setdefault(name, block)
-    return {name: blocks.get(name, (1, 1)) for name in names}
+            grains.setdefault(name, grain)
+    return {name: grains.get(name, (1, 1)) for name in names}
 
 
 def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Score) -> Masks:
@@ -278,6 +190,9 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
     pruned = {}
     for pool in chosen:
         if pool.fraction == 0:
+            continue
+        if isinstance(pool.block, NofM):
+            pruned |= {name: _within_groups(name, masks[name], pool, score(name, (1, 1))) for name in pool.names}
             continue
         before = [grid_of(masks, name, pool.block) for name in pool.names]
         counts = [count(grid) for grid in before]
@@ -291,6 +206,13 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
     return {name: pruned[name] if name in pruned else mask.clone() for name, mask in masks.items()}
 
 
+def _within_groups(name: str, mask: Tensor, pool: Pool, scores: Tensor) -> Tensor:
+    goes = fraction_of(mask, pool.block)
+    if not math.isclose(goes, pool.fraction, abs_tol=1e-9):
+        raise ValueError(f"{name}: expected the fraction {goes:g}, which leaves {pool.block}, got {pool.fraction:g}")
+    return n_of_m(mask, scores, pool.block)
+
+
 def rearrange(
     masks: Mapping[str, Tensor], generator: torch.Generator | None = None, granularity: Granularity = (1, 1)
 ) -> Masks:
@@ -301,12 +223,13 @@ def rearrange(
     that the border cuts off stays at the border. Raises ValueError for a mask that has not whole blocks.
     """
     rearranged = {}
-    for name, block in granularities(masks, granularity).items():
+    for name, grain in granularities(masks, granularity).items():
+        block = (1, 1) if isinstance(grain, NofM) else grain
         mask, grid = masks[name], grid_of(masks, name, block)
         flat = grid.flatten()
         moved = flat.clone()
         for same in _places_by_size(mask, block):
-            order = torch.randperm(len(same), generator=generator, device=_device(generator))
+            order = torch.randperm(len(same), generator=generator, device=generator_device(generator))
             moved[same] = flat[same[order.to(mask.device)]]
         rearranged[name] = mask_of(moved.view(grid.shape), block, mask.shape)
     return rearranged
@@ -320,7 +243,7 @@ def _places_by_size(mask: Tensor, block: Block) -> list[Tensor]:
     return [(sizes == size).nonzero().squeeze(1) for size in sizes.unique()]
 
 
-def _device(generator: torch.Generator | None) -> torch.device:
+def generator_device(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
@@ -331,9 +254,13 @@ def _check_fraction(what: str, value: float) -> None:
         raise ValueError(f"{what}: expected a value in [0, 1), got {value}")
 
 
-def _checked_block(what: str, block: Block) -> Block:
+def _checked_grain(what: str, block: Block | NofM | str) -> Grain:
+    if isinstance(block, NofM):
+        return block
+    if isinstance(block, str):
+        return NofM.read(what, block)
     if not isinstance(block, Sequence) or len(block) != 2 or not all(isinstance(side, Integral) for side in block):
-        raise TypeError(f"{what}: expected (rows, columns), two ints, got {block!r}")
+        raise TypeError(f"{what}: expected two ints, rows and columns, or N:M, got {block!r}")
     if min(block) < 1:
         raise ValueError(f"{what}: expected at least (1, 1), got {block!r}")
     return int(block[0]), int(block[1])

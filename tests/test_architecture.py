@@ -16,12 +16,14 @@ MAX_LINES = 400
 # A module imports from the lines above its own only. A new module gets a place here.
 LAYERS = [
     {"started", "kernels", "pieces", "timing", "graphs", "random_state", "ranks", "copying"},
-    {"masks", "pattern"},
+    {"lowest", "n_of_m", "pattern"},
+    {"masks"},
+    {"scores"},
     {"ops", "info"},
     {"nn"},
     {"architecture", "execution", "maskable", "storable", "weight_decay"},
     {"convert", "explain", "files"},
-    {"moves", "ticket"},
+    {"moves", "saliency", "ticket"},
     {"export", "interop", "lottery", "runtime"},
     {"bench_model"},
     {"__init__"},

@@ -17,8 +17,9 @@ from torch import nn
 
 from sparselottery import Pattern, Ticket, find_ticket, prune
 from sparselottery.convert import convert
-from sparselottery.masks import at_random, by_magnitude, mask_of, pools, prune_pools, rearrange, survivors
+from sparselottery.masks import mask_of, pools, prune_pools, rearrange, survivors
 from sparselottery.pattern import block_of
+from sparselottery.scores import at_random, by_magnitude
 
 SIDES = st.integers(1, 4)
 

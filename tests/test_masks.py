@@ -5,17 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sparselottery.masks import (
-    as_mask,
-    at_random,
-    by_magnitude,
-    check,
-    lowest,
-    pools,
-    prune_pools,
-    rearrange,
-    survivors,
-)
+from sparselottery.lowest import lowest
+from sparselottery.masks import as_mask, check, pools, prune_pools, rearrange, survivors
+from sparselottery.scores import at_random, by_magnitude
 
 LENET = {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}
 NAMES = ["conv.fc1.weight", "conv.fc2.weight", "head.weight"]
@@ -159,7 +151,7 @@ def test_pools_of_their_own(scope):
         ({"ignore": ["head"]}, ValueError, "ignore: .*'head', which matches none"),
         ({"ignore": "head.weight"}, TypeError, "ignore: expected a sequence of names"),
         ({"scope": "block"}, ValueError, "scope: expected one of .*'block'"),
-        ({"granularity": "16x16"}, TypeError, r"granularity: expected \(rows, columns\), two ints, got '16x16'"),
+        ({"granularity": "16x16"}, ValueError, r"granularity: expected N:M with 1 <= N < M, got '16x16'"),
         ({"granularity": 16}, TypeError, "granularity: expected"),
         ({"granularity": (16, 16, 1)}, TypeError, "granularity: expected"),
         ({"granularity": {"head*": (4, 1.5)}}, TypeError, r"granularity\['head\*'\]: expected .*got \(4, 1\.5\)"),

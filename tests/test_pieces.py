@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sparselottery import Pattern, masks, pieces
-from sparselottery.masks import by_magnitude, lowest, pools, prune_pools
+from sparselottery import Pattern, pieces
+from sparselottery.lowest import lowest
+from sparselottery.masks import pools, prune_pools
 from sparselottery.pieces import divisible, keep, put, spans, take
+from sparselottery.scores import by_magnitude
 
 
 @pytest.fixture(autouse=True, params=[1, 7, 40])
@@ -84,7 +86,7 @@ def test_pruning_in_pieces():
 @pytest.mark.parametrize("of", ["few", "repeated", "ties", "all"])
 def test_a_sample_that_misleads_finds_the_same(of, monkeypatch):
     """Where every fifth score is seen, and these are the smallest, the largest, equal or as all are."""
-    monkeypatch.setattr(masks, "SAMPLE", 40)
+    monkeypatch.setattr("sparselottery.lowest.SAMPLE", 40)
     scores = torch.randn(200, generator=torch.Generator().manual_seed(0))
     scores[::5] += {"few": -9, "repeated": 9, "ties": 0, "all": 0}[of]
     if of == "ties":

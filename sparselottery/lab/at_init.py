@@ -1,7 +1,7 @@
 """Masks before training: how important each weight of a net is by SNIP, GraSP and SynFlow.
 
 Scores are dicts like those of masks: {"fc1.weight": tensor of the weight's shape}, for every layer that `convert` can
-mask; the lowest are to go first (`masks.by_score`). The net is dense and is left as it is.
+mask; the lowest are to go first (`scores.by_score`). The net is dense and is left as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..convert import prunable
-from ..masks import Masks, Pool, by_score, prune_pools, to_counts
+from ..masks import Masks, Pool, prune_pools, to_counts
+from ..scores import by_score
 
 Scores = dict[str, Tensor]
 TEMPERATURE = 200.0  # of the softmax in GraSP, as in its authors' code

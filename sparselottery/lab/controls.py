@@ -14,19 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import dense_state
-from ..masks import (
-    Masks,
-    Pool,
-    Score,
-    at_random,
-    by_magnitude,
-    by_score,
-    granularities,
-    pools,
-    prune_pools,
-    rearrange,
-    to_counts,
-)
+from ..masks import Masks, Pool, Score, granularities, pools, prune_pools, rearrange, to_counts
+from ..scores import at_random, by_magnitude, by_score
 from ..ticket import Ticket
 from . import at_init
 

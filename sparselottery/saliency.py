@@ -1,0 +1,58 @@
+"""How important each weight of a model is, for `prune(..., scores=...)`: the lowest go first.
+
+Each function returns {"fc1.weight": scores}: of a masked layer (n,), of its survivors by index; of a dense one of the
+weight's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .convert import masked_layers, prunable
+
+
+def taylor(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]) -> dict[str, Tensor]:
+    """|w g|: how much the loss changes, to first order, without the weight (Molchanov et al. 2017, eq. 7).
+
+        scores = taylor(model, [(x, y)], lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+
+    g: the gradient of the sum of loss(model, batch) over `batches`. `.grad` of the parameters is left as it is.
+    Raises ValueError if there is no batch.
+    """
+    weights, gradients = _weights(model), {}
+    for found in _gradients(model, weights, batches, loss):
+        gradients = {name: gradients[name] + g if gradients else g for name, g in found.items()}
+    return {name: (weight.detach() * gradients[name]).abs_() for name, weight in weights.items()}
+
+
+def fisher(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]) -> dict[str, Tensor]:
+    """w² Σ g²: the loss without the weight to second order, by the empirical Fisher (Theis et al. 2018, eq. 5).
+
+    g: the gradient of loss(model, batch), of each batch by itself: batches of one sample give the Fisher information.
+    """
+    weights, squares = _weights(model), {}
+    for found in _gradients(model, weights, batches, loss):
+        squares = {name: squares[name] + g * g if squares else g * g for name, g in found.items()}
+    return {name: weight.detach() ** 2 * squares[name] for name, weight in weights.items()}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    masked = {name: layer.values for name, layer in masked_layers(model).items()}
+    return {name: masked[name] if name in masked else model.get_parameter(name) for name in prunable(model)}
+
+
+def _gradients(model: nn.Module, weights: dict, batches: Iterable, loss: Callable):
+    none = True
+    for batch in batches:
+        none = False
+        with torch.enable_grad():
+            found = torch.autograd.grad(loss(model, batch), list(weights.values()), allow_unused=True)
+        yield {
+            name: torch.zeros_like(w) if g is None else g.detach()
+            for (name, w), g in zip(weights.items(), found, strict=True)
+        }
+    if none:
+        raise ValueError("batches: expected at least one, got none")
