@@ -1,17 +1,16 @@
 // The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward and backward, each in one parallel region.
 //
-// Nothing is written by two threads, and no sum depends on how many there are. T is what sums are taken in, S what tensors
-// are stored in: the same, or 16 bits, which are widened when they are packed or put into order, and rounded on their way back.
+// Nothing is written by two threads, and no sum depends on how many there are. T is what sums are taken in, S what
+// tensors are stored in: the same, or 16 bits, widened when packed or put into order, and rounded on their way back.
 #include <vector>
 
-#include "chain.h"
+#include "chain_tiles.h"
 #include "layer.h"
 
 namespace {
 
 using Args = ChainArgs;
 using Layer = ChainLayer;
-using Matrix = ChainMatrix;
 
 struct FrozenLayer {  // mirrored in cpu_net.py
     const int32_t* plan;
@@ -25,49 +24,6 @@ struct Frozen {  // mirrored in cpu_net.py; its layers follow
 thread_local Scratch scratch;    // of a thread: a strip's output
 thread_local Scratch ordered;    // the caller's: values and their gradients in the order of tiles
 thread_local Scratch workspace;  // the caller's: packed activations that nobody keeps
-
-template <class T, class S>
-constexpr bool kNarrow = sizeof(S) < sizeof(T);
-
-// Tile i of x, some of its features -> packed.
-template <class T, class S>
-void pack_tile(const Matrix& x, int64_t batch, int64_t features, int64_t i, Range some, T* packed) {
-    const BatchTiles<T> tiles(batch);
-    const int64_t begin = tiles.begin(i), width = tiles.width(i);
-    const S* first = static_cast<const S*>(x.data) + begin * (x.batch_minor ? 1 : x.stride);
-    (x.batch_minor ? repack<T, S> : pack<T, S>)(first, x.stride, std::min(batch - begin, width), some.begin, some.end,
-                                          tiles.of(packed, features, i), width, width);
-}
-
-// Rows [row, row + rows) of tile i, packed -> y; a batch-minor one to its last column.
-template <class T, class S>
-void unpack_rows(const T* packed, int64_t batch, int64_t i, int64_t row, int64_t rows, const Matrix& y) {
-    const BatchTiles<T> tiles(batch);
-    const int64_t begin = tiles.begin(i), width = tiles.width(i);
-    S* to = static_cast<S*>(y.data);
-    if (!y.batch_minor)
-        return unpack<T, S>(packed, width, rows, std::min(width, batch - begin), to + begin * y.stride + row, y.stride);
-    const int64_t end = i + 1 == tiles.count ? y.stride : begin + width;
-    for (int64_t r = 0; r < rows; ++r) {
-        S* out = to + (row + r) * y.stride;
-        std::copy_n(packed + r * width, width, out + begin);
-        std::fill(out + begin + width, out + end, S(0));
-    }
-}
-
-// Features `some` of a layer's input, tile i: to what is kept of it in 16 bits, or from there if `back`.
-template <class T, class S>
-void keep(const Layer& layer, int64_t batch, int64_t features, int64_t i, Range some, bool back) {
-    if constexpr (kNarrow<T, S>) {
-        if (!layer.kept) return;
-        const BatchTiles<T> tiles(batch);
-        const int64_t width = tiles.width(i), count = (some.end - some.begin) * width;
-        T* input = tiles.of(static_cast<T*>(layer.input), features, i) + some.begin * width;
-        S* kept = tiles.of(static_cast<S*>(layer.kept), features, i) + some.begin * width;
-        for (int64_t k = 0; k < count; k += kWidth<T>)
-            back ? store<T>(input + k, load<T>(kept + k)) : store<T>(kept + k, load<T>(input + k));
-    }
-}
 
 // Σ values * x[columns], in scalar chains: they keep up with memory, and gathers are no faster.
 template <class T, class S, class Index>
@@ -130,9 +86,9 @@ void forward(const Args& a, const Layer* layers) {
                 const Schedule s = read_plan(layers[l].plan).forward;
                 const Range strips = share(s.strips, thread_index(), team_size());
                 to_order<false>(s, strips, static_cast<const S*>(layers[l].values), values + first_entry(s, strips.begin));
-                const Range rows = share(narrow && layers[l].bias ? s.rows : 0, thread_index(), team_size());
-                std::copy(static_cast<const S*>(layers[l].bias) + rows.begin, static_cast<const S*>(layers[l].bias) + rows.end,
-                          values + layers[l].nnz + rows.begin);
+                const S* bias = static_cast<const S*>(layers[l].bias);
+                const Range rows = share(narrow && bias ? s.rows : 0, thread_index(), team_size());
+                std::copy(bias + rows.begin, bias + rows.end, values + layers[l].nnz + rows.begin);
             }
             barrier();
         }
@@ -178,7 +134,8 @@ struct Backward {
     Backward(const Layer& layer, bool input, bool once)
         : layer(layer), input(input), in_csr(!kNarrow<T, S> && once && input && layer.gvalues),
           s(input ? read_plan(layer.plan).transpose() : read_plan(layer.plan).forward),
-          strips(input || layer.gvalues ? s.strips : 0), entries((in_csr ? 0 : 2 * layer.nnz) + (kNarrow<T, S> ? layer.rows : 0)),
+          strips(input || layer.gvalues ? s.strips : 0),
+          entries((in_csr ? 0 : 2 * layer.nnz) + (kNarrow<T, S> ? layer.rows : 0)),
           values(static_cast<const S*>(layer.values)), gvalues(static_cast<S*>(layer.gvalues)) {}
     // For one tile of the batch: its first or last, or one between. memory: `entries`, which the tiles share.
     void strip(int64_t strip, const T* gy, const T* x, T* gx, T* memory, bool first, bool last, int64_t width,
@@ -294,7 +251,7 @@ EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>
 
 // Packed x -> y (batch, features), row-major.
 EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y) {
-    const Matrix to{y, features, 0};
+    const ChainMatrix to{y, features, 0};
     const auto all = [&](auto* x) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
         const BatchTiles<T> tiles(batch);
@@ -320,7 +277,7 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
     for (int64_t l = 0; l < chain->layers; ++l) {
         const FrozenLayer& f = frozen[l];
         const Plan plan = read_plan(f.plan);
-        layers[l] = {f.plan, 0, plan.out_features, plan.nnz, f.values, f.bias, at, nullptr, nullptr, nullptr};
+        layers[l] = {f.plan, 0, plan.out_features, plan.nnz, f.values, f.bias, at, nullptr, nullptr, nullptr, nullptr};
         at += plan.in_features * columns;
     }
     const int64_t in = read_plan(frozen[0].plan).in_features, out = layers.back().rows;
