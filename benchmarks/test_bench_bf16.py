@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 def step(model: nn.Module, x: Tensor, masks: dict[str, Tensor], dtype: torch.dtype | None) -> Candidate:
-    """Forward, under autocast if a dtype is given, and backward; leaves the gradients of x and of the pruned weights."""
+    """Forward, under autocast if a dtype is given, and backward: gradients of x and of the pruned weights."""
     x = x.clone().requires_grad_()
     parameters = dict(model.named_parameters())
 
