@@ -233,12 +233,12 @@ bool are_plans(const Args& a, const Layer* layers, bool backward) {
     return true;
 }
 
-// f(T, S) for tensors of this kind.
+// f(T, S) for tensors of this element type.
 template <class F>
-void of_kind(int64_t kind, F f) {
-    if (kind == FLOAT64) f(double(), double());
-    else if (kind == FLOAT32) f(float(), float());
-    else if (kind == BFLOAT16) f(float(), Bfloat16());
+void of_element(int64_t element, F f) {
+    if (element == FLOAT64) f(double(), double());
+    else if (element == FLOAT32) f(float(), float());
+    else if (element == BFLOAT16) f(float(), Bfloat16());
     else f(float(), Float16());
 }
 
@@ -262,7 +262,7 @@ EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t bat
 
 EXPORT int64_t sparselottery_chain_forward(const Args* args, const Layer* layers) {
     if (!are_plans(*args, layers, false)) return NO_PLAN;
-    of_kind(args->kind, [&](auto sum, auto stored) { forward<decltype(sum), decltype(stored)>(*args, layers); });
+    of_element(args->element, [&](auto sum, auto stored) { forward<decltype(sum), decltype(stored)>(*args, layers); });
     return DONE;
 }
 
@@ -287,6 +287,6 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
 
 EXPORT int64_t sparselottery_chain_backward(const Args* args, const Layer* layers) {
     if (!are_plans(*args, layers, true)) return NO_PLAN;
-    of_kind(args->kind, [&](auto sum, auto stored) { backward<decltype(sum), decltype(stored)>(*args, layers); });
+    of_element(args->element, [&](auto sum, auto stored) { backward<decltype(sum), decltype(stored)>(*args, layers); });
     return DONE;
 }

@@ -1,10 +1,10 @@
 // A call on a chain of layers: filled by python_chain.cpp and for frozen nets, read by chain.cpp.
 //
-// Tensors are of one kind. What is packed is of fp64 or fp32, in which sums are taken; 16 bits are for what is kept.
+// Tensors are of one element type. What is packed is of fp64 or fp32, in which sums are taken; 16 bits are for what is kept.
 #pragma once
 #include <cstdint>
 
-enum Kind : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Element : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 struct ChainLayer {
     const int32_t* plan;
@@ -22,7 +22,7 @@ struct ChainMatrix {  // the caller's, (batch, features)
 };
 
 struct ChainArgs {
-    int64_t kind, threads, layers, batch, features;
+    int64_t element, threads, layers, batch, features;
     ChainMatrix x, y;   // forward: input and output; backward: gy, and gx, whose data is null where not needed
     ChainMatrix input;  // backward: x, where forward did not save it
     void* packed_gy;    // backward: gy is packed to here

@@ -115,17 +115,17 @@ Numbers<D> shape(PyObject* tensor) {
     return Numbers<D>(Object(PyObject_GetAttr(tensor, known.shape)));
 }
 
-inline Kind kind_of(PyObject* dtype) {
-    for (const auto& [known_dtype, kind] : {std::pair(known.float32, FLOAT32), std::pair(known.float64, FLOAT64),
+inline Element element_of(PyObject* dtype) {
+    for (const auto& [known_dtype, element] : {std::pair(known.float32, FLOAT32), std::pair(known.float64, FLOAT64),
                                             std::pair(known.bfloat16, BFLOAT16), std::pair(known.float16, FLOAT16)})
-        if (dtype == known_dtype) return kind;
+        if (dtype == known_dtype) return element;
     throw Unfit();
 }
 
 // A matrix (N, I) on the CPU, as it stands, or a copy where its strides are none we read.
 struct Matrix {
     explicit Matrix(PyObject* tensor) : held(Py_NewRef(tensor)), dtype(PyObject_GetAttr(tensor, known.dtype)) {
-        kind = kind_of(dtype.get());
+        element = element_of(dtype.get());
         if (!is(tensor, known.is_cpu, Py_True)) throw Unfit();
         const Numbers<2> size = shape<2>(tensor);
         const Numbers<2> strides(Object(PyObject_CallMethodNoArgs(tensor, known.stride)));
@@ -142,9 +142,9 @@ struct Matrix {
         as.data = address(held.get());
     }
     Object held, dtype;
-    bool narrow() const { return kind == BFLOAT16 || kind == FLOAT16; }
-    int64_t size() const { return kind == FLOAT64 ? 8 : 4; }  // bytes of a number that is computed with
-    Kind kind;
+    bool narrow() const { return element == BFLOAT16 || element == FLOAT16; }
+    int64_t size() const { return element == FLOAT64 ? 8 : 4; }  // bytes of a number that is computed with
+    Element element;
     bool packed;
     int64_t rows, columns;
     ChainMatrix as;

@@ -80,7 +80,7 @@ Output run(const Matrix& x, Chain& chain, bool batch_minor, bool save, int64_t t
     char* room = own ? static_cast<char*>(sparselottery_workspace(own)) : nullptr;
     chain.place(room, save ? static_cast<char*>(address(out.saved.get())) : nullptr, single);
     const ChainMatrix y{address(out.y.get()), batch_minor ? leading_dim(x.rows) : width, batch_minor};
-    const ChainArgs args{x.kind, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr};
+    const ChainArgs args{x.element, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr};
     int64_t code;
     {
         const Unlocked unlocked;
@@ -211,7 +211,7 @@ Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain
         if (l) layer.ginput = ginput, ginput += chain.width(l) * feature;
     }
     const ChainMatrix gx{needs.x ? address(out.x.get()) : nullptr, x.packed ? ld : x.columns, x.packed};
-    const ChainArgs args{x.kind, threads, layers, x.rows, x.columns, gy.as, gx, x.packed ? x.as : ChainMatrix{},
+    const ChainArgs args{x.element, threads, layers, x.rows, x.columns, gy.as, gx, x.packed ? x.as : ChainMatrix{},
                          packed_gy};
     int64_t code;
     {
