@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -42,8 +43,8 @@ INLINE Four four(const float* x, const Index* c) {
     }
 }
 
-template <class T, class Index>
-INLINE void expect_entries(const T* values, const Index* columns) {
+template <class S, class Index>
+INLINE void expect_entries(const S* values, const Index* columns) {
     __builtin_prefetch(values + kStream);
     __builtin_prefetch(columns + kStream);
 }
@@ -76,13 +77,13 @@ __attribute__((noinline)) void dot(const T* values, const Index* columns, int64_
     *y = total;
 }
 
-// The same of samples 0 to kFew - 1, to y[0] to y[kFew - 1].
-template <class T, class Index>
-__attribute__((noinline)) void dot_few(const T* values, const Index* columns, int64_t n, const T* x, T* y) {
+// The same of samples 0 to kFew - 1, to y[0] to y[kFew - 1]. S: what values are stored in.
+template <class T, class S, class Index>
+__attribute__((noinline)) void dot_few(const S* values, const Index* columns, int64_t n, const T* x, T* y) {
     typedef T V __attribute__((vector_size(kFew * sizeof(T)), aligned(sizeof(T)), may_alias));
     V acc[4] = {};
     const auto entry = [&](int64_t k, V& to) __attribute__((always_inline)) {
-        to += values[k] * *reinterpret_cast<const V*>(x + int64_t(kFew) * columns[k]);
+        to += T(values[k]) * *reinterpret_cast<const V*>(x + int64_t(kFew) * columns[k]);
     };
     int64_t k = 0;
     for (; k + 8 <= n; k += 8) {
@@ -126,16 +127,18 @@ inline bool gathers() {
 }
 #endif
 
-template <class T, class Index>
-using Dot = void (*)(const T*, const Index*, int64_t, const T*, T*);
+template <class T, class S, class Index>
+using Dot = void (*)(const S*, const Index*, int64_t, const T*, T*);
 
-// The kernel for so many samples.
-template <class T, class Index>
-inline Dot<T, Index> dot_of(int64_t samples) {
-    if (samples > 1) return dot_few<T, Index>;
+// The kernel for activations of so many lanes, 1 or kFew; of one only where values are stored in T.
+template <class T, class S, class Index>
+inline Dot<T, S, Index> dot_of(int64_t lanes) {
+    if constexpr (std::is_same_v<T, S>) {
 #if VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 4)
-        if (gathers()) return dot_gathered<Index>;
+        if constexpr (sizeof(T) == 4)
+            if (lanes == 1 && gathers()) return dot_gathered<Index>;
 #endif
-    return dot<T, Index>;
+        if (lanes == 1) return dot<T, Index>;
+    }
+    return dot_few<T, S, Index>;
 }
