@@ -265,7 +265,7 @@ def test_called_after_a_fork(given, entry):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
 def test_a_forked_child_has_no_team():
-    """Whatever the number of threads: those of the parent's team are not in the child, and waiting for them has no end."""
+    """With two threads: those of the team of the parent are not in the child, and waiting for them has no end."""
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
     net, x = convert(model, prune(model, 0.9)), torch.randn(64, 256)
     threads = torch.get_num_threads()
