@@ -48,11 +48,11 @@ def problem(name: str, relu: bool, memory_format: str, **options) -> Conv:
 
 
 def run(backend, conv: Conv, need_x: bool = True) -> list[torch.Tensor]:
-    """y, winners, gx if `need_x`, gvalues and gbias."""
+    """y, gx if `need_x`, gvalues and gbias, and the winners of a pooling."""
     indices, how = conv.indices(), (conv.geometry, conv.relu, conv.pool)
     y, winners = backend.conv_forward(conv.x, conv.values, conv.bias, *indices, *how)
     args = conv.gy, conv.x, y, winners, conv.values, *indices, *how
-    return [y, winners, *backend.conv_backward(*args, need_x, True, True)[not need_x :]]
+    return [y, *backend.conv_backward(*args, need_x, True, True)[not need_x :], *([winners] if conv.pool > 1 else [])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
