@@ -27,12 +27,15 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="module")
 def rows(request):
-    """Collects the rows of a module (test_bench_<name>.py), which become <name>.csv when all its tests have run."""
+    """Collects the rows of a module (test_bench_<name>.py), which become <name>.csv when all its tests have run.
+
+    A module may name a SUFFIX for the file.
+    """
     collected: list[dict] = []
     torch.set_num_threads(results.THREADS)
     yield collected
     if collected:
-        name = request.module.__name__.rpartition("test_bench_")[2]
+        name = request.module.__name__.rpartition("test_bench_")[2] + getattr(request.module, "SUFFIX", "")
         results.write(request.config.getoption("--results") / f"{name}.csv", collected)
 
 

@@ -62,14 +62,14 @@ class Problem:
 
 def nn_linear(problem: Problem, backward: bool) -> Candidate:
     """torch's dense layer (MKL)."""
-    layer = _linear(problem)
+    layer = linear(problem)
     return module(problem, layer, lambda: layer.weight.grad[problem.mask], backward)
 
 
 def sparselottery(problem: Problem, backward: bool) -> Candidate:
     """As `convert` makes it of an example: sparse, or dense where that is faster on such a batch."""
     example = problem.x.detach().requires_grad_(backward)
-    layer = convert(_linear(problem).train(backward), {"weight": problem.mask}, example)
+    layer = convert(linear(problem).train(backward), {"weight": problem.mask}, example)
     return module(problem, layer, lambda: layer.values.grad, backward)
 
 
@@ -175,12 +175,13 @@ def sparse_peers() -> list[Callable[[Problem, bool], Candidate]]:
     return [torch_csr, scipy_csr, *(peer for peer, here in optional.items() if here)]
 
 
-def _linear(problem: Problem) -> nn.Linear:
-    linear = nn.Linear(problem.x.shape[1], problem.gy.shape[1])
+def linear(problem: Problem) -> nn.Linear:
+    """The dense layer, in the dtype of the problem."""
+    layer = nn.Linear(problem.x.shape[1], problem.gy.shape[1], dtype=problem.weight.dtype)
     with torch.no_grad():
-        linear.weight.copy_(problem.weight)
-        linear.bias.copy_(problem.bias)
-    return linear
+        layer.weight.copy_(problem.weight)
+        layer.bias.copy_(problem.bias)
+    return layer
 
 
 def module(

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import native
 from .cpu_conv import conv_backward, conv_forward, conv_plan
 from .native import HALF, available, status
-from .reference import is_packed, pack, unpack
+from .reference import is_packed, unpack
 
 __all__ = [
     "available",
@@ -68,13 +68,6 @@ def plan(
 
 def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save):
     """As reference.chain_forward, but for None in place of what is not saved; None if nothing for native code."""
-    if x.dtype in HALF:
-        wide = [v.float() for v in values], [None if b is None else b.float() for b in biases]
-        done = chain_forward(_widen(x), *wide, crow_indices, col_indices, plans, False, save)
-        if done is None:
-            return None
-        y, saved = done[0].to(x.dtype), done[1]
-        return unpack(pack(y), len(y)) if batch_minor else y, saved.to(x.dtype) if save else None
     threads = torch.get_num_threads()
     done = native.LIBRARY.chain_forward(x, values, biases, crow_indices, plans, batch_minor, save, threads)
     return (unpack(done[0], x.shape[0]), done[1]) if batch_minor and done else done
@@ -91,20 +84,6 @@ def saved_input(saved: Tensor, batch: int, features: int) -> Tensor:
 
 def chain_backward(gy, x, saved, values, crow_indices, col_indices, plans, need_x, need_values, need_bias):
     """As reference.chain_backward, but for None in place of gradients not needed; None if nothing for native code."""
-    if x.dtype in HALF:
-        wide = gy.float(), _widen(x), saved.float(), [v.float() for v in values]
-        done = chain_backward(*wide, crow_indices, col_indices, plans, need_x, need_values, need_bias)
-        if done is None:
-            return None
-        gx, gvalues, gbias = done
-        gx = gx.to(x.dtype) if need_x else None
-        gx = unpack(pack(gx), len(gx)) if need_x and is_packed(x) else gx
-        return gx, *([None if g is None else g.to(x.dtype) for g in grads] for grads in (gvalues, gbias))
     args = gy, x, saved, values, crow_indices, plans, need_x, need_values, need_bias, torch.get_num_threads()
     done = native.LIBRARY.chain_backward(*args)
     return (unpack(done[0], x.shape[0]), *done[1:]) if need_x and is_packed(x) and done else done
-
-
-def _widen(x: Tensor) -> Tensor:
-    """x in fp32, packed if and only if x is."""
-    return x.float() if is_packed(x) else x.float().contiguous()

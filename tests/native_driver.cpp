@@ -93,8 +93,9 @@ void chain(int64_t batch) {
     std::vector<T> y(out.size()), gx(x.size()), inputs[2], gvalues[2], gbias[2], ghidden(71 * ld), packed(22 * ld);
     const ChainMatrix of_x{const_cast<T*>(x.data()), 45, 0}, of_y{y.data(), 21, 0};
     const ChainMatrix of_gy{const_cast<T*>(gy.data()), 21, 0}, of_gx{gx.data(), 45, 0};
-    const ChainArgs args{sizeof(T) == 8, threads, 2, batch, 45, of_x, of_y, {}, nullptr, 0};
-    const ChainArgs back{sizeof(T) == 8, threads, 2, batch, 45, of_gy, of_gx, {}, packed.data(), 0};
+    const Element element = sizeof(T) == 8 ? FLOAT64 : FLOAT32;
+    const ChainArgs args{element, threads, 2, batch, 45, of_x, of_y, {}, nullptr, 0};
+    const ChainArgs back{element, threads, 2, batch, 45, of_gy, of_gx, {}, packed.data(), 0};
     std::vector<ChainLayer> all;
     int32_t* plans[2];
     for (int l = 0; l < 2; ++l) {
@@ -102,7 +103,7 @@ void chain(int64_t batch) {
         const auto size = sparselottery_plan(w.rows, w.columns, w.begin.data(), w.at.data(), 32, 16, 32, true, 1, plans + l);
         inputs[l].resize(w.columns * ld), gvalues[l].resize(w.values.size()), gbias[l].resize(w.rows);
         all.push_back({plans[l], size, w.rows, int64_t(w.values.size()), w.values.data(), w.bias.data(), inputs[l].data(),
-                       gvalues[l].data(), gbias[l].data(), l ? ghidden.data() : nullptr});
+                       gvalues[l].data(), gbias[l].data(), l ? ghidden.data() : nullptr, nullptr});
     }
     ChainArgs inference = args;
     inference.inference = 1;

@@ -229,14 +229,6 @@ def test_threads_change_no_bit(level, batch, dtype):
             assert torch.equal(result, alone[name]), (threads, name)
 
 
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [1, 17, 256])
-def test_half_precision(backend, batch, dtype):
-    chain = make(batch, [100, 60], entries=gaussian).to(dtype)
-    assert_accurate(run(backend, chain), chain)
-
-
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("batch", [1, 17])

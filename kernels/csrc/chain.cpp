@@ -1,9 +1,10 @@
 // The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward and backward, each in one parallel region.
 //
-// Nothing is written by two threads, and no sum depends on how many there are.
+// Nothing is written by two threads, and no sum depends on how many there are. T is what sums are taken in, S what
+// tensors are stored in: the same, or 16 bits, widened when packed or put into order, and rounded on their way back.
 #include <vector>
 
-#include "chain.h"
+#include "chain_tiles.h"
 #include "dot.h"
 #include "layer.h"
 
@@ -11,7 +12,6 @@ namespace {
 
 using Args = ChainArgs;
 using Layer = ChainLayer;
-using Matrix = ChainMatrix;
 
 struct FrozenLayer {  // mirrored in cpu_net.py
     const int32_t* plan;
@@ -26,67 +26,49 @@ thread_local Scratch scratch;    // of a thread: a strip's output
 thread_local Scratch ordered;    // the caller's: values and their gradients in the order of tiles
 thread_local Scratch workspace;  // the caller's: packed activations that nobody keeps
 
-// Tile i of x, some of its features -> packed.
-template <class T>
-void pack_tile(const Matrix& x, int64_t batch, int64_t features, int64_t i, Range some, T* packed) {
-    const BatchTiles<T> tiles(batch);
-    const int64_t begin = tiles.begin(i), width = tiles.width(i);
-    const T* first = static_cast<const T*>(x.data) + begin * (x.batch_minor ? 1 : x.stride);
-    (x.batch_minor ? repack<T> : pack<T>)(first, x.stride, std::min(batch - begin, width), some.begin, some.end,
-                                          tiles.of(packed, features, i), width, width);
-}
-
-// Rows [row, row + rows) of tile i, packed -> y; a batch-minor one to its last column.
-template <class T>
-void unpack_rows(const T* packed, int64_t batch, int64_t i, int64_t row, int64_t rows, const Matrix& y) {
-    const BatchTiles<T> tiles(batch);
-    const int64_t begin = tiles.begin(i), width = tiles.width(i);
-    T* to = static_cast<T*>(y.data);
-    if (!y.batch_minor)
-        return unpack<T>(packed, width, rows, std::min(width, batch - begin), to + begin * y.stride + row, y.stride);
-    const int64_t end = i + 1 == tiles.count ? y.stride : begin + width;
-    for (int64_t r = 0; r < rows; ++r) {
-        T* out = to + (row + r) * y.stride;
-        std::copy_n(packed + r * width, width, out + begin);
-        std::fill(out + begin + width, out + end, T(0));
-    }
-}
-
 // Is this a call for `forward_few`?
 bool is_few(const Args& a) { return a.inference && a.batch <= kFew && !a.x.batch_minor && !a.y.batch_minor; }
 
 // Few samples, nothing saved: whole rows of W, read once. Activations of more than one sample are (features, kFew).
-template <class T>
+template <class T, class S>
 void forward_few(const Args& a, const Layer* layers) {
     const int64_t lanes = a.batch > 1 ? kFew : 1;
-    int64_t features = lanes > 1 ? a.features : 0;
+    const bool copies = lanes > 1 || kNarrow<T, S>;
+    int64_t features = copies ? a.features : 0;
     for (int64_t l = 0; l + 1 < a.layers; ++l) features += layers[l].rows;
     T* const memory = ordered.get<T>(features * lanes + kLanes);
     together(a.threads, [&] {
         const T* x = static_cast<const T*>(a.x.data);
         T* free = memory;
-        if (lanes > 1) {
+        if (copies) {
+            const S* from = static_cast<const S*>(a.x.data);
             const Range mine = share(a.features, thread_index(), team_size());
             for (int64_t n = 0; n < lanes; ++n)
-                for (int64_t f = mine.begin; f < mine.end; ++f) free[f * lanes + n] = n < a.batch ? x[n * a.x.stride + f] : T(0);
+                for (int64_t f = mine.begin; f < mine.end; ++f)
+                    free[f * lanes + n] = n < a.batch ? T(from[n * a.x.stride + f]) : T(0);
             x = free, free += a.features * lanes;
             barrier();
         }
         for (int64_t l = 0; l < a.layers; ++l) {
             const Plan plan = read_plan(layers[l].plan);
             const bool hidden = l + 1 < a.layers;
-            const T *values = static_cast<const T*>(layers[l].values), *bias = static_cast<const T*>(layers[l].bias);
+            const S *values = static_cast<const S*>(layers[l].values), *bias = static_cast<const S*>(layers[l].bias);
             const Range rows = share(plan.out_features, thread_index(), team_size());
+            T* const widened = kNarrow<T, S> ? scratch.get<T>(plan.in_features) : nullptr;  // a row's values
+            const auto in_t = [&](const S* row, int64_t n) {
+                if constexpr (kNarrow<T, S>) return const_cast<const T*>(std::copy_n(row, n, widened) - n);
+                else return row;
+            };
             const auto each_row = [&](auto* columns) {
                 const auto row_of = dot_of<T, std::remove_const_t<std::remove_pointer_t<decltype(columns)>>>(a.batch);
                 for (int64_t r = rows.begin; r < rows.end; ++r) {
-                    const int32_t begin = plan.crow_indices[r];
+                    const int32_t begin = plan.crow_indices[r], n = plan.crow_indices[r + 1] - begin;
                     T total[kFew];
-                    row_of(values + begin, columns + begin, plan.crow_indices[r + 1] - begin, x, total);
+                    row_of(in_t(values + begin, n), columns + begin, n, x, total);
                     for (int64_t n = 0; n < (hidden ? lanes : a.batch); ++n) {
-                        const T y = total[n] + (bias ? bias[r] : T(0));
+                        const T y = total[n] + (bias ? T(bias[r]) : T(0));
                         if (hidden) free[r * lanes + n] = y < 0 ? T(0) : y;
-                        else static_cast<T*>(a.y.data)[n * a.y.stride + r] = y;
+                        else static_cast<S*>(a.y.data)[n * a.y.stride + r] = y;
                     }
                 }
             };
@@ -97,23 +79,28 @@ void forward_few(const Args& a, const Layer* layers) {
     });
 }
 
-template <class T>
+template <class T, class S>
 void forward(const Args& a, const Layer* layers) {
-    if (is_few(a)) return forward_few<T>(a, layers);
+    if (is_few(a)) return forward_few<T, S>(a, layers);
     const BatchTiles<T> tiles(a.batch);
-    const bool in_csr = tiles.count == 1;  // values are read but once
+    constexpr bool narrow = kNarrow<T, S>;
+    const bool in_csr = !narrow && tiles.count == 1;  // values are read but once
+    const auto operands = [&](const Layer& layer) { return in_csr ? 0 : layer.nnz + (narrow ? layer.rows : 0); };
     int64_t entries = 0;
-    for (int64_t l = 0; l < a.layers; ++l) entries += in_csr ? 0 : layers[l].nnz;
+    for (int64_t l = 0; l < a.layers; ++l) entries += operands(layers[l]);
     T* const all = ordered.get<T>(entries + kLanes);
     Queue whole;
     std::vector<Queue> shared(tiles.count * a.layers);
     together(a.threads, [&] {
         if (!in_csr) {
             T* values = all;
-            for (int64_t l = 0; l < a.layers; values += layers[l].nnz, ++l) {
+            for (int64_t l = 0; l < a.layers; values += operands(layers[l]), ++l) {
                 const Schedule s = read_plan(layers[l].plan).forward;
                 const Range strips = share(s.strips, thread_index(), team_size());
-                to_order<false>(s, strips, static_cast<const T*>(layers[l].values), values + first_entry(s, strips.begin));
+                to_order<false>(s, strips, static_cast<const S*>(layers[l].values), values + first_entry(s, strips.begin));
+                const S* bias = static_cast<const S*>(layers[l].bias);
+                const Range rows = share(narrow && bias ? s.rows : 0, thread_index(), team_size());
+                std::copy(bias + rows.begin, bias + rows.end, values + layers[l].nnz + rows.begin);
             }
             barrier();
         }
@@ -122,21 +109,23 @@ void forward(const Args& a, const Layer* layers) {
         const auto forward_tile = [&](int64_t i, bool alone) {
             const int64_t width = tiles.width(i);
             const Range features = alone ? Range{0, a.features} : share(a.features, thread_index(), team_size());
-            pack_tile<T>(a.x, a.batch, a.features, i, features, static_cast<T*>(layers[0].input));
+            pack_tile<T, S>(a.x, a.batch, a.features, i, features, static_cast<T*>(layers[0].input));
+            keep<T, S>(layers[0], a.batch, a.features, i, features, false);
             if (!alone) barrier();
             const T* values = all;
-            for (int64_t l = 0; l < a.layers; values += in_csr ? 0 : layers[l].nnz, ++l) {
+            for (int64_t l = 0; l < a.layers; values += operands(layers[l]), ++l) {
                 const Layer &layer = layers[l], *next = l + 1 < a.layers ? layers + l + 1 : nullptr;
                 const Schedule s = read_plan(layer.plan).forward;
                 const T* x = tiles.of(static_cast<const T*>(layer.input), s.cols, i);
-                const T* bias = static_cast<const T*>(layer.bias);
+                const T* bias = narrow && layer.bias ? values + layer.nnz : static_cast<const T*>(layer.bias);
                 const auto strip_forward = [&](int64_t strip) {
                     const int64_t row = first_row(s, strip);
                     T* y = next ? tiles.of(static_cast<T*>(next->input), s.rows, i) + row * width
                                 : scratch.get<T>(s.strip * kWidest<T>);
                     forward_strip<T>(s, strip, in_csr ? static_cast<const T*>(layer.values) : values + first_entry(s, strip),
                                      in_csr, bias, x, y, width, next);
-                    if (!next) unpack_rows<T>(y, a.batch, i, row, height(s, strip), a.y);
+                    if (!next) unpack_rows<T, S>(y, a.batch, i, row, height(s, strip), a.y);
+                    else keep<T, S>(*next, a.batch, s.rows, i, {row, row + height(s, strip)}, false);
                 };
                 if (!alone) shared[i * a.layers + l].each(0, s.strips, strip_forward);
                 else
@@ -152,18 +141,19 @@ void forward(const Args& a, const Layer* layers) {
 
 // What the backward pass knows of a layer: of Wᵀ where the gradient of the input is needed, else of W. Values and their
 // gradient are in the order of tiles, or in CSR's where they are read but once.
-template <class T>
+template <class T, class S>
 struct Backward {
     Backward(const Layer& layer, bool input, bool once)
-        : layer(layer), input(input), in_csr(once && input && layer.gvalues),
+        : layer(layer), input(input), in_csr(!kNarrow<T, S> && once && input && layer.gvalues),
           s(input ? read_plan(layer.plan).transpose() : read_plan(layer.plan).forward),
-          strips(input || layer.gvalues ? s.strips : 0), entries(in_csr ? 0 : 2 * layer.nnz),
-          values(static_cast<const T*>(layer.values)), gvalues(static_cast<T*>(layer.gvalues)) {}
+          strips(input || layer.gvalues ? s.strips : 0),
+          entries((in_csr ? 0 : 2 * layer.nnz) + (kNarrow<T, S> ? layer.rows : 0)),
+          values(static_cast<const S*>(layer.values)), gvalues(static_cast<S*>(layer.gvalues)) {}
     // For one tile of the batch: its first or last, or one between. memory: `entries`, which the tiles share.
     void strip(int64_t strip, const T* gy, const T* x, T* gx, T* memory, bool first, bool last, int64_t width,
                bool relu) const {
         const int64_t row = first_row(s, strip);
-        if (in_csr)
+        if constexpr (!kNarrow<T, S>) if (in_csr)
             return input_gradient_strip<T>(s, strip, values, true, gy, x + row * width, gx, gvalues, false, width, relu);
         const Range only{strip, strip + 1};
         T *own = memory + first_entry(s, strip), *gown = gvalues ? own + layer.nnz : nullptr;
@@ -173,20 +163,28 @@ struct Backward {
         if (!last || !gvalues) return;
         input ? from_order<true>(s, only, gown, gvalues) : from_order<false>(s, only, gown, gvalues);
     }
+    // Of some rows, for one tile of the batch.
+    void bias(const T* gy, T* memory, bool first, bool last, int64_t width, Range rows) const {
+        if (!layer.gbias) return;
+        T* sums = kNarrow<T, S> ? memory + 2 * layer.nnz : static_cast<T*>(layer.gbias);
+        bias_gradient<T>(gy, width, rows, sums, !first);
+        if (kNarrow<T, S> && last)
+            std::copy(sums + rows.begin, sums + rows.end, static_cast<S*>(layer.gbias) + rows.begin);
+    }
     const Layer& layer;
     const bool input, in_csr;
     const Schedule s;
     const int64_t strips, entries;
-    const T* values;
-    T* gvalues;
+    const S* values;
+    S* gvalues;
 };
 
 // A thread takes strips of the first tile of the batch as it comes to them, and keeps them for the others: every sum is taken
 // by one thread, tile after tile.
-template <class T>
+template <class T, class S>
 void backward(const Args& a, const Layer* layers) {
     const BatchTiles<T> tiles(a.batch);
-    std::vector<Backward<T>> all;
+    std::vector<Backward<T, S>> all;
     int64_t entries = 0, rows = 0;
     for (int64_t l = 0; l < a.layers; ++l) {
         all.emplace_back(layers[l], l || a.y.data, tiles.count == 1);
@@ -201,10 +199,14 @@ void backward(const Args& a, const Layer* layers) {
         std::vector<std::vector<int64_t>> mine(a.layers);
         for (int64_t i = 0; i < tiles.count; ++i) {
             const int64_t width = tiles.width(i);
-            pack_tile<T>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
+            pack_tile<T, S>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
             if (a.input.data)
-                pack_tile<T>(a.input, a.batch, a.features, i, share(a.features, part, parts),
-                             static_cast<T*>(layers[0].input));
+                pack_tile<T, S>(a.input, a.batch, a.features, i, share(a.features, part, parts),
+                                static_cast<T*>(layers[0].input));
+            for (int64_t l = 0; l < a.layers; ++l) {
+                const int64_t features = l ? layers[l - 1].rows : a.features;
+                keep<T, S>(layers[l], a.batch, features, i, share(features, part, parts), true);
+            }
             barrier();
             const T* gy = static_cast<const T*>(a.packed_gy);
             T* own = memory + entries;
@@ -214,13 +216,12 @@ void backward(const Args& a, const Layer* layers) {
                 const int64_t in_features = l ? layers[l - 1].rows : a.features;
                 const T *g = tiles.of(gy, layer.rows, i), *x = tiles.of(static_cast<const T*>(layer.input), in_features, i);
                 own -= all[l].entries;
-                if (T* gbias = static_cast<T*>(layer.gbias))
-                    bias_gradient<T>(g, width, share(layer.rows, part, parts), gbias, i > 0);
+                all[l].bias(g, own, i == 0, i + 1 == tiles.count, width, share(layer.rows, part, parts));
                 const auto run = [&](int64_t strip) {
                     const int64_t row = first_row(s, strip);
                     T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), in_features, i) + row * width : out;
                     all[l].strip(strip, g, x, gx, own, i == 0, i + 1 == tiles.count, width, l);
-                    if (!l && a.y.data) unpack_rows<T>(gx, a.batch, i, row, height(s, strip), a.y);
+                    if (!l && a.y.data) unpack_rows<T, S>(gx, a.batch, i, row, height(s, strip), a.y);
                 };
                 const auto take = [&](int64_t strip) {
                     mine[l].push_back(strip);
@@ -253,18 +254,18 @@ EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>
 
 // Packed x -> y (batch, features), row-major.
 EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y) {
-    const Matrix to{y, features, 0};
+    const ChainMatrix to{y, features, 0};
     const auto all = [&](auto* x) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
         const BatchTiles<T> tiles(batch);
-        for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T>(tiles.of(x, features, i), batch, i, 0, features, to);
+        for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T, T>(tiles.of(x, features, i), batch, i, 0, features, to);
     };
     is_double ? all(static_cast<const double*>(packed)) : all(static_cast<const float*>(packed));
 }
 
 EXPORT int64_t sparselottery_chain_forward(const Args* args, const Layer* layers) {
     if (!are_plans(*args, layers, false)) return NO_PLAN;
-    args->is_double ? forward<double>(*args, layers) : forward<float>(*args, layers);
+    of_element(args->element, [&](auto sum, auto stored) { forward<decltype(sum), decltype(stored)>(*args, layers); });
     return DONE;
 }
 
@@ -279,16 +280,17 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
     for (int64_t l = 0; l < chain->layers; ++l) {
         const FrozenLayer& f = frozen[l];
         const Plan plan = read_plan(f.plan);
-        layers[l] = {f.plan, 0, plan.out_features, plan.nnz, f.values, f.bias, at, nullptr, nullptr, nullptr};
+        layers[l] = {f.plan, 0, plan.out_features, plan.nnz, f.values, f.bias, at, nullptr, nullptr, nullptr, nullptr};
         at += plan.in_features * columns;
     }
     const int64_t in = read_plan(frozen[0].plan).in_features, out = layers.back().rows;
-    const Args args{0, chain->threads, chain->layers, batch, in, {const_cast<void*>(x), in, 0}, {y, out, 0}, {}, nullptr, 1};
-    forward<float>(args, layers.data());
+    const ChainMatrix from{const_cast<void*>(x), in, 0}, to{y, out, 0};
+    const Args args{FLOAT32, chain->threads, chain->layers, batch, in, from, to, {}, nullptr, 1};
+    forward<float, float>(args, layers.data());
 }
 
 EXPORT int64_t sparselottery_chain_backward(const Args* args, const Layer* layers) {
     if (!are_plans(*args, layers, true)) return NO_PLAN;
-    args->is_double ? backward<double>(*args, layers) : backward<float>(*args, layers);
+    of_element(args->element, [&](auto sum, auto stored) { backward<decltype(sum), decltype(stored)>(*args, layers); });
     return DONE;
 }

@@ -1,6 +1,10 @@
 // A call on a chain of layers: filled by python_chain.cpp and for frozen nets, read by chain.cpp.
+//
+// Tensors are of one element type. What is packed is of fp64 or fp32, in which sums are taken; 16 bits are for what is kept.
 #pragma once
 #include <cstdint>
+
+enum Element : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 struct ChainLayer {
     const int32_t* plan;
@@ -9,6 +13,7 @@ struct ChainLayer {
     void* input;                // packed input of the layer; written by forward, read by backward
     void *gvalues, *gbias;      // null where not needed
     void* ginput;               // backward of hidden layers: packed gradient of the input
+    void* kept;                 // the input in 16 bits, written by forward; else null: the input itself is kept, or nothing
 };
 
 struct ChainMatrix {  // the caller's, (batch, features)
@@ -17,7 +22,7 @@ struct ChainMatrix {  // the caller's, (batch, features)
 };
 
 struct ChainArgs {
-    int64_t is_double, threads, layers, batch, features;
+    int64_t element, threads, layers, batch, features;
     ChainMatrix x, y;   // forward: input and output; backward: gy, and gx, whose data is null where not needed
     ChainMatrix input;  // backward: x, where forward did not save it
     void* packed_gy;    // backward: gy is packed to here

@@ -1,5 +1,6 @@
 // Values in the order in which tiles read them, and back: in CSR they are short runs at odd places, whose misses no
 // prefetcher foresees. Bringing one over costs under a nanosecond, once a call; each tile of the batch then streams them.
+// Those of 16 bits are widened, and their gradient is rounded, on the way.
 #pragma once
 #include "plan.h"
 
@@ -36,16 +37,16 @@ inline void each_run(const Schedule& s, Range strips, const T* csr, F f) {
 }
 
 // ordered: what comes first in it is the first entry of `strips`. TRANSPOSED: s is of Wᵀ.
-template <bool TRANSPOSED, class T>
-void to_order(const Schedule& s, Range strips, const T* values, T* ordered) {
+template <bool TRANSPOSED, class T, class S>
+void to_order(const Schedule& s, Range strips, const S* values, T* ordered) {
     const int64_t first = first_entry(s, strips.begin);
     each_run<TRANSPOSED>(s, strips, values, [&](int64_t to, int64_t from, int32_t count) __attribute__((always_inline)) {
         for (int32_t i = 0; i < count; ++i) ordered[to - first + i] = values[from + i];
     });
 }
 
-template <bool TRANSPOSED, class T>
-void from_order(const Schedule& s, Range strips, const T* ordered, T* values) {
+template <bool TRANSPOSED, class T, class S>
+void from_order(const Schedule& s, Range strips, const T* ordered, S* values) {
     const int64_t first = first_entry(s, strips.begin);
     each_run<TRANSPOSED>(s, strips, values, [&](int64_t from, int64_t to, int32_t count) __attribute__((always_inline)) {
         for (int32_t i = 0; i < count; ++i) values[to + i] = ordered[from - first + i];

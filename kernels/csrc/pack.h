@@ -1,6 +1,7 @@
-// Row-major (N, features) <-> packed: batch-minor, columns N.. zero.
+// Row-major (N, features) <-> packed: batch-minor, columns N.. zero. What is packed is of T, and the other of T or of 16
+// bits: it is converted on its way.
 #pragma once
-#include "simd.h"
+#include "half.h"
 #include "team.h"
 
 // The rows of a matrix.
@@ -28,8 +29,8 @@ struct BatchTiles {
 };
 
 // Features [from, to) of x, whose rows (samples) are `stride` apart, to `width` columns.
-template <class T>
-void pack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld, int64_t width) {
+template <class T, class S>
+void pack(const S* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld, int64_t width) {
     constexpr int W = kWidth<T>;
     for (int64_t n = 0; n < width; n += W) {
         const int64_t valid = batch - n < W ? (batch > n ? batch - n : 0) : W;
@@ -44,13 +45,13 @@ void pack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T
             transpose<T>(rows_of(rows, W), rows_of(packed + f * ld + n, ld));
         }
         for (; f < to; ++f)
-            for (int i = 0; i < W; ++i) packed[f * ld + n + i] = i < valid ? x[(n + i) * stride + f] : T(0);
+            for (int i = 0; i < W; ++i) packed[f * ld + n + i] = i < valid ? T(x[(n + i) * stride + f]) : T(0);
     }
 }
 
 // Packed x with other strides or unpadded: copies features [from, to), filling up with zeros.
-template <class T>
-void repack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld, int64_t width) {
+template <class T, class S>
+void repack(const S* x, int64_t stride, int64_t batch, int64_t from, int64_t to, T* packed, int64_t ld, int64_t width) {
     for (int64_t f = from; f < to; ++f) {
         for (int64_t n = 0; n < batch; ++n) packed[f * ld + n] = x[f * stride + n];
         for (int64_t n = batch; n < width; ++n) packed[f * ld + n] = T(0);
@@ -58,8 +59,8 @@ void repack(const T* x, int64_t stride, int64_t batch, int64_t from, int64_t to,
 }
 
 // The inverse: `features` packed rows, `width` valid columns of each, to y (width, features) with row stride `stride`.
-template <class T>
-void unpack(const T* packed, int64_t ld, int64_t features, int64_t width, T* y, int64_t stride) {
+template <class T, class S>
+void unpack(const T* packed, int64_t ld, int64_t features, int64_t width, S* y, int64_t stride) {
     constexpr int W = kWidth<T>;
     for (int64_t n = 0; n < width; n += W) {
         const int64_t valid = width - n < W ? width - n : W;

@@ -50,7 +50,9 @@ void know() {
     };
     for (const auto& [name, to] : names) *to = Object(PyUnicode_InternFromString(name)).give();
     const Object torch(PyImport_ImportModule("torch"));
-    const std::pair<const char*, PyObject**> of_torch[] = {{"float32", &known.float32},
+    const std::pair<const char*, PyObject**> of_torch[] = {{"bfloat16", &known.bfloat16},
+                                                           {"float16", &known.float16},
+                                                           {"float32", &known.float32},
                                                            {"float64", &known.float64},
                                                            {"int32", &known.int32},
                                                            {"is_grad_enabled", &known.is_grad_enabled}};

@@ -20,7 +20,7 @@ struct NoPlan {};  // nor is a plan that of its layer
 extern struct Known {
     PyObject *bias, *contiguous, *crow_indices, *current_level, *data_ptr, *dtype, *is_cpu, *new_empty;  // names
     PyObject *new_empty_strided, *numel, *plan, *raw_repr, *requires_grad, *shape, *stride, *values, *version;
-    PyObject *float32, *float64, *int32, *is_grad_enabled;  // of torch
+    PyObject *bfloat16, *float16, *float32, *float64, *int32, *is_grad_enabled;  // of torch
 } known;
 
 class Object {  // holds a reference
@@ -115,11 +115,18 @@ Numbers<D> shape(PyObject* tensor) {
     return Numbers<D>(Object(PyObject_GetAttr(tensor, known.shape)));
 }
 
-// A matrix (N, I) on the CPU, of float or double, as it stands, or a copy where its strides are none we read.
+inline Element element_of(PyObject* dtype) {
+    for (const auto& [known_dtype, element] : {std::pair(known.float32, FLOAT32), std::pair(known.float64, FLOAT64),
+                                            std::pair(known.bfloat16, BFLOAT16), std::pair(known.float16, FLOAT16)})
+        if (dtype == known_dtype) return element;
+    throw Unfit();
+}
+
+// A matrix (N, I) on the CPU, as it stands, or a copy where its strides are none we read.
 struct Matrix {
     explicit Matrix(PyObject* tensor) : held(Py_NewRef(tensor)), dtype(PyObject_GetAttr(tensor, known.dtype)) {
-        is_double = dtype.get() == known.float64;
-        if ((!is_double && dtype.get() != known.float32) || !is(tensor, known.is_cpu, Py_True)) throw Unfit();
+        element = element_of(dtype.get());
+        if (!is(tensor, known.is_cpu, Py_True)) throw Unfit();
         const Numbers<2> size = shape<2>(tensor);
         const Numbers<2> strides(Object(PyObject_CallMethodNoArgs(tensor, known.stride)));
         rows = size.at[0], columns = size.at[1];
@@ -135,7 +142,10 @@ struct Matrix {
         as.data = address(held.get());
     }
     Object held, dtype;
-    bool is_double, packed;
+    bool narrow() const { return element == BFLOAT16 || element == FLOAT16; }
+    int64_t size() const { return element == FLOAT64 ? 8 : 4; }  // bytes of a number that is computed with
+    Element element;
+    bool packed;
     int64_t rows, columns;
     ChainMatrix as;
 };

@@ -40,14 +40,19 @@ class Chain {
         layers[l].bias = bias.data;
         kept_.push_back(bias.held);
     }
-    // Where the packed inputs of layers are, `feature` bytes a feature: saved, but for an x that is packed, or in `own`.
-    void place(char* own, char* saved, bool packed_x, int64_t feature) {
-        char*& first = saved && !packed_x ? saved : own;
+    // Where the packed inputs of layers are: saved, but for an x that is packed, or in `own`; those of 16 bits in both.
+    void place(char* own, char* saved) {
+        const int64_t ld = leading_dim(x_.rows);
         for (size_t l = 0; l < layers.size(); ++l) {
-            char*& from = l ? (saved ? saved : own) : first;
-            layers[l].input = from, from += width(l) * feature;
+            const bool is_saved = saved && (l || !x_.packed);
+            char*& from = is_saved && !x_.narrow() ? saved : own;
+            layers[l].input = from, from += width(l) * ld * x_.size();
+            if (is_saved && x_.narrow()) layers[l].kept = saved, saved += width(l) * ld * 2;
         }
     }
+    // Features of the inputs that are saved, and of those in `own`.
+    int64_t saved() const { return (x_.packed ? 0 : x_.columns) + hidden; }
+    int64_t own(bool save) const { return x_.columns + hidden - (save && !x_.narrow() ? saved() : 0); }
     int64_t width(int64_t l) const { return l ? layers[l - 1].rows : x_.columns; }  // of what layer l reads
 
     std::vector<ChainLayer> layers;
@@ -65,16 +70,16 @@ struct Output {
 // y of x and what is `saved` of it, or None, as reference.chain_forward; y is packed if `batch_minor`.
 Output run(const Matrix& x, Chain& chain, bool batch_minor, bool save, int64_t threads) {
     if (!x.rows) throw Unfit();
-    const int64_t layers = chain.layers.size(), feature = leading_dim(x.rows) * (x.is_double ? 8 : 4);
-    const int64_t width = chain.width(layers), kept = (x.packed ? 0 : x.columns) + chain.hidden;
+    const int64_t layers = chain.layers.size(), feature = leading_dim(x.rows) * x.size();
+    const int64_t width = chain.width(layers);
     Output out{empty(x.held.get(), x.rows, width, batch_minor),
-               save ? empty(x.held.get(), kept * leading_dim(x.rows)) : none()};
+               save ? empty(x.held.get(), chain.saved() * leading_dim(x.rows)) : none()};
     // What is not saved is in memory of our own.
-    const int64_t own = (x.columns + chain.hidden - (save ? kept : 0)) * feature;
+    const int64_t own = chain.own(save) * feature;
     char* room = own ? static_cast<char*>(sparselottery_workspace(own)) : nullptr;
-    chain.place(room, save ? static_cast<char*>(address(out.saved.get())) : nullptr, x.packed, feature);
+    chain.place(room, save ? static_cast<char*>(address(out.saved.get())) : nullptr);
     const ChainMatrix y{address(out.y.get()), batch_minor ? leading_dim(x.rows) : width, batch_minor};
-    const ChainArgs args{x.is_double, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr, !save};
+    const ChainArgs args{x.element, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr, !save};
     int64_t code;
     {
         const Unlocked unlocked;
@@ -184,16 +189,16 @@ struct Gradients {
 Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain& chain, const Needs& needs,
                    int64_t threads) {
     PyObject* like = gy.held.get();
-    const int64_t layers = chain.layers.size(), ld = leading_dim(x.rows), feature = ld * (x.is_double ? 8 : 4);
+    const int64_t layers = chain.layers.size(), ld = leading_dim(x.rows), feature = ld * x.size();
     if (!x.rows || gy.dtype.get() != x.dtype.get() || gy.rows != x.rows || gy.columns != chain.width(layers) ||
-        saved.size != ((x.packed ? 0 : x.columns) + chain.hidden) * ld)
+        saved.size != chain.saved() * ld)
         throw Unfit();
     Gradients out{needs.x ? empty(like, x.rows, x.columns, x.packed) : none(), {}, {}};
-    // Packed: gy, then the gradients of hidden layers, then x where forward did not save it.
-    const int64_t features = gy.columns + chain.hidden + (x.packed ? x.columns : 0);
+    // Packed: gy, then the gradients of hidden layers, then the inputs that are not saved as they are computed with.
+    const int64_t features = gy.columns + chain.hidden + chain.own(true);
     char* const packed_gy = static_cast<char*>(sparselottery_workspace(features * feature));
     char* ginput = packed_gy + gy.columns * feature;
-    chain.place(ginput + chain.hidden * feature, static_cast<char*>(saved.data), x.packed, feature);
+    chain.place(ginput + chain.hidden * feature, static_cast<char*>(saved.data));
     const auto gradient = [like](std::vector<Object>& all, bool needed, int64_t elements) {
         all.push_back(needed ? empty(like, elements) : none());
         return needed ? address(all.back().get()) : nullptr;
@@ -205,7 +210,7 @@ Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain
         if (l) layer.ginput = ginput, ginput += chain.width(l) * feature;
     }
     const ChainMatrix gx{needs.x ? address(out.x.get()) : nullptr, x.packed ? ld : x.columns, x.packed};
-    const ChainArgs args{x.is_double, threads, layers, x.rows, x.columns, gy.as, gx, x.packed ? x.as : ChainMatrix{},
+    const ChainArgs args{x.element, threads, layers, x.rows, x.columns, gy.as, gx, x.packed ? x.as : ChainMatrix{},
                          packed_gy};
     int64_t code;
     {

@@ -237,8 +237,6 @@ def _saved_features(x, crow_indices, _col_indices, plans, blocks):
 
 def _forward(x, values, biases, crow_indices, col_indices, plans, blocks, batch_minor, save):
     """By the kernels for x: y, and what they save for the gradients, or None."""
-    if x.dtype in native.HALF:  # which are computed in another dtype
-        _check(x, values, biases, crow_indices, col_indices)
     if (found := _gpu_plans(x, plans, blocks)) is None and x.is_cpu and cpu.available():
         done = cpu.chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_minor, save)
         if done is not None:
