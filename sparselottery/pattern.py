@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kernels import cpu_pattern, native
 from .pieces import divisible, places, spans
 
 MAX_INT32 = 2**31 - 1
@@ -75,9 +76,10 @@ class Pattern:
             raise ValueError(f"mask: expected shape (out_features, in_features), got {tuple(mask.shape)}")
         if mask.is_meta:
             raise ValueError("mask: expected one with data, got one on the meta device")
+        if dense is None and native.available() and divisible(mask):
+            return cls._compiled_natively(mask.contiguous()), None
         counts = torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1)) if divisible(mask) else mask.sum(dim=1)
-        if int(counts.sum()) > MAX_INT32 or max(mask.shape) > MAX_INT32:
-            raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {int(counts.sum())}")
+        _check_size(int(counts.sum()), mask.shape)
         crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=crow_indices[1:])
         shape = mask.shape[0], mask.shape[1]
@@ -99,6 +101,12 @@ class Pattern:
             if dense is not None:
                 torch.index_select(dense[rows].flatten(), 0, at, out=values[span])
         return cls(crow_indices, columns, shape), values
+
+    @classmethod
+    def _compiled_natively(cls, mask: Tensor) -> Pattern:
+        crow_indices, nnz = cpu_pattern.crow_indices(mask)
+        _check_size(nnz, mask.shape)
+        return cls(crow_indices, cpu_pattern.col_indices(mask, crow_indices, nnz), tuple(mask.shape))
 
     @classmethod
     def from_positions(cls, positions: Tensor, shape: tuple[int, int]) -> Pattern:
@@ -184,7 +192,7 @@ class Pattern:
     def indices_in(self, other: Pattern) -> Tensor:
         """Of each value its index among the values of another pattern of this shape, its nnz where it has none there.
 
-        int32 (nnz,). No more than a piece of the matrix is held at once.
+        int32 (nnz,). Both have to be valid. No more than a piece of the matrix is held at once.
         """
         if self.shape != other.shape:
             raise ValueError(f"other: expected a pattern of shape {self.shape}, got {other.shape}")
@@ -193,6 +201,8 @@ class Pattern:
             theirs, ours = torch.cat([other.positions(), end]), self.positions()
             index = torch.searchsorted(theirs, ours, out_int32=True)
             return torch.where(theirs[index] == ours, index, other.nnz)
+        if native.available():
+            return cpu_pattern.sources(*(each.contiguous() for each in (*self.indices, *other.indices)))
         indices, order = np.empty(self.nnz, dtype=np.int32), np.arange(other.nnz, dtype=np.int32)
         for (rows, span, at), (_, their_span, their_at) in zip(self._pieces(), other._pieces(), strict=True):
             index = np.full((rows.stop - rows.start) * self.shape[1], other.nnz, dtype=np.int32)
@@ -246,6 +256,11 @@ class Pattern:
         for rows, span, at in self._pieces():
             dense[rows].view(-1).scatter_(0, at, values[span])
         return dense
+
+
+def _check_size(survivors: int, shape: Sequence[int]) -> None:
+    if survivors > MAX_INT32 or max(shape) > MAX_INT32:
+        raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {survivors}")
 
 
 def block_of(pattern: Pattern, shape: Sequence[int]) -> tuple[int, int]:
