@@ -29,22 +29,28 @@ def col_indices(mask: Tensor, crow_indices: Tensor, nnz: int) -> Tensor:
     return found
 
 
-def sources(crow_indices: Tensor, col_indices: Tensor, their_rows: Tensor, their_columns: Tensor) -> Tensor:
-    """Of each value of a pattern its index among those of another of as many rows, their number where it has none.
+def is_valid(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> bool:
+    """Are these int32 (O + 1,) and (nnz,) the indices of a matrix (O, I)?"""
+    pointers = crow_indices.data_ptr(), col_indices.data_ptr()
+    return bool(native.LIBRARY.is_pattern(*shape, col_indices.numel(), *pointers))
+
+
+def sources(columns: int, crow_indices: Tensor, col_indices: Tensor, their_rows: Tensor, their_columns: Tensor):
+    """Of each value of a pattern its index among those of another of its shape, their number where it has none.
 
     Both are valid CSR; int32 (nnz,).
     """
-    found = native.empty(len(col_indices), dtype=torch.int32)
+    found = torch.empty_like(col_indices)
     pointers = [each.data_ptr() for each in (crow_indices, col_indices, their_rows, their_columns, found)]
-    native.LIBRARY.sources(len(crow_indices) - 1, *pointers, torch.get_num_threads())
+    native.LIBRARY.sources(crow_indices.numel() - 1, columns, *pointers, torch.get_num_threads())
     return found
 
 
 def carry(tensor: Tensor, sources: Tensor, fill: float) -> Tensor:
     """The elements of a tensor (n,) at `sources`, and `fill` where these are n."""
-    carried = tensor.new_empty(len(sources))
+    carried = tensor.new_empty(sources.numel())
     newcomer = tensor.new_full((1,), fill) if fill else None
     pointers = tensor.data_ptr(), carried.data_ptr(), newcomer.data_ptr() if fill else 0
-    sizes = len(sources), len(tensor), tensor.element_size()
+    sizes = sources.numel(), tensor.numel(), tensor.element_size()
     native.LIBRARY.carry(sources.data_ptr(), *sizes, *pointers, torch.get_num_threads())
     return carried

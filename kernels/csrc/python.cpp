@@ -21,7 +21,9 @@ void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_
 void sparselottery_train(const void* args);
 int64_t sparselottery_mask_rows(const uint8_t*, int64_t, int64_t, int32_t*, int64_t);
 int64_t sparselottery_mask_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int64_t);
-int64_t sparselottery_sources(int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*, int64_t);
+int64_t sparselottery_is_pattern(int64_t, int64_t, int64_t, const int32_t*, const int32_t*);
+int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
+                              int64_t);
 int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const void*, void*, const void*, int64_t);
 extern const int64_t sparselottery_abi_chain[], sparselottery_abi_conv[], sparselottery_abi_net[],
     sparselottery_abi_plan[], sparselottery_abi_rows[], sparselottery_abi_train[];
@@ -244,6 +246,7 @@ PyMethodDef methods[] = {
     {"unpack", fast(unpack), METH_FASTCALL, nullptr},
     {"mask_rows", fast(Call<sparselottery_mask_rows>::function), METH_FASTCALL, nullptr},
     {"mask_columns", fast(Call<sparselottery_mask_columns>::function), METH_FASTCALL, nullptr},
+    {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
     {"sources", fast(Call<sparselottery_sources>::function), METH_FASTCALL, nullptr},
     {"carry", fast(Call<sparselottery_carry>::function), METH_FASTCALL, nullptr},
     {"net", fast(infer<sparselottery_net>), METH_FASTCALL, nullptr},
