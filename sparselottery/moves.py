@@ -23,9 +23,11 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .convert import masked_layers
+from .kernels import cpu_pattern, native
 from .masks import as_mask
 from .nn import MaskedLayer
 from .nn.base import layers_alive
+from .ops.common import untraced
 from .pattern import Pattern, matrix_shape
 from .weight_decay import known_optimizers
 
@@ -42,7 +44,10 @@ class Move:
 
     def __call__(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
         """(before.nnz,) -> (after.nnz,): the elements of the survivors, bit for bit, and `fill` for each newcomer."""
-        padded = torch.cat([tensor.detach(), tensor.new_full((1,), fill)])  # newcomers read its end
+        tensor = tensor.detach()
+        if native.available() and tensor.is_cpu and tensor.element_size() in cpu_pattern.SIZES and untraced(tensor):
+            return cpu_pattern.carry(tensor.contiguous(), self._sources, fill)
+        padded = torch.cat([tensor, tensor.new_full((1,), fill)])  # newcomers read its end
         return padded.index_select(0, self._sources.to(tensor.device))
 
 
@@ -155,11 +160,11 @@ def _layers_of(moves: Moves) -> list[MaskedLayer]:
 def _given(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, moves: Moves) -> list[Optimizer]:
     """The optimisers, checked: nobody else has state that would no longer fit."""
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-    own = set(model.parameters())
     for each in given:
         if not isinstance(each, Optimizer):
             raise TypeError(f"optimizer: expected torch.optim.Optimizers, got {type(each).__name__}")
-        if not any(parameter in own for group in each.param_groups for parameter in group["params"]):
+        trained = {parameter for group in each.param_groups for parameter in group["params"]}
+        if trained.isdisjoint(moves) and trained.isdisjoint(model.parameters()):
             raise ValueError(f"optimizer: expected one of the model, got {type(each).__name__} of other parameters")
     forgotten = known_optimizers(lambda each: each not in given and any(_kept_by(each, values) for values in moves))
     if forgotten:
@@ -171,7 +176,8 @@ def _kept_by(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Any]:
     """The state that the optimiser has for single values, or for who knows what: all but what is one number."""
 
     def is_one(entry: Any) -> bool:
-        return all(each.numel() == 1 and each.shape != values.shape for each in tree_leaves(entry) if is_tensor(each))
+        leaves = [entry] if is_tensor(entry) else tree_leaves(entry)
+        return all(each.numel() == 1 and each.shape != values.shape for each in leaves if is_tensor(each))
 
     return {key: entry for key, entry in optimizer.state.get(values, {}).items() if not is_one(entry)}
 

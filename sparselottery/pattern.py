@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kernels import cpu_pattern, native
 from .pieces import divisible, places, spans
 
 MAX_INT32 = 2**31 - 1
@@ -75,12 +76,19 @@ class Pattern:
             raise ValueError(f"mask: expected shape (out_features, in_features), got {tuple(mask.shape)}")
         if mask.is_meta:
             raise ValueError("mask: expected one with data, got one on the meta device")
-        counts = torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1)) if divisible(mask) else mask.sum(dim=1)
-        if int(counts.sum()) > MAX_INT32 or max(mask.shape) > MAX_INT32:
-            raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {int(counts.sum())}")
+        shape, fast = (mask.shape[0], mask.shape[1]), dense is None and native.available() and divisible(mask)
+        if fast:
+            mask = mask.contiguous()
+            crow_indices, nnz = cpu_pattern.crow_indices(mask)
+        else:
+            counts = torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1)) if divisible(mask) else mask.sum(dim=1)
+            nnz = int(counts.sum())
+        if nnz > MAX_INT32 or max(shape) > MAX_INT32:
+            raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {nnz}")
+        if fast:
+            return cls(crow_indices, cpu_pattern.col_indices(mask, crow_indices, nnz), shape), None
         crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=crow_indices[1:])
-        shape = mask.shape[0], mask.shape[1]
         if not divisible(mask):
             return cls(crow_indices, mask.nonzero()[:, 1].to(torch.int32), shape), None
         columns = torch.empty(int(crow_indices[-1]), dtype=torch.int32, device="cpu")
@@ -134,6 +142,9 @@ class Pattern:
             raise ValueError(f"shape: expected at most {MAX_INT32} rows, columns and survivors, got {self.shape}")
         if len(crow_indices) != rows + 1:
             raise ValueError(f"crow_indices: expected length {rows + 1}, got {len(crow_indices)}")
+        fast = rows >= 0 and native.available() and divisible(crow_indices, col_indices)
+        if fast and cpu_pattern.is_valid(crow_indices.contiguous(), col_indices.contiguous(), self.shape):
+            return self  # what follows is as strict, and says what is wrong
         if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != len(col_indices):
             raise ValueError(
                 f"crow_indices: expected to run from 0 to nnz = {len(col_indices)}, "
@@ -184,7 +195,7 @@ class Pattern:
     def indices_in(self, other: Pattern) -> Tensor:
         """Of each value its index among the values of another pattern of this shape, its nnz where it has none there.
 
-        int32 (nnz,). No more than a piece of the matrix is held at once.
+        int32 (nnz,). Both have to be valid. No more than a piece of the matrix is held at once.
         """
         if self.shape != other.shape:
             raise ValueError(f"other: expected a pattern of shape {self.shape}, got {other.shape}")
@@ -193,6 +204,8 @@ class Pattern:
             theirs, ours = torch.cat([other.positions(), end]), self.positions()
             index = torch.searchsorted(theirs, ours, out_int32=True)
             return torch.where(theirs[index] == ours, index, other.nnz)
+        if native.available():
+            return cpu_pattern.sources(self.shape[1], *(each.contiguous() for each in (*self.indices, *other.indices)))
         indices, order = np.empty(self.nnz, dtype=np.int32), np.arange(other.nnz, dtype=np.int32)
         for (rows, span, at), (_, their_span, their_at) in zip(self._pieces(), other._pieces(), strict=True):
             index = np.full((rows.stop - rows.start) * self.shape[1], other.nnz, dtype=np.int32)

@@ -22,6 +22,11 @@ int64_t sparselottery_conv_backward(const ConvArgs*);
 void sparselottery_rows(const void*, const float*, float*, int64_t);
 void sparselottery_net(const void*, const float*, float*, int64_t);
 void sparselottery_train(const void*);
+int64_t sparselottery_mask_rows(const uint8_t*, int64_t, int64_t, int32_t*, int64_t);
+int64_t sparselottery_mask_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int64_t);
+int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
+                              int64_t);
+int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const void*, void*, const void*, int64_t);
 }
 
 namespace {
@@ -281,6 +286,27 @@ void train(int64_t batch) {
     std::free(plan);
 }
 
+// The mask of a matrix as CSR, and the values of another one that survive in it.
+template <class T>
+void patterns(int rows, int columns) {
+    const Matrix<T> before(rows, columns), after(rows, columns);
+    std::vector<uint8_t> mask(rows * columns);
+    after.each([&](int r, int c, int) { mask[r * columns + c] = 1 + random_bits() % 255; });
+    std::vector<int32_t> begin(rows + 1), at(after.at.size()), sources(at.size());
+    const int64_t found = sparselottery_mask_rows(mask.data(), rows, columns, begin.data(), threads);
+    sparselottery_mask_columns(mask.data(), rows, columns, begin.data(), at.data(), threads);
+    if (found != int64_t(at.size()) || begin != after.begin || at != after.at) std::puts("another pattern"), ++differences;
+    sparselottery_sources(rows, columns, begin.data(), at.data(), before.begin.data(), before.at.data(), sources.data(),
+                          threads);
+    std::vector<T> dense(rows * columns, T(7)), moved(at.size()), expected(at.size());
+    before.each([&](int r, int c, int k) { dense[r * columns + c] = before.values[k]; });
+    after.each([&](int r, int c, int k) { expected[k] = dense[r * columns + c]; });
+    const T fill = 7;
+    sparselottery_carry(sources.data(), at.size(), before.at.size(), sizeof(T), before.values.data(), moved.data(), &fill,
+                        threads);
+    same("carried", moved, expected);
+}
+
 template <class T>
 void all() {
     for (int64_t batch : {1, 3, 7, 37, 150}) chain<T>(batch), train<T>(batch);
@@ -302,6 +328,7 @@ int main(int count, char** arguments) {
     if (count > 2) company.lost(1e6);  // as where other processes have the processors
     all<float>(), all<double>();
     for (int64_t batch : {1, 5, 40}) rows(batch), net(batch);
+    patterns<float>(9, 150), patterns<double>(700, 600);
     if (!differences) std::printf("equal, vectors of %d bits\n", VECTOR_BYTES * 8);
     return differences;
 }

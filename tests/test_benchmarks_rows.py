@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import busy, find_overhead, imp_mnist, lab, loading, results
+from benchmarks import busy, find_overhead, imp_mnist, lab, loading, moves, results
 from sparselottery import convert, ops
 from sparselottery.lab import experiment, grid, xor
 from sparselottery.lab.models import conv_net
@@ -66,6 +66,16 @@ def test_overhead_rows(monkeypatch):
         assert float(row["seconds"]) > 0
         assert row["peak_rss"] >= 0
         assert (row["trained"] > 8 * 0.8 * 80_000) is planned  # values, indices and more of round 1
+
+
+def test_moves_rows(monkeypatch):
+    monkeypatch.setitem(moves.CASES, "small", moves.Case((40, 30, 10), 4, 0.2))
+    before = torch.rand(40, 30) < 0.2
+    after = moves.changed(before)
+    assert int((before & ~after).sum()) == int((after & ~before).sum()) == round(0.1 * int(before.sum()))
+    rows = list(moves.rows("small", 0.01))
+    assert [row["masks"] for row in rows] == ["bool", "pattern"]
+    assert all(float(row["step_ms"]) > 0 and float(row["move_ms"]) > 0 for row in rows)
 
 
 def test_busy_rows(monkeypatch):

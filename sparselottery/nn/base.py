@@ -183,8 +183,11 @@ class MaskedLayer(ExecutedLayer):
         """
         if self._positions is not None:
             increment_version(self._positions)  # no backward may gather gradients there any more
-        self.crow_indices, self.col_indices = pattern.indices
+        self._buffers.update(zip(("crow_indices", "col_indices"), pattern.indices, strict=True))
+        dense = self._dense
         self._prepare_anew(changed=False)
+        if dense is not None and self._dense is not None:
+            self._dense.take_over(dense)
 
     def _settle(self, changed: bool) -> None:
         made = self._known[2:]

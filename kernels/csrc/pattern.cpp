@@ -1,0 +1,131 @@
+// Patterns in CSR: those of masks, and what of one pattern's values survives in another. Rows are shared by threads.
+#include <algorithm>
+#include <cstring>
+
+#include "plan.h"
+#include "team.h"
+
+namespace {
+
+thread_local Scratch scratch;
+
+constexpr int64_t kAlone = 1 << 17;  // bytes or indices to read, up to which a second thread comes too late
+
+// f(begin, end) for the shares of [0, size) that members of a team have.
+template <class F>
+void shared(int64_t size, int64_t work, int64_t threads, F f) {
+    together(work > kAlone ? threads : 1, [&] {
+        f(size * thread_index() / team_size(), size * (thread_index() + 1) / team_size());
+    });
+}
+
+// Which of 8 bytes are not zero, a bit each.
+uint64_t bits_of(const uint8_t* bytes) {
+    constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f;
+    uint64_t word;
+    std::memcpy(&word, bytes, 8);
+    word = ((((word & low) + low) | word) & ~low) >> 7;  // 1 in each such byte
+    return word * 0x0102040810204080 >> 56;
+}
+
+template <class T>
+void carry(const int32_t* sources, int64_t count, int64_t before, const T* from, T* to, const T* fill, int64_t threads) {
+    const T newcomer = fill ? *fill : T(0);
+    if (!before) from = &newcomer;
+    expect_writes(to, count * sizeof(T));
+    shared(count, count, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {  // without a branch, which is often taken wrongly
+            const int32_t known = sources[k] < before;
+            const T survivor = from[known * sources[k]];
+            to[k] = known ? survivor : newcomer;
+        }
+    });
+}
+
+}  // namespace
+
+// mask (rows, columns), a byte each -> crow_indices (rows + 1,), and how many are not zero: more than int32 holds, perhaps.
+EXPORT int64_t sparselottery_mask_rows(const uint8_t* mask, int64_t rows, int64_t columns, int32_t* crow_indices,
+                                       int64_t threads) {
+    shared(rows, rows * columns, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            int32_t count = 0;
+            for (int64_t c = 0; c < columns; ++c) count += mask[r * columns + c] != 0;
+            crow_indices[r + 1] = count;
+        }
+    });
+    int64_t total = crow_indices[0] = 0;
+    for (int64_t r = 1; r <= rows; ++r) crow_indices[r] = int32_t(total += crow_indices[r]);
+    return total;
+}
+
+// The same mask, and its crow_indices -> col_indices.
+EXPORT int64_t sparselottery_mask_columns(const uint8_t* mask, int64_t rows, int64_t columns, const int32_t* crow_indices,
+                                          int32_t* col_indices, int64_t threads) {
+    expect_writes(col_indices, crow_indices[rows] * int64_t(4));
+    shared(rows, rows * columns, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const uint8_t* const row = mask + r * columns;
+            int32_t* to = col_indices + crow_indices[r];
+            int64_t c = 0;
+            for (; c + 64 <= columns; c += 64) {
+                uint64_t bits = 0;
+                for (int i = 0; i < 8; ++i) bits |= bits_of(row + c + 8 * i) << 8 * i;
+                for (; bits; bits &= bits - 1) *to++ = int32_t(c) + __builtin_ctzll(bits);
+            }
+            for (; c < columns; ++c)
+                if (row[c]) *to++ = int32_t(c);
+        }
+    });
+    return DONE;
+}
+
+// Are these indices of `nnz` values of a matrix (rows, columns) in CSR, ascending within each row?
+EXPORT int64_t sparselottery_is_pattern(int64_t rows, int64_t columns, int64_t nnz, const int32_t* crow_indices,
+                                        const int32_t* col_indices) {
+    if (crow_indices[0] != 0 || crow_indices[rows] != nnz) return false;
+    for (int64_t r = 0; r < rows; ++r)
+        if (crow_indices[r] > crow_indices[r + 1]) return false;
+    for (int64_t r = 0; r < rows; ++r) {
+        int64_t last = -1;
+        bool ascending = true;
+        for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; last = col_indices[k++]) ascending &= col_indices[k] > last;
+        if (!ascending || last >= columns) return false;
+    }
+    return true;
+}
+
+// Of each value of the pattern `ours` its index among the values of `theirs`, as many as these where it is not there. Of a
+// row, `at` tells the index of each column; what an earlier row has left there is less than the row's first.
+EXPORT int64_t sparselottery_sources(int64_t rows, int64_t columns, const int32_t* our_rows, const int32_t* our_columns,
+                                     const int32_t* their_rows, const int32_t* their_columns, int32_t* sources,
+                                     int64_t threads) {
+    const int32_t none = their_rows[rows];
+    expect_writes(sources, our_rows[rows] * int64_t(4));
+    shared(rows, our_rows[rows] + int64_t(none), threads, [&](int64_t begin, int64_t end) {
+        int32_t* const at = scratch.get<int32_t>(columns);
+        std::fill_n(at, columns, -1);
+        for (int64_t r = begin; r < end; ++r) {
+            const int32_t first = their_rows[r];
+            for (int32_t k = first; k < their_rows[r + 1]; ++k) at[their_columns[k]] = k;
+            for (int32_t k = our_rows[r]; k < our_rows[r + 1]; ++k) {
+                const int32_t source = at[our_columns[k]];
+                sources[k] = source >= first ? source : none;
+            }
+        }
+    });
+    return DONE;
+}
+
+// Elements of `bytes` each: to[k] = from[sources[k]], and *fill, or zero where that is null, where there is none of `before`.
+EXPORT int64_t sparselottery_carry(const int32_t* sources, int64_t count, int64_t before, int64_t bytes, const void* from,
+                                   void* to, const void* fill, int64_t threads) {
+    const auto of = [&](auto one) {
+        using T = decltype(one);
+        carry(sources, count, before, static_cast<const T*>(from), static_cast<T*>(to), static_cast<const T*>(fill), threads);
+    };
+    if (bytes == 8) of(uint64_t());
+    if (bytes == 4) of(uint32_t());
+    if (bytes == 2) of(uint16_t());
+    return DONE;
+}

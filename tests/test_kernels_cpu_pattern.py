@@ -1,0 +1,139 @@
+"""Native patterns against those of NumPy and torch, which run where no native library is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparselottery import MaskedLinear, Pattern, set_masks
+from sparselottery.kernels import cpu_pattern, native
+from sparselottery.moves import Move
+from sparselottery.nn import dense
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
+SHAPES = [(1, 1), (3, 64), (7, 63), (5, 200), (0, 4), (4, 0), (600, 700)]  # the last is for two threads
+
+
+def masks(shape):
+    """Two that share rows, with an empty row and a full one."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    one, other = (torch.rand(shape, generator=generator) < density for density in (0.3, 0.4))
+    one[1:2], other[2:3] = False, True
+    other[3:] = one[3:]
+    return one, other
+
+
+def both(monkeypatch, compute):
+    """The results of native code and without it."""
+    results = [compute()]
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "LIBRARY", None)
+        results.append(compute())
+    return results
+
+
+def same(one, other):
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+def test_patterns_of_masks(shape, density, monkeypatch):
+    mask = torch.rand(shape) < density
+    for each in (mask, mask.t(), mask.to(torch.uint8).mul_(200).view(torch.bool)):
+        ours, theirs = both(monkeypatch, lambda each=each: Pattern.from_mask(each))
+        assert ours.shape == theirs.shape
+        assert all(map(same, ours.indices, theirs.indices))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_indices_in_another_pattern(shape, monkeypatch):
+    one, other = map(Pattern.from_mask, masks(shape))
+    for ours, theirs in ((one, other), (other, one), (one, one), (one, Pattern.from_mask(torch.zeros(shape).bool()))):
+        assert same(*both(monkeypatch, lambda ours=ours, theirs=theirs: ours.indices_in(theirs)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_indices_that_are_valid(shape):
+    rows, columns = shape
+    for mask in masks(shape):
+        crow_indices, col_indices = Pattern.from_mask(mask).indices
+        assert cpu_pattern.is_valid(crow_indices, col_indices, shape)
+        assert not cpu_pattern.is_valid(crow_indices + 1, col_indices, shape)
+        assert not cpu_pattern.is_valid(crow_indices, torch.cat([col_indices, torch.zeros(1).int()]), shape)
+        if mask.any():
+            highest = int(col_indices.max())
+            assert not cpu_pattern.is_valid(crow_indices, col_indices, (rows, highest))
+            assert not cpu_pattern.is_valid(crow_indices, col_indices - int(col_indices.min()) - 1, shape)
+        if rows > 2 and columns > 1:  # the third row is full
+            twice, last = col_indices.clone(), int(crow_indices[3]) - 1
+            if bool(mask[2].all()):
+                twice[last] -= 1
+                assert not cpu_pattern.is_valid(crow_indices, twice, shape)
+            falling = crow_indices.clone()
+            falling[1] = len(col_indices) + 1
+            assert not cpu_pattern.is_valid(falling, col_indices, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fill", [0.0, 3.0])
+def test_elements_that_are_carried(shape, dtype, fill, monkeypatch):
+    one, other = map(Pattern.from_mask, masks(shape))
+    for before, after in ((one, other), (other, one), (Pattern.from_mask(torch.zeros(shape).bool()), one)):
+        move, elements = Move(before, after), torch.randn(2 * before.nnz).mul(9).to(dtype)
+        for each in (
+            elements[: before.nnz],
+            elements[::2],
+            elements[before.nnz :].requires_grad_(dtype.is_floating_point),
+        ):
+            assert same(*both(monkeypatch, lambda each=each, move=move: move(each, fill)))
+
+
+def test_what_native_code_carries_and_what_it_leaves_to_torch(monkeypatch):
+    carried, carry = [], cpu_pattern.carry
+    monkeypatch.setattr(cpu_pattern, "carry", lambda *args: carried.append(args[0]) or carry(*args))
+    move = Move(*map(Pattern.from_mask, masks((7, 63))))
+    count = move.before.nnz
+    for elements in (torch.randn(count), torch.randn(count, dtype=torch.complex64).imag):
+        assert same(move(elements, 2.0), torch.cat([elements, torch.tensor([2.0])])[move._sources])
+    assert len(carried) == 2
+    turned = torch.randn(count, dtype=torch.complex64).conj().imag  # a negative that is still to be taken
+    for elements in (turned, torch.randn(count, dtype=torch.complex128), torch.ones(count, dtype=torch.bool)):
+        assert same(move(elements), torch.cat([elements, elements.new_zeros(1)])[move._sources])
+    assert len(carried) == 2
+
+
+def test_the_dense_weight_moves_in_its_buffer(monkeypatch):
+    one, other = masks((7, 63))
+    layer = MaskedLinear(63, 7, mask=one)
+    layer.execution = "dense"
+    x = torch.randn(3, 63)
+    layer(x)
+    weight = layer._dense._state.weight
+    monkeypatch.setattr(dense.torch, "zeros", None)  # no other is made
+    set_masks(layer, {"weight": other})
+    assert layer._dense._state.weight is weight
+    y = layer(x)
+    monkeypatch.undo()
+    torch.testing.assert_close(y, layer.to_dense()(x))
+
+
+def test_a_failed_move_leaves_the_dense_weight(monkeypatch):
+    one, other = masks((7, 63))
+    layers = [MaskedLinear(63, 7, mask=one) for _ in range(2)]
+    layers[0].execution = "dense"
+    x = torch.randn(3, 63)
+    with torch.no_grad():
+        y = layers[0](x)
+
+    def full_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(layers[1], "_compile", full_memory)  # the dense layer has moved already
+    both = {f"{index}.weight": other for index in range(2)}
+    with pytest.raises(MemoryError):
+        set_masks(nn.Sequential(*layers), both)
+    with torch.no_grad():
+        assert torch.equal(layers[0](x), y)
