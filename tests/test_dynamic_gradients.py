@@ -67,9 +67,7 @@ def test_nothing_is_hooked_or_held_after_a_stop():
     assert len(layer._forward_hooks) == 1
     watch.stop()
     assert not layer._forward_hooks
-    with pytest.raises(KeyError):
-        next(watch.strips("weight"))
-    watch.start()
+    watch.start()  # of nothing
     with pytest.raises(ValueError, match="expected a backward through the layers, not compiled"):
         next(watch.strips("weight"))
 

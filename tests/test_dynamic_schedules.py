@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from sparselottery.dynamic import alternating, constant, cosine, cubic, erk, exponential, linear, phases, toward, uniform
+from sparselottery.dynamic import (
+    alternating,
+    constant,
+    cosine,
+    cubic,
+    erk,
+    exponential,
+    linear,
+    phases,
+    toward,
+    uniform,
+)
 
 SHAPES = {"conv": (8, 3, 3, 3), "fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100), "none": (0, 5)}
 DENSITY = st.floats(0.001, 1.0)
@@ -23,8 +35,8 @@ def test_a_schedule_is_monotone_and_has_its_ends(kind, initial, final, begin, le
     assert schedule(begin + length) == schedule(begin + length + 7) == final
     values = [schedule(step) for step in sorted(steps)]
     slack = 1e-12  # of rounding
-    falls = all(a >= b - slack for a, b in zip(values, values[1:], strict=False))
-    rises = all(a <= b + slack for a, b in zip(values, values[1:], strict=False))
+    falls = all(a >= b - slack for a, b in pairwise(values))
+    rises = all(a <= b + slack for a, b in pairwise(values))
     assert falls if initial >= final else rises
     assert min(initial, final) <= min(values) <= max(values) <= max(initial, final)
 

@@ -50,7 +50,7 @@ class Watch:
         caught = self._caught[name]
 
         def hook(layer: MaskedLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
-            if y.requires_grad:
+            if not torch.compiler.is_compiling() and y.requires_grad:
                 x = args[0].detach()
                 y.register_hook(lambda gy: caught.append((x, gy.detach())))
 

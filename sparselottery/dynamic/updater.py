@@ -132,13 +132,13 @@ class MaskUpdater:
         self._look_ahead()
 
     def step(self) -> bool:
-        """Count a step of the optimiser, and update the masks if it is time; returns whether they have changed."""
+        """Count a step of the optimiser, and update the masks if it is time; returns whether it was."""
         self.steps += 1
         if self._watched is not None:
             self._sum_up()
-        changed = (self._late or self._due(self.steps)) and self._update()
+        updated = (self._late or self._due(self.steps)) and self._update()
         self._look_ahead()
-        return changed
+        return updated
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps depend on, but for the model, the optimiser and the arguments."""
