@@ -28,7 +28,7 @@ for how in ({}, {"grow": "random"}, {"candidates": 3.0}, {"grow": "momentum"}, {
     optimizer = torch.optim.SGD(replica.parameters(), lr=0.1, momentum=0.9)
     updater = dynamic.rigl(replica, optimizer, 0.3, end=9, every=2, seed=rank, **how)
     first = masks_of(model)
-    for step in range(1, 10):
+    for step in range(1, 8):
         optimizer.zero_grad()
         ((replica(x) - 1).square().mean() * (float("inf") if rank and step == 4 else 1)).backward()
         if step != 4:
