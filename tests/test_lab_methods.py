@@ -72,5 +72,5 @@ def test_what_only_a_ladder_does_is_refused(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"{name}: expected .* with the method rigl"):
         replace(QUICK, method="rigl", **changes)
-    with pytest.raises(ValueError, match="method: expected one of imp, gmp, .*, got 'lottery'"):
+    with pytest.raises(ValueError, match=r"method: expected one of imp, gmp, .*, got 'lottery'"):
         replace(QUICK, method="lottery")
