@@ -136,7 +136,8 @@ def find_ticket(
             without dimensions are taken as numbers.
             With `rewind_step=k > 0` it is called as `train(model, start=0, stop=k)` once, to reach theta_k, and as
             `train(model, start=k, stop=None)` in each round: to skip the first k steps of data and schedule.
-        rounds: how often to prune, at least 1.
+        rounds: how often to prune. 0: train alone, which may then move the masks itself (`dynamic`); the ticket has the
+            masks that it ends with.
         retrain: as `train`, in its place from round 1 on: with `reset=False` e.g. fine-tuning at a low learning rate.
         fraction, scope, rates, output_fraction, ignore, granularity: how to prune, by magnitude: see `prune`.
         scores: a function of the trained model, whose result takes the place of magnitudes. It gets a new model with
@@ -154,12 +155,12 @@ def find_ticket(
             (of the training) and what `train` returned.
     Returns the ticket: theta_k at the last mask. The trained weights are in `out`, whose files hold dense tensors only:
     a model with sparse, nested or quantised buffers or with extra state is refused there, and is fine without `out`.
-    Raises ValueError or TypeError, before any training, for arguments that `prune` would refuse, `rounds < 1`,
+    Raises ValueError or TypeError, before any training, for arguments that `prune` would refuse, `rounds < 0`,
     `rewind_step < 0`, or an `out` of another run or with a damaged file in it; and after a training that altered the
     masks or returned something else than the above. In the latter case `out` keeps the training, without what was
     returned.
     """
-    _check_count("rounds", rounds, 1)
+    _check_count("rounds", rounds, 0)
     _check_count("rewind_step", rewind_step, 0)
     weights = prunable(model)
     masks = _complete(weights, masks_of(model))
@@ -202,7 +203,7 @@ def find_ticket(
         done = files.load(name)
         if done is None:
             trainer = retrain if retrain and number else train
-            trained, record, fault = _train(model, start, trainer, steps, contents_of)
+            trained, record, fault = _train(model, start, trainer, steps, contents_of, moves=rounds == 0)
             record = {"round": number, **record}
             files.save_record(name, record)
             files.save(name, trained)  # last: the round is done when this file is there
@@ -225,6 +226,8 @@ def find_ticket(
                 # Read at the masks only: nothing need be set to zero.
                 start = Ticket.of_parts(weights, masks, recipe, theta.architecture)
                 del weights, survivors, score
+            elif rounds == 0:
+                masks = {name: mask.cpu() for name, mask in Ticket.from_contents(trained).masks.items()}
         finally:
             if on_round is not None:
                 on_round(record)
@@ -236,10 +239,15 @@ def find_ticket(
 
 
 def _train(
-    model: nn.Module, start: Ticket, train: Callable, steps: dict[str, Any], result: Callable[..., Trained]
+    model: nn.Module,
+    start: Ticket,
+    train: Callable,
+    steps: dict[str, Any],
+    result: Callable[..., Trained],
+    moves: bool = False,
 ) -> tuple[Trained, dict[str, Any], Exception | None]:
     """`result` of the model after one training from `start` and of the recipe, what to record of the training, and what
-    is wrong with what `train` returned: it is then kept all the same, its record without that.
+    is wrong with what `train` returned: it is then kept all the same, its record without that. moves: masks may.
     """
     with random_state_kept():
         current = start.apply(model)
@@ -252,13 +260,14 @@ def _train(
     doubtful = {name: layer for name, layer in layers.items() if name not in seen or not seen[name].still(layer)}
     for layer in doubtful.values():
         layer.check()
-    if layers.keys() != start.masks.keys() or not all(
-        torch.equal(layer.mask.cpu(), start.masks[name]) for name, layer in doubtful.items()
+    if layers.keys() != start.masks.keys() or not (
+        moves or all(torch.equal(layer.mask.cpu(), start.masks[name]) for name, layer in doubtful.items())
     ):
         raise ValueError("train: expected it to leave the masks as they are, but it altered them")
     trained = result(current, start.recipe)
     total = sum(mask.numel() for mask in start.masks.values())
-    record = {"density": start.density, "nnz": start.nnz, "total": total, "seconds": seconds}
+    nnz = sum(layer.nnz for layer in layers.values())
+    record = {"density": nnz / total if total else 1.0, "nnz": nnz, "total": total, "seconds": seconds}
     try:
         returned = json_copy("train", {} if returned is None else returned)
         if not isinstance(returned, dict) or {"round", *record} & returned.keys():

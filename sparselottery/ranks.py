@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def rank() -> int:
@@ -19,6 +19,20 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if _several():
         distributed.barrier()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if _several():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def of_first(tensor: Tensor) -> Tensor:
+    """What the first process has, in place; tensors are of one shape everywhere."""
+    if _several():
+        distributed.broadcast(tensor, 0)
+    return tensor
 
 
 def _several() -> bool:

@@ -24,7 +24,7 @@ LAYERS = [
     {"architecture", "execution", "maskable", "storable", "weight_decay"},
     {"convert", "explain", "files"},
     {"moves", "saliency", "ticket"},
-    {"export", "interop", "lottery", "runtime"},
+    {"dynamic", "export", "interop", "lottery", "runtime"},
     {"bench_model"},
     {"__init__"},
     {"lab"},

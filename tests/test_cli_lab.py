@@ -103,7 +103,7 @@ def test_lab_passes_every_option_on(capsys):
         **{"seed": 4, "rewind_step": 10, "one_shot": True, "retrain": "continue", "optimizer": "sgd", "momentum": 0.5},
         **{"weight_decay": 0.01, "dropout": 0.5, "drops": "1/2,0.75", "warmup": 40, "augment": True},
         **{"scope": "global", "prune_layers": "fc", "conv_share": 0.3, "fc_share": 0.4, "output_share": 0.6},
-        **{"granularity": "4x2", "device": "cpu", "execution": "measured"},
+        **{"granularity": "4x2", "device": "cpu", "execution": "measured", "method": "imp"},
     }
     given = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in options.items()]
     found = printed(capsys, "lenet", *given, "--control-rounds", "1", "--threads", "2")
@@ -114,6 +114,7 @@ def test_lab_passes_every_option_on(capsys):
     assert (short["iterations"], short["warmup"], short["rewind_step"]) == (100, 4, 1)
     assert short["folder"] != found["folder"]
     assert printed(capsys, "resnet-18", "--no-augment")["augment"] is False
+    assert printed(capsys, "lenet", "--method=single-cycle", "--controls=")["method"] == "single-cycle"
 
 
 @pytest.mark.parametrize(

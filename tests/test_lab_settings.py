@@ -60,7 +60,7 @@ def test_names_tell_settings_apart_and_leave_defaults_out():
     changes |= {"granularity": (16, 16), "retrain": "continue", "optimizer": "sgd", "momentum": 0.0, "dropout": 0.5}
     changes |= {"batch": 6, "rewind_step": 1, "weight_decay": 1e-4, "drops": (0.5,), "warmup": 1, "augment": True}
     changes |= {"scope": "global", "prune_layers": "fc", "conv_share": 0.5, "fc_share": 0.5, "output_share": 1.0}
-    changes |= {"device": "cuda", "execution": "measured"}
+    changes |= {"device": "cuda", "execution": "measured", "method": "gmp"}
     assert changes.keys() | {"data", "model"} == {field.name for field in fields(Settings)}
     names = {preset("digits", **{key: value}).name for key, value in changes.items()}
     assert len(names | {preset("digits").name, preset("mnist").name}) == len(changes) + 2

@@ -105,7 +105,7 @@ def test_every_step_has_its_rate(data, monkeypatch):
     how |= {"momentum": 0.5, "drops": (0.5,), "warmup": 3}
     model = reinit(factory, 0)
     training.train(model, data, **how)
-    assert seen[0] == (model, 0.6, "sgd", 0.1, 0.5)
+    assert seen[0] == (model, 0.6, "sgd", 0.1, 0.5, None)
     assert seen[1:] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6] + [0.06] * 6)
     seen.clear()
     training.train(model, data, **how, stop=7)

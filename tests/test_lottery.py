@@ -281,7 +281,7 @@ def test_settings_of_something_else(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"rounds": 0}, ValueError, "rounds: expected at least 1, got 0"),
+        ({"rounds": -1}, ValueError, "rounds: expected at least 0, got -1"),
         ({"rounds": 1.5}, TypeError, r"rounds: expected an int, got 1\.5"),
         ({"rewind_step": -1}, ValueError, "rewind_step: expected at least 0"),
         ({"fraction": 1}, ValueError, "fraction: expected"),

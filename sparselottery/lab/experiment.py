@@ -24,6 +24,7 @@ from .determinism import deterministic
 from .executions import settle
 from .graph import WARM_UP
 from .masked_dense import masked_dense
+from .methods import updater
 from .models import build
 from .pause import Pause
 from .settings import Settings
@@ -81,6 +82,8 @@ def run(
         }
 
     recipe = _recipe(settings)
+    if settings.method != "imp":
+        recipe["moves"] = partial(updater, settings, _densities(settings, data))
     recorded = {**asdict(settings), "shape": data.shape, "classes": data.classes, "note": data.note}
     with torch.random.fork_rng(devices=[]), deterministic(settings.device):
         torch.manual_seed(settings.seed)
@@ -219,6 +222,13 @@ def pruning(settings: Settings, model: nn.Module) -> dict:
         "rates": {name: rate for name, rate in rates.items() if name not in competing},
         "granularity": {name: (1, 1) if name == output else settings.granularity for name in weights},
     }
+
+
+def _densities(settings: Settings, data: data_sets.Dataset) -> dict[str, float]:
+    """Of each layer what is left after all rounds."""
+    net = _net(settings, data)
+    rates = pruning(settings, net)["rates"]
+    return {name: (1 - rates[name]) ** settings.rounds for name in prunable(net)}
 
 
 def _share(settings: Settings, weight: torch.Tensor, output: bool) -> float:

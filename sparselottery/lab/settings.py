@@ -9,6 +9,7 @@ from typing import Any
 
 from ..pattern import BLOCKS
 from . import data as data_sets
+from .methods import METHODS
 from .models import MODELS
 
 RETRAIN = ("rewind", "continue", "fine-tune")
@@ -63,6 +64,13 @@ class Settings:
         f"GPUs have kernels for {', '.join(f'{rows}x{columns}' for rows, columns in BLOCKS)}",
     )
     device: str = setting("cpu", "where to train", ("cpu", "cuda"))
+    method: str = setting(
+        "imp",
+        "imp, a training for each round; or one training whose masks move until each layer has as many weights as all "
+        "rounds would leave it: gmp, gradual magnitude pruning; set and rigl, sparse from the start; topk after each "
+        "step; dsd, dense-sparse-dense; iht, sparse and dense by turns; single-cycle, pruned linearly",
+        ("imp", *METHODS),
+    )
     execution: str = setting(
         "kernels",
         "how pruned layers run: kernels, ours; measured, each as is fastest here, chosen once a round",
@@ -74,6 +82,11 @@ class Settings:
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{each.name}: expected one of {', '.join(choices)}, got {value!r}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        rounds = {"one_shot": False, "retrain": "rewind", "rewind_step": 0, "scope": "layer", "granularity": (1, 1)}
+        if self.method != "imp" and (wrong := [name for name, only in rounds.items() if getattr(self, name) != only]):
+            raise ValueError(f"{wrong[0]}: expected {rounds[wrong[0]]!r} with the method {self.method}")
 
     @property
     def name(self) -> str:
@@ -89,7 +102,9 @@ class Settings:
 
     @property
     def prunings(self) -> int:
-        """How often the ladder prunes."""
+        """How often the ladder prunes: not at all where the training does."""
+        if self.method != "imp":
+            return 0
         return 1 if self.one_shot else self.rounds
 
     def rate(self, share: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice, repeat
 from statistics import median
 from time import perf_counter
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dynamic import MaskUpdater
 from . import distributed
 from .analyses import early_stop
 from .augment import flip_and_crop, random_moves
@@ -25,6 +27,7 @@ from .graph import GraphedStep
 from .native import native_trainer
 from .pause import Pause, Paused, Training
 
+Moves = Callable[[nn.Module, torch.optim.Optimizer], MaskUpdater]
 # In a batch of an evaluation. Where outputs of convolutions exceed 32 MB, as Conv-2's of 128 images, their pages are
 # new at every batch on the CPU, and it takes up to 1.8 times as long. A GPU waits for launches in small ones; Conv-2's
 # widest output of 2500 images has 655 MB.
@@ -50,6 +53,7 @@ def train(
     stop: int | None = None,
     on_eval: Callable[[int], None] | None = None,
     pause: Pause | None = None,
+    moves: Moves | None = None,
 ) -> dict:
     """Train ``model`` in place from iteration ``start`` to ``stop`` of ``iterations`` and return what happened.
 
@@ -58,7 +62,8 @@ def train(
     ``warmup`` do. ``augment`` flips and crops the training images at random. Validation and test sets are evaluated
     before the first step, at every multiple of ``eval_every`` and after the last step; ``on_eval(iteration)`` follows
     each. With ``pause`` a training that is due raises `Paused` after the next evaluation, its state kept; begun again,
-    it goes on there and ends in the same bits. One in native steps is paused before its first step only.
+    it goes on there and ends in the same bits. One in native steps, or whose masks move, is paused before its first
+    step only. ``moves(model, optimizer)`` makes the `MaskUpdater` that follows each step.
 
     Returns a JSON-able mapping: ``early_stop_iteration`` (of minimum validation loss), ``early_stop_test_accuracy``
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
@@ -101,7 +106,8 @@ def train(
     if kept:
         iteration, curves, seconds = (kept[key] for key in ("iteration", "curves", "seconds"))
     replica = distributed.replica(model)
-    run = Runner(replica, data, (batch, seed, iteration, augment, distributed.share(batch)), how)
+    drawn = batch, seed, iteration, augment, distributed.share(batch)
+    run = Runner(replica, data, drawn, how, moves and partial(moves, model))
     if kept:
         training.restore(run.optimizer)
     else:
@@ -149,8 +155,8 @@ def learning_rate(iteration: int, iterations: int, lr: float, drops: Sequence[fl
 class Runner:
     """``run(rates)``: a step at each of these learning rates, on the batches that come next.
 
-    drawn: what follows x and y in `batches`; how: what follows the model in `stepper`. `optimizer` is None where the
-    steps are native.
+    drawn: what follows x and y in `batches`; how: what follows the model in `stepper`, with ``follows``. `optimizer` is
+    None where the steps are native or masks move.
     """
 
     def __init__(
@@ -159,18 +165,20 @@ class Runner:
         data: Dataset,
         drawn: tuple[int, int, int, bool, slice],
         how: tuple[float, str, float, float],
+        follows: Callable[[torch.optim.Optimizer], MaskUpdater] | None = None,
     ) -> None:
         batch, seed, start, augment, _ = drawn
         self._data = data.train_x, data.train_y
-        self._trainer = None if augment else native_trainer(model, data.train_x, *how[1:])
+        self._moves = follows is not None
+        self._trainer = None if augment or self._moves else native_trainer(model, data.train_x, *how[1:])
         if self._trainer is None:
-            self._step, self._stream = stepper(model, *how), batches(*self._data, *drawn)
+            self._step, self._stream = stepper(model, *how, follows), batches(*self._data, *drawn)
         else:
             self._orders = (order for order, _ in islice(_draws(len(data.train_x), batch, seed), start, None))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        if self._trainer is not None:
+        if self._trainer is not None or self._moves:
             return None
         return (self._step.eager if isinstance(self._step, GraphedStep) else self._step).optimizer
 
@@ -183,22 +191,28 @@ class Runner:
 
 
 def stepper(
-    model: nn.Module, lr: float, optimizer: str = "adam", weight_decay: float = 0.0, momentum: float = 0.9
+    model: nn.Module,
+    lr: float,
+    optimizer: str = "adam",
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    follows: Callable[[torch.optim.Optimizer], MaskUpdater] | None = None,
 ) -> Step | GraphedStep:
     """``step(x, y, lr=lr)``: one optimiser step on the cross-entropy of ``model``, with a new optimiser.
 
     ``optimizer`` is "adam" or "sgd", with ``momentum``, which may be 0; ``weight_decay`` is of all parameters. On a GPU
-    alone the step is a CUDA graph from its fourth call on. Raises ValueError for another name.
+    alone the step is a CUDA graph from its fourth call on, unless masks move: ``follows(optimizer)`` makes what steps
+    after it. Raises ValueError for another name.
     """
     parameters = list(model.parameters())
-    graphed = _on_gpu(parameters) and not isinstance(model, distributed.Replica)
+    graphed = _on_gpu(parameters) and follows is None and not isinstance(model, distributed.Replica)
     if optimizer == "adam":
         chosen = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=graphed)
     elif optimizer == "sgd":
         chosen = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     else:
         raise ValueError(f"optimizer: expected adam or sgd, got {optimizer!r}")
-    step = Step(model, parameters, chosen, lr)
+    step = Step(model, parameters, chosen, lr, None if follows is None else follows(chosen).step)
     return GraphedStep(step, parameters[0].device, lr) if graphed else step
 
 
@@ -206,9 +220,15 @@ class Step:
     """``step(x, y, lr=lr)``, eagerly."""
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, lr: float
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        then: Callable[[], object] | None = None,
     ) -> None:
         self._model, self._parameters, self._lr, self.optimizer = model, parameters, lr, optimizer
+        self._then = then
 
     def __call__(self, x: Tensor, y: Tensor, lr: float | Tensor | None = None) -> None:
         for parameter in self._parameters:  # zero_grad without its 5 us of profiling hooks
@@ -216,6 +236,8 @@ class Step:
         F.cross_entropy(self._model(x), y).backward()
         self.optimizer.param_groups[0]["lr"] = self._lr if lr is None else lr
         self.optimizer.step()
+        if self._then is not None:
+            self._then()
 
 
 def _on_gpu(parameters: Sequence[nn.Parameter]) -> bool:

@@ -1,0 +1,288 @@
+"""Masks that follow a schedule while a net trains: which weights go, which come, and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import ranks
+from ..convert import masked_layers
+from ..moves import set_masks
+from ..nn import MaskedLayer
+from .choices import Pool, at_random, by_gradient, gradients_at, highest, kept, merged
+from .distributions import DISTRIBUTIONS, Distribution
+from .gradients import Watch
+from .schedules import Schedule, constant
+
+Score = Callable[[str, MaskedLayer], Tensor]
+GROWTH = ("random", "gradient", "momentum")
+DECAY = 0.9  # of the gradients that "momentum" sums up
+
+
+def magnitude(name: str, layer: MaskedLayer) -> Tensor:
+    """|w| of the survivors: (nnz,)."""
+    return layer.values.detach().abs()
+
+
+def saliency(name: str, layer: MaskedLayer) -> Tensor:
+    """|w g|: how much the loss changes without the weight, to first order (Molchanov et al. 2017; SNIP's score).
+
+    Raises ValueError for a layer without gradients: those of the step must be there still.
+    """
+    if layer.values.grad is None:
+        raise ValueError(f"drop: expected {name} to have a gradient after the optimiser's step, got None")
+    return (layer.values.detach() * layer.values.grad).abs()
+
+
+DROP: dict[str, Score] = {"magnitude": magnitude, "saliency": saliency}
+
+
+class MaskUpdater:
+    """Moves the masks of a model while it trains. `step()` goes after each `optimizer.step()`:
+
+        model = convert(model, masks)            # the layers to prune; masks may be all True
+        optimizer = torch.optim.AdamW(model.parameters())
+        updater = MaskUpdater(model, optimizer, density=cubic(0.05, end=10_000), every=100, end=10_000)
+        ...
+        loss.backward()
+        optimizer.step()
+        updater.step()
+
+    An update drops the survivors that score lowest and grows as many weights as the density then asks for, from zero.
+    Survivors keep values, gradients and optimiser state (`set_masks`). Numbers of survivors are exact, ties go by
+    index, and a weight that is dropped and grown at once has only stayed.
+
+    Args:
+        model: with masked layers (`convert`); all of them take part, but for those that `ignore` names.
+        optimizer: one, or all that train these layers.
+        density: of all these layers together, by step, counted from 1; at step 0 what is denser is pruned at random.
+        distribution: of the density over layers: "uniform", "erk", a function as those of `distributions`, or "global":
+            the weights of all layers compete.
+        every, end: an update follows each step that is a multiple of `every`, and the step `end`, the last with one.
+        drop: the scores of survivors, (nnz,): "magnitude" |w|, "saliency" |w g|, or a function (name, layer) -> scores.
+        drop_fraction: of the survivors that the density leaves, dropped at an update so that as many can grow, by step;
+            None: none.
+        grow: "random"; "gradient", the largest |g| of the step; or "momentum", the largest |m|, m the gradients of the
+            last `window` steps summed up with a decay of 0.9. Where all that is pruned grows, nobody is asked.
+        candidates: how many places are drawn for each weight that is to grow by gradient, which alone are scored. None:
+            all are, a strip of rows after another. "momentum" takes 10 for None.
+        ignore: names or fnmatch patterns of layers that keep their masks.
+        seed: of all that is drawn, the same for all processes.
+
+    Only steps that `step()` counts matter: gradients may be accumulated over several backwards. Gradients that are not
+    finite, as mixed precision has them at times, put an update off by a step. Of several processes all decide from the
+    gradients of all, and the first one's decision is everybody's. `state_dict()` belongs into a checkpoint beside the
+    model's and the optimiser's: training goes on in the same bits.
+    Raises ValueError or TypeError for arguments that make no sense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        density: Schedule,
+        *,
+        distribution: str | Distribution = "uniform",
+        every: int = 100,
+        end: int | None = None,
+        drop: str | Score = "magnitude",
+        drop_fraction: Schedule | None = None,
+        grow: str = "random",
+        candidates: float | None = None,
+        window: int = 10,
+        ignore: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.model, self.density, self.drop_fraction = model, density, drop_fraction or constant(0.0)
+        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._distribution = distribution if callable(distribution) else DISTRIBUTIONS.get(distribution)
+        if self._distribution is None and distribution != "global":
+            expected = (*DISTRIBUTIONS, "global")
+            raise ValueError(f"distribution: expected one of {expected} or a function, got {distribution!r}")
+        self._score = drop if callable(drop) else DROP.get(drop)
+        if self._score is None:
+            raise ValueError(f"drop: expected one of {tuple(DROP)} or a function, got {drop!r}")
+        if grow not in GROWTH:
+            raise ValueError(f"grow: expected one of {GROWTH}, got {grow!r}")
+        if candidates is not None and not candidates >= 1:
+            raise ValueError(f"candidates: expected at least 1 for each weight that is to grow, got {candidates}")
+        if min(every, window) < 1:
+            raise ValueError(f"every, window: expected at least 1, got {every} and {window}")
+        self.every, self.end, self.grow = every, end, grow
+        self._candidates = 10.0 if candidates is None and grow == "momentum" else candidates
+        self._window = {"random": 0, "gradient": 1, "momentum": min(window, every)}[grow]
+        sharing = _sharing(model, ignore)
+        layers = {name: together[0] for name, together in sharing.items()}
+        self._shapes = {name: layer.shape for name, layer in layers.items()}
+        together = [layers] if self._distribution is None else [{name: layer} for name, layer in layers.items()]
+        self._pools = [Pool(each) for each in together]
+        self._watch = Watch(sharing)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+        self._late = False  # an update was put off
+        self._watched: list[Tensor] | None = None  # of each pool the places whose gradients are summed up
+        self._momentum: list[Tensor] = []
+        self._update(start=True)
+        self._look_ahead()
+
+    def step(self) -> bool:
+        """Count a step of the optimiser, and update the masks if it is time; returns whether it was."""
+        self.steps += 1
+        if self._watched is not None:
+            self._sum_up()
+        updated = (self._late or self._due(self.steps)) and self._update()
+        self._look_ahead()
+        return updated
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on, but for the model, the optimiser and the arguments."""
+        names = "steps", "_late", "_watched", "_momentum"
+        return {name.lstrip("_"): getattr(self, name) for name in names} | {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. The model and its optimiser are loaded by their own `load_state_dict`, the model first."""
+        self.steps, self._late = state["steps"], state["late"]
+        device = self._pools[0].places().device
+        of_pools = (state["watched"], state["momentum"])
+        self._watched, self._momentum = (each and [part.to(device) for part in each] for each in of_pools)
+        self._generator.set_state(state["generator"].cpu())
+        self._look_ahead()
+
+    def _due(self, step: int) -> bool:
+        if self.end is not None and step >= self.end:
+            return step == self.end
+        return step % self.every == 0
+
+    def _plan(self, step: int, start: bool = False) -> list[tuple[int, int]]:
+        """Of each pool how many survivors stay and how many weights come."""
+        density, fraction = self.density(step), 0.0 if start else self.drop_fraction(step)
+        for name, value in (("density", density), ("drop_fraction", fraction)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected values in [0, 1], got {value} at step {step}")
+        shares = self._distribution and self._distribution(self._shapes, density)
+        plan = []
+        for pool in self._pools:
+            share = density if shares is None else shares[next(iter(pool.layers))]
+            if not 0 <= share <= 1:
+                raise ValueError(f"distribution: expected densities in [0, 1], got {shares}")
+            target = round(share * pool.total)
+            stay = min(pool.nnz, target)
+            stay -= round(fraction * stay)
+            plan.append((stay, 0 if start else target - stay))
+        return plan
+
+    @torch.no_grad()
+    def _update(self, start: bool = False) -> bool:
+        """Move the masks to what the plan of this step asks for. start: drop at random, and grow nothing."""
+        plan = self._plan(self.steps, start)
+        moved = [(n, *each) for n, each in enumerate(plan) if each != (self._pools[n].nnz, 0)]
+        chosen = [self._choose(n, stay, come, start) for n, stay, come in moved]
+        self._late = any(places is None for places in chosen)
+        if self._late:
+            return False
+        self._watched, self._momentum = None, []
+        if not moved:
+            return False
+        ends = [len(places) for places in chosen]
+        agreed = ranks.of_first(torch.cat(chosen)).split(ends)
+        patterns = {}
+        for (n, *_), places in zip(moved, agreed, strict=True):
+            patterns |= self._pools[n].patterns(places)
+        set_masks(self.model, patterns, self.optimizer)
+        return True
+
+    def _choose(self, number: int, stay: int, come: int, start: bool) -> Tensor | None:
+        """The places that survive in a pool; None if scores are not finite."""
+        pool = self._pools[number]
+        places = kept(pool, stay, self._at_random if start else self._score)
+        if places is None or come == 0:
+            return places
+        if stay + come == pool.total:
+            return torch.arange(pool.total, device=places.device)
+        grown = self._grow(number, places, come)
+        return grown if grown is None else merged(places, grown)
+
+    def _grow(self, number: int, places: Tensor, come: int) -> Tensor | None:
+        """`come` places of a pool that are not among those that stay."""
+        pool = self._pools[number]
+        if self.grow == "random":
+            return at_random(pool, places, come, self._generator)
+        if self.grow == "gradient":
+            if self._candidates is None:
+                return by_gradient(pool, places, come, self._watch)
+            drawn = self._draw(pool, places, come)
+            scores = gradients_at(pool, drawn, self._watch).abs()
+        elif self._watched is None:  # another hand has moved the masks
+            return at_random(pool, places, come, self._generator)
+        else:
+            free = ~torch.isin(self._watched[number], places)
+            drawn, scores = self._watched[number][free], self._momentum[number][free].abs()
+        if not bool(scores.isfinite().all()):
+            return None
+        grown = drawn[highest(scores, min(come, len(drawn)))]
+        rest = come - len(grown)
+        if rest:  # where too few were pruned before this update
+            grown = merged(grown, at_random(pool, merged(places, grown), rest, self._generator))
+        return grown
+
+    def _draw(self, pool: Pool, places: Tensor, come: int) -> Tensor:
+        free = pool.total - len(places)
+        return at_random(pool, places, min(free, math.ceil(self._candidates * come)), self._generator)
+
+    def _at_random(self, name: str, layer: MaskedLayer) -> Tensor:
+        return torch.rand(layer.nnz, dtype=torch.float64, generator=self._generator).to(layer.values.device)
+
+    def _look_ahead(self) -> None:
+        """Catch gradients in the next step if an update wants them."""
+        update = self.steps + 1 if self._late else self._next_update()
+        wanted = self._window and update is not None and update - self.steps <= self._window
+        plan = self._plan(update) if wanted else []
+        comes = [come if stay + come < pool.total else 0 for (stay, come), pool in zip(plan, self._pools, strict=False)]
+        if not any(comes):
+            self._watch.stop()
+            return
+        self._watch.start()
+        if self.grow == "momentum" and self._watched is None:
+            pools = list(zip(self._pools, comes, strict=True))
+            self._watched = [self._draw(pool, pool.places(), come) for pool, come in pools]
+            self._momentum = [places.new_zeros(len(places), dtype=torch.float32) for places in self._watched]
+
+    def _next_update(self) -> int | None:
+        update = (self.steps // self.every + 1) * self.every
+        if self.end is None or update <= self.end:
+            return update
+        return self.end if self.steps < self.end else None
+
+    @torch.no_grad()
+    def _sum_up(self) -> None:
+        for pool, places, momentum in zip(self._pools, self._watched, self._momentum, strict=True):
+            gradient = gradients_at(pool, places, self._watch)
+            if bool(gradient.isfinite().all()):  # else the optimiser has left out this step as well
+                momentum.mul_(DECAY).add_(gradient)
+
+
+def _sharing(model: nn.Module, ignore: Sequence[str]) -> dict[str, list[MaskedLayer]]:
+    """The layers that take part, by the first name of their values: one, or all that share them."""
+    layers = masked_layers(model)
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"ignore: expected names or patterns among {list(layers)}, got {pattern!r}")
+    sharing: dict[int, list[tuple[str, MaskedLayer]]] = {}
+    for name, layer in layers.items():
+        sharing.setdefault(id(layer.values), []).append((name, layer))
+    taking_part = {
+        together[0][0]: [layer for _, layer in together]
+        for together in sharing.values()
+        if not any(fnmatchcase(name, pattern) for name, _ in together for pattern in ignore)
+    }
+    if not taking_part:
+        raise ValueError("model: expected masked layers that may move, got none: convert(model, masks) makes them")
+    return taking_part
