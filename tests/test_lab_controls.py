@@ -68,8 +68,9 @@ NETS = {
     "global": partial(a_round, conv, GLOBAL, (3, 8, 8)),
     "blocks": partial(a_round, lenet, BLOCKS, (40,)),
 }
-SAME_MASK = {"reinit", "survivors", "noise-0.5", "noise-1", "noise-2", "noise-3", "pruned", "reset", "order"}
-THETAS_WEIGHTS = set(CONTROLS) - {"reinit", "survivors", "noise-0.5", "noise-1", "noise-2", "noise-3", "pruned"}
+NEW_WEIGHTS = {"reinit", "signs", "survivors", "noise-0.5", "noise-1", "noise-2", "noise-3", "pruned"}
+SAME_MASK = NEW_WEIGHTS | {"reset", "order"}
+THETAS_WEIGHTS = set(CONTROLS) - NEW_WEIGHTS
 
 
 @pytest.fixture(params=NETS)
@@ -127,6 +128,17 @@ def test_reinit_has_new_weights_of_the_nets_distribution(of):
         assert not (new == old).any()
         if len(new) > 300:
             assert new.std().item() == pytest.approx(of.theta.weights[name].std().item(), rel=0.2)
+
+
+def test_signs_are_kept_and_magnitudes_redrawn(of):
+    ticket, redrawn = start("signs", of), start("reinit", of)
+    for name, tensor in of.theta.weights.items():
+        if name in of.masks:
+            new, old = ticket.weights[name][of.masks[name]], tensor[of.masks[name]]
+            assert torch.equal(new.sign(), old.sign())
+            assert torch.equal(new.abs(), redrawn.weights[name][of.masks[name]].abs())
+        else:
+            assert torch.equal(ticket.weights[name], tensor)
 
 
 def test_rearranged_masks_keep_their_counts_and_lose_their_places(of):

@@ -72,6 +72,14 @@ def _reinit(of: Round, generator: torch.Generator) -> Ticket:
     return _ticket(of, dense_state(reinit(of.factory, seed)))
 
 
+def _signs(of: Round, generator: torch.Generator) -> Ticket:
+    """Magnitudes of masked layers are those of another init, signs the first ones."""
+    weights, other = dict(of.theta.weights), _reinit(of, generator).weights
+    for name in of.masks:
+        weights[name] = other[name].abs().copysign(weights[name])
+    return _ticket(of, weights)
+
+
 def _survivors(of: Round, generator: torch.Generator) -> Ticket:
     """Each survivor is given the initial value of a survivor of its layer, drawn with replacement."""
     weights = dict(of.theta.weights)
@@ -160,6 +168,9 @@ def _synflow(of: Round, generator: torch.Generator) -> Ticket:
 CONTROLS: dict[str, Control] = {
     "reinit": Control(_reinit, "the ticket's mask, other initial weights (section 2)", random=True),
     "rearranged": Control(_rearranged, "the mask rearranged within each layer (App. E)", random=True),
+    "signs": Control(
+        _signs, "the ticket's mask and signs, other magnitudes (Zhou et al. 2019, arXiv 1905.01067)", random=True
+    ),
     "survivors": Control(
         _survivors, "initial weights drawn from those of the layer's survivors (App. F.3)", random=True
     ),
