@@ -9,7 +9,6 @@ PIXELS, STRIP, SLACK, ROWS = 128, 64, 64, 8  # of a frozen net: kPixels, kStrip,
 
 # Words of 8 bytes.
 FROZEN_ARGS, FROZEN_LAYER = 2, 3
-CONV_ARGS = 42
 NET_ARGS, NET_STAGE, NET_FIELD = 18, 25, 11
 ROWS_ARGS, ROWS_LAYER = 3, 6
 TRAIN_ARGS, TRAIN_LAYER = 12, 7
@@ -20,7 +19,6 @@ PLAN_HEADER, TAPS = 18, 10
 # The arguments of `ABI` in each source.
 TABLE = {
     "chain": (LANES, FROZEN_ARGS, FROZEN_LAYER),
-    "conv": (CONV_ARGS,),
     "net": (PIXELS, STRIP, SLACK, ROWS, NET_ARGS, NET_STAGE, NET_FIELD),
     "plan": (PLAN_HEADER, TAPS),
     "rows": (ROWS_ARGS, ROWS_LAYER),

@@ -45,16 +45,13 @@ class _Packed:
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.bind(len(x))(x)
+        return self.function()(self.address, x, (len(x), *self.out_shape))
 
-    def bind(self, batch: int) -> Callable[[Tensor], Tensor]:
-        """The call for one N: all that a call can leave to its caller is done."""
-        function, address, shape = self.function(), self.address, (batch, *self.out_shape)
-
-        def call(x: Tensor, _net: _Packed = self) -> Tensor:  # which lives as long as its calls
-            return function(address, x, shape)
-
-        return call
+    def bound(
+        self, batch: int
+    ) -> tuple[Callable[[int, Tensor, tuple[int, ...]], Tensor], int, tuple[int, ...], _Packed]:
+        """The native function, what it takes before and after x for one N, and the net, which lives as long."""
+        return self.function(), self.address, (batch, *self.out_shape), self
 
 
 class Net(_Packed):

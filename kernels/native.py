@@ -5,7 +5,8 @@ One shared library per instruction-set level is built by setup.py; the best one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -39,7 +40,7 @@ _OBSERVERS = (
 # nothing true. As `ops.in_torch` and `ops.untraced` do, in a third of their time.
 ORDINARY = (Tensor, torch._C._dispatch_keys, KINDS, DENSE, forward_ad, _OBSERVERS)
 
-DONE, TOO_LARGE = range(2)  # Outcome in csrc/plan.h; the third is raised
+Fact = tuple[Any, str | None, Any]
 
 
 def load(path: Path) -> ModuleType:
@@ -81,11 +82,40 @@ def status() -> str:
     return _STATUS
 
 
-def have_versions(tensors: list[Tensor], versions: list[int] | None) -> bool:
-    """Are these the versions of the tensors now? None: of none."""
-    if versions is None or LIBRARY is None:
-        return [tensor._version for tensor in tensors] == versions
-    return LIBRARY.have_versions(tensors, versions)
+def call(x: Any, bound: tuple | None) -> Tensor | None:
+    """One native call (facts, shape, threads, function, address, shape of y, owner of the address) on x.
+
+    None if x is no ordinary contiguous fp32 tensor on the CPU of this shape, torch has another number of threads or a
+    fact no longer holds.
+    """
+    return None if bound is None else LIBRARY.bound(x, ORDINARY, bound)
+
+
+def unchanged(facts: tuple[Fact, ...]) -> bool:
+    """Do all facts (object, name, value) still hold?
+
+    (dict, name, value): the value has that name; `...`: nothing has. (dict, None, number): it has so many entries.
+    (dict, None, tuple): these are its values, in order. (object, None, type): it is of the type.
+    (tensor, None, number): that is its version. Values are compared by identity.
+    """
+    return all(map(_holds, facts)) if LIBRARY is None else LIBRARY.unchanged(facts)
+
+
+def _holds(fact: Fact) -> bool:
+    of, name, value = fact
+    if isinstance(value, type) and name is None:
+        return type(of) is value
+    if not isinstance(of, dict):
+        return of._version == value
+    if isinstance(value, tuple) and name is None:
+        found = list(of.values())
+        return len(found) == len(value) and all(map(operator.is_, found, value))
+    return len(of) == value if name is None else of.get(name, ...) is value
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[Fact, ...]:
+    """The facts of what they hold now."""
+    return tuple((tensor, None, tensor._version) for tensor in tensors)
 
 
 def empty(

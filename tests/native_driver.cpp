@@ -12,8 +12,7 @@
 #include "net.h"
 
 extern "C" {
-extern const int64_t sparselottery_abi_conv[], sparselottery_abi_net[];
-extern const int64_t sparselottery_abi_rows[], sparselottery_abi_train[];
+extern const int64_t sparselottery_abi_net[], sparselottery_abi_rows[], sparselottery_abi_train[];
 int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, bool, int64_t, int32_t**);
 int64_t sparselottery_conv_plan(int, const Taps*, const int32_t*, const int32_t*, int, int, int, bool, int64_t, int32_t**);
 int64_t sparselottery_chain_forward(const ChainArgs*, const ChainLayer*);
@@ -295,7 +294,7 @@ void all() {
 int main(int count, char** arguments) {
     const int64_t* train = sparselottery_abi_train;
     if (train[1] != 12 || train[2] != 7 || sparselottery_abi_rows[1] != 6 ||
-        sparselottery_abi_conv[0] != sizeof(ConvArgs) / 8 || sparselottery_abi_net[4] != 7 + sizeof(Field) / 8) {
+        sparselottery_abi_net[4] != 7 + sizeof(Field) / 8) {
         std::puts("structs of the sources have changed: so must the driver's");
         return 100;
     }

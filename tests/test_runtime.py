@@ -140,14 +140,14 @@ def test_weights_shared_out_or_samples(tmp_path, monkeypatch):
             frozen = load_sparse(path)
             for batch in (2, 65, 128):
                 check(frozen, dense, torch.randn(batch, *NETS["mlp"][1]), factor=2)
-            assert {made for made, _ in frozen.net.whole()._made._made} == {kind}
+            assert {made for made, _ in frozen.net.grouped().whole._made._made} == {kind}
 
 
 def test_one_call_for_a_whole_net(tmp_path):
     saved(build("vgg-19", CIFAR10, 10), tmp_path / "net.safetensors", density=0.01)
     frozen = load_sparse(tmp_path / "net.safetensors")
     assert len(frozen.net.grouped().parts) == 1
-    assert frozen.net.whole() is not None
+    assert frozen.net.grouped().whole is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -244,7 +244,7 @@ def test_memory_is_bounded_over_a_thousand_sizes(tmp_path, monkeypatch):
     for batch in range(1, 100):
         net(torch.ones(batch, 1, 5, 5))
     gc.collect()
-    run = net.net.whole()
+    run = net.net.grouped().whole
     assert isinstance(run, Run)
     assert 0 < len(nets) <= 2 * Cache.LIMIT
     assert max(len(run._made._made), len(run._calls._made)) <= Cache.LIMIT

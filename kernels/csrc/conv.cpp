@@ -90,8 +90,6 @@ bool forward(const ConvArgs& a) {
 
 }  // namespace
 
-ABI(conv, words_of<ConvArgs>);
-
 // TOO_LARGE, with nothing done, where a single row of the images is too large for 32-bit offsets.
 EXPORT int64_t sparselottery_conv_forward(const ConvArgs* args) {
     if (!has_plan(*args, false)) return NO_PLAN;

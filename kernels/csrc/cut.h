@@ -10,7 +10,7 @@
 
 enum Flat : int64_t { IMAGES = 0, PIXELS = 1, ROWS = 2 };  // what lanes are; ROWS: pixels, and images are rows of one
 
-struct ConvArgs {  // mirrored in cpu_conv.py
+struct ConvArgs {  // filled by python_conv.cpp
     int64_t is_double, threads, flat, relu, pool, batch, channels, height, width, out_channels, out_height, out_width;
     const Taps* taps;
     const int32_t* plan;

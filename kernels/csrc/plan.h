@@ -70,4 +70,4 @@ Plan read_plan(const int32_t* words);
 bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, int64_t nnz, bool backward,
              const Taps* taps = nullptr);
 
-enum Outcome : int64_t { DONE = 0, TOO_LARGE = 1, NO_PLAN = 2 };  // mirrored in native.py: of a call
+enum Outcome : int64_t { DONE = 0, TOO_LARGE = 1, NO_PLAN = 2 };  // of a call

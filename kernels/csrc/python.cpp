@@ -1,14 +1,12 @@
-// The library as a module of Python's, `_native`. Functions take numbers and addresses; those of chains take the tensors,
+// The library as a module of Python's, `_native`. Functions take numbers and addresses; those of layers take the tensors,
 // as all of a small layer's call may take no longer than thirty lines of Python.
-#include "python.h"
-
 #include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "python_tensor.h"
+
 extern "C" {
-int64_t sparselottery_conv_forward(const void* args);
-int64_t sparselottery_conv_backward(const void* args);
 int64_t sparselottery_plan(int32_t, int32_t, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool, int64_t,
                            int32_t**);
 int64_t sparselottery_conv_plan(int32_t, const Taps*, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool,
@@ -19,29 +17,36 @@ void sparselottery_net(const void* net, const float* x, float* y, int64_t batch)
 void sparselottery_rows(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_train(const void* args);
-extern const int64_t sparselottery_abi_chain[], sparselottery_abi_conv[], sparselottery_abi_net[],
+extern const int64_t sparselottery_abi_chain[], sparselottery_abi_net[],
     sparselottery_abi_plan[], sparselottery_abi_rows[], sparselottery_abi_train[];
 }
 
 Known known;
+const DLPackExchangeAPI* exchange;
 
 namespace {
 
-// Fills `known`.
+// Fills `known` and `exchange`.
 void know() {
     const std::pair<const char*, PyObject**> names[] = {
         {"bias", &known.bias},
+        {"_buffers", &known.buffers},
+        {"col_indices", &known.col_indices},
         {"contiguous", &known.contiguous},
+        {"copy_", &known.copy},
         {"crow_indices", &known.crow_indices},
         {"_current_level", &known.current_level},
         {"data_ptr", &known.data_ptr},
         {"dtype", &known.dtype},
+        {"geometry", &known.geometry},
         {"is_cpu", &known.is_cpu},
         {"new_empty", &known.new_empty},
         {"new_empty_strided", &known.new_empty_strided},
-        {"numel", &known.numel},
+        {"_pad_first", &known.pad_first},
+        {"_parameters", &known.parameters},
         {"plan", &known.plan},
         {"raw_repr", &known.raw_repr},
+        {"_known", &known.remembered},
         {"requires_grad", &known.requires_grad},
         {"shape", &known.shape},
         {"stride", &known.stride},
@@ -53,8 +58,17 @@ void know() {
     const std::pair<const char*, PyObject**> of_torch[] = {{"float32", &known.float32},
                                                            {"float64", &known.float64},
                                                            {"int32", &known.int32},
+                                                           {"uint8", &known.uint8},
+                                                           {"get_num_threads", &known.get_num_threads},
                                                            {"is_grad_enabled", &known.is_grad_enabled}};
     for (const auto& [name, to] : of_torch) *to = Object(PyObject_GetAttrString(torch.get(), name)).give();
+    const Object tensor(PyObject_GetAttrString(torch.get(), "Tensor"));
+    PyObject* table = PyObject_GetAttrString(tensor.get(), "__dlpack_c_exchange_api__");
+    PyErr_Clear();
+    if (table) exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
+    Py_XDECREF(table);
+    PyErr_Clear();
+    if (exchange && (exchange->major != kDLPackMajor || !exchange->view)) exchange = nullptr;
 }
 
 // (x, ORDINARY of native.py)
@@ -65,27 +79,15 @@ PyObject* ordinary(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-// (tensors, versions): do the tensors have these?
-PyObject* have_versions(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([=] {
-        take(count, 2);
-        const Sequence tensors(args[0]), versions(args[1]);
-        bool same = tensors.size() == versions.size();
-        for (int64_t i = 0; same && i < tensors.size(); ++i)
-            same = integer(Object(PyObject_GetAttr(tensors[i], known.version)).get()) == integer(versions[i]);
-        return PyBool_FromLong(same);
-    });
-}
-
 // A frozen net's call (address, x, shape of y) -> y. x is fp32, contiguous, on the CPU, and not empty.
 template <void (*F)(const void*, const float*, float*, int64_t)>
 PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([=] {
         take(count, 3);
-        Object y(PyObject_CallMethodOneArg(args[1], known.new_empty, args[2]));
+        Object y = empty(args[1], args[2]);
         const void* net = reinterpret_cast<const void*>(integer(args[0]));
-        const float* x = static_cast<const float*>(address(args[1]));
-        float* out = static_cast<float*>(address(y.get()));
+        const float* x = static_cast<const float*>(View(args[1]).data);
+        float* out = static_cast<float*>(address(y));
         const int64_t batch = integer(PySequence_Fast_GET_ITEM(args[2], 0));
         {
             const Unlocked unlocked;
@@ -189,8 +191,8 @@ PyObject* abi(PyObject*, PyObject* args) {
     Py_ssize_t count;
     if (!PyArg_ParseTuple(args, "sn", &source, &count)) return nullptr;
     const std::pair<const char*, const int64_t*> tables[] = {
-        {"chain", sparselottery_abi_chain}, {"conv", sparselottery_abi_conv}, {"net", sparselottery_abi_net},
-        {"plan", sparselottery_abi_plan},   {"rows", sparselottery_abi_rows}, {"train", sparselottery_abi_train}};
+        {"chain", sparselottery_abi_chain}, {"net", sparselottery_abi_net},     {"plan", sparselottery_abi_plan},
+        {"rows", sparselottery_abi_rows},   {"train", sparselottery_abi_train}};
     for (const auto& [name, numbers] : tables)
         if (!std::strcmp(name, source)) {
             PyObject* found = PyTuple_New(count);
@@ -206,11 +208,13 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"chain_forward", fast(chain_forward), METH_FASTCALL, nullptr},
-    {"linear", fast(linear), METH_FASTCALL, nullptr},
+    {"chain", fast(chain), METH_FASTCALL, nullptr},
     {"chain_backward", fast(chain_backward), METH_FASTCALL, nullptr},
-    {"linear_backward", fast(linear_backward), METH_FASTCALL, nullptr},
-    {"conv_forward", packed<sparselottery_conv_forward>, METH_O, nullptr},
-    {"conv_backward", packed<sparselottery_conv_backward>, METH_O, nullptr},
+    {"chain_gradients", fast(chain_gradients), METH_FASTCALL, nullptr},
+    {"conv_forward", fast(conv_forward), METH_FASTCALL, nullptr},
+    {"conv_backward", fast(conv_backward), METH_FASTCALL, nullptr},
+    {"conv", fast(conv), METH_FASTCALL, nullptr},
+    {"conv_gradients", fast(conv_gradients), METH_FASTCALL, nullptr},
     {"train", packed<train>, METH_O, nullptr},
     {"plan", fast(Build<sparselottery_plan>::function), METH_FASTCALL, nullptr},
     {"conv_plan", fast(Build<sparselottery_conv_plan>::function), METH_FASTCALL, nullptr},
@@ -219,7 +223,8 @@ PyMethodDef methods[] = {
     {"rows", fast(infer<sparselottery_rows>), METH_FASTCALL, nullptr},
     {"chain_infer", fast(infer<sparselottery_chain_infer>), METH_FASTCALL, nullptr},
     {"is_ordinary", fast(ordinary), METH_FASTCALL, nullptr},
-    {"have_versions", fast(have_versions), METH_FASTCALL, nullptr},
+    {"unchanged", fast(unchanged), METH_FASTCALL, nullptr},
+    {"bound", fast(bound), METH_FASTCALL, nullptr},
     {"abi", abi, METH_VARARGS, nullptr},
     {},
 };

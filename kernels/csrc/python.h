@@ -1,26 +1,24 @@
-// Python's objects in C++: references, numbers, and tensors as memory.
-//
-// Tensors are asked by the names of their methods, as Python asks: one build serves every version of torch, and what
-// torch allocates, it allocates as for anybody.
+// Python's objects in C++: references, numbers, the tables of layers, and whether a call is one that nobody observes.
 #pragma once
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstdint>
+#include <initializer_list>
 #include <new>
 #include <utility>
 
-#include "chain.h"
 #include "plan.h"
-#include "simd.h"
 
 struct Failed {};  // Python has its exception
 struct Unfit {};   // the arguments are none that the kernels take
 struct NoPlan {};  // nor is a plan that of its layer
 
 extern struct Known {
-    PyObject *bias, *contiguous, *crow_indices, *current_level, *data_ptr, *dtype, *is_cpu, *new_empty;  // names
-    PyObject *new_empty_strided, *numel, *plan, *raw_repr, *requires_grad, *shape, *stride, *values, *version;
-    PyObject *float32, *float64, *int32, *is_grad_enabled;  // of torch
+    PyObject *bias, *buffers, *col_indices, *contiguous, *copy, *crow_indices, *current_level, *data_ptr, *dtype;  // names
+    PyObject *geometry, *is_cpu, *new_empty, *new_empty_strided, *pad_first, *parameters, *plan, *raw_repr, *remembered;
+    PyObject *requires_grad, *shape, *stride, *values, *version;
+    PyObject *float32, *float64, *int32, *uint8, *get_num_threads, *is_grad_enabled;  // of torch
 } known;
 
 class Object {  // holds a reference
@@ -88,68 +86,11 @@ inline int64_t checked(int64_t outcome) {
 
 inline Object none() { return Object(Py_NewRef(Py_None)); }
 
-inline int64_t number(PyObject* tensor, PyObject* method) {
-    return integer(Object(PyObject_CallMethodNoArgs(tensor, method)).get());
+inline bool is(PyObject* object, PyObject* attribute, PyObject* value) {
+    return Object(PyObject_GetAttr(object, attribute)).get() == value;
 }
 
-inline void* address(PyObject* tensor) {
-    return reinterpret_cast<void*>(number(tensor, known.data_ptr));
-}
-
-inline bool is(PyObject* tensor, PyObject* attribute, PyObject* value) {
-    return Object(PyObject_GetAttr(tensor, attribute)).get() == value;
-}
-
-// The numbers of a tensor's shape or strides, of which there are D.
-template <int D>
-struct Numbers {
-    explicit Numbers(const Object& tuple) {
-        if (!PyTuple_Check(tuple.get()) || PyTuple_GET_SIZE(tuple.get()) != D) throw Unfit();
-        for (int i = 0; i < D; ++i) at[i] = integer(PyTuple_GET_ITEM(tuple.get(), i));
-    }
-    int64_t at[D];
-};
-
-template <int D>
-Numbers<D> shape(PyObject* tensor) {
-    return Numbers<D>(Object(PyObject_GetAttr(tensor, known.shape)));
-}
-
-// A matrix (N, I) on the CPU, of float or double, as it stands, or a copy where its strides are none we read.
-struct Matrix {
-    explicit Matrix(PyObject* tensor) : held(Py_NewRef(tensor)), dtype(PyObject_GetAttr(tensor, known.dtype)) {
-        is_double = dtype.get() == known.float64;
-        if ((!is_double && dtype.get() != known.float32) || !is(tensor, known.is_cpu, Py_True)) throw Unfit();
-        const Numbers<2> size = shape<2>(tensor);
-        const Numbers<2> strides(Object(PyObject_CallMethodNoArgs(tensor, known.stride)));
-        rows = size.at[0], columns = size.at[1];
-        const int64_t row = strides.at[0], column = strides.at[1];
-        // As reference.is_packed.
-        packed = row == 1 && column % kLanes == 0 && rows % kLanes == 0 && column >= rows;
-        as = {nullptr, column == 1 ? row : column, packed || (column != 1 && row == 1)};
-        if (packed) as.stride = column;
-        if (column != 1 && row != 1) {
-            held = Object(PyObject_CallMethodNoArgs(tensor, known.contiguous));
-            as.stride = columns;
-        }
-        as.data = address(held.get());
-    }
-    Object held, dtype;
-    bool is_double, packed;
-    int64_t rows, columns;
-    ChainMatrix as;
-};
-
-// A vector on the CPU, contiguous.
-struct Vector {
-    Vector(PyObject* tensor, PyObject* dtype) : held(PyObject_CallMethodNoArgs(tensor, known.contiguous)) {
-        if (!is(tensor, known.dtype, dtype) || !is(tensor, known.is_cpu, Py_True)) throw Unfit();
-        size = shape<1>(tensor).at[0], data = address(held.get());
-    }
-    Object held;
-    int64_t size;
-    void* data;
-};
+inline int64_t version(PyObject* tensor) { return integer(Object(PyObject_GetAttr(tensor, known.version)).get()); }
 
 class Sequence {
   public:
@@ -160,32 +101,6 @@ class Sequence {
   private:
     Object fast_;
 };
-
-// Like torch's new_empty; new_empty_strided takes two thirds of its time.
-template <int D>
-Object empty(PyObject* like, const int64_t (&sizes)[D]) {
-    const Object shape(PyTuple_New(D)), strides(PyTuple_New(D));
-    int64_t stride = 1;
-    for (int d = D - 1; d >= 0; stride *= sizes[d--]) {
-        PyTuple_SET_ITEM(shape.get(), d, Object(PyLong_FromLongLong(sizes[d])).give());
-        PyTuple_SET_ITEM(strides.get(), d, Object(PyLong_FromLongLong(stride)).give());
-    }
-    PyObject* args[] = {like, shape.get(), strides.get()};
-    return Object(PyObject_VectorcallMethod(known.new_empty_strided, args, 3, nullptr));
-}
-
-// As reference.leading_dim.
-inline int64_t leading_dim(int64_t batch) {
-    const int64_t groups = (batch + kLanes - 1) / kLanes;
-    return (groups + groups / 16) * kLanes;
-}
-
-inline Object empty(PyObject* like, int64_t elements) { return empty<1>(like, {elements}); }
-
-// (N, I), row-major or packed (I, ld).
-inline Object empty(PyObject* like, int64_t rows, int64_t columns, bool packed) {
-    return packed ? empty<2>(like, {columns, leading_dim(rows)}) : empty<2>(like, {rows, columns});
-}
 
 inline void take(int64_t count, int64_t expected) {
     if (count == expected) return;
@@ -213,8 +128,67 @@ inline bool is_ordinary(PyObject* x, PyObject* ordinary) {
     return integer(level.get()) < 0 && is_plain(x, ordinary);
 }
 
+inline bool is_grad_enabled() { return is_true(Object(PyObject_CallNoArgs(known.is_grad_enabled)).get()); }
+
+// Does any of these ask for gradients?
+inline bool is_trained(std::initializer_list<PyObject*> tensors) {
+    for (PyObject* each : tensors)
+        if (each != Py_None && is(each, known.requires_grad, Py_True)) return true;
+    return false;
+}
+
+constexpr int64_t kWorth = 1 << 13;  // multiply-adds that take about as long as to wake a thread
+
+inline int64_t threads_for(int64_t multiply_adds, PyObject* threads) {
+    return multiply_adds < kWorth ? 1 : integer(threads);
+}
+
+// f(), as `guarded`; what has no plan is unfit as well: Python says why.
+template <class F>
+PyObject* usual(F f) {
+    return guarded([f]() -> PyObject* {
+        try {
+            return f();
+        } catch (const NoPlan&) {
+            throw Unfit();
+        }
+    });
+}
+
+// The tables of a masked layer (nn.indices), whose buffers are those that it remembers, as IndexedLayer.check looks.
+struct Tables {
+    explicit Tables(PyObject* layer) : own(PyObject_GenericGetDict(layer, nullptr)) {
+        parameters = at(own.get(), known.parameters), buffers = at(own.get(), known.buffers);
+        PyObject* remembered = at(own.get(), known.remembered);
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(remembered); ++i) {
+            PyObject *each = PyTuple_GET_ITEM(remembered, i), *tensor = PyTuple_GET_ITEM(each, 1);
+            if (tensor == Py_None || at(buffers, PyTuple_GET_ITEM(each, 0)) != tensor) throw Unfit();
+            if (version(tensor) != integer(PyTuple_GET_ITEM(each, 2))) throw Unfit();
+        }
+        values = at(parameters, known.values), bias = at(parameters, known.bias), plan = at(buffers, known.plan);
+        crow_indices = at(buffers, known.crow_indices), col_indices = at(buffers, known.col_indices);
+    }
+    static PyObject* at(PyObject* table, PyObject* name) {
+        PyObject* found = PyDict_GetItemWithError(table, name);
+        if (!found) PyErr_Occurred() ? throw Failed() : throw Unfit();
+        return found;
+    }
+    Object own;
+    PyObject *parameters, *buffers, *values, *bias, *plan, *crow_indices, *col_indices;  // borrowed
+};
+
 // Of python_chain.cpp.
 PyObject* chain_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* chain_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* linear_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* chain_gradients(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+// Of python_conv.cpp.
+PyObject* conv_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* conv_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* conv(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* conv_gradients(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+// Of python_frozen.cpp.
+PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* bound(PyObject*, PyObject* const* args, Py_ssize_t count);

@@ -1,8 +1,7 @@
-// Calls on chains of layers, from tensors: those of `ops`, of any number of layers, and the short way of a single one.
-#include "python.h"
-
-#include <initializer_list>
+// Calls on chains of layers, from tensors: those of `ops`, and the short way from layers as they are.
 #include <vector>
+
+#include "python_tensor.h"
 
 extern "C" {
 void* sparselottery_workspace(int64_t bytes);
@@ -12,8 +11,6 @@ int64_t sparselottery_chain_backward(const ChainArgs*, const ChainLayer*);
 
 namespace {
 
-constexpr int64_t kWorth = 1 << 13;  // multiply-adds that take about as long as to wake a thread
-
 // The layers of a chain, from tensors: what forward and backward both read of them.
 class Chain {
   public:
@@ -22,23 +19,30 @@ class Chain {
         const Sequence each(values), crows(crow_indices), compiled(plans);
         if (!each.size() || crows.size() != each.size() || compiled.size() != each.size()) throw Unfit();
         for (int64_t l = 0; l < each.size(); ++l) {
-            const Vector plan(compiled[l], known.int32);
-            if (plan.held.get() != compiled[l]) throw NoPlan();  // a copy: it was not contiguous
-            add(each[l], plan.held, plan.data, plan.size, shape<1>(crows[l]).at[0] - 1);
+            add(each[l], crows[l], compiled[l]);
         }
     }
-    void add(PyObject* values, const Object& plan, void* words, int64_t size, int64_t rows) {
-        const Vector value(values, x_.dtype.get());
-        if (!size) throw Unfit();
+    void add(PyObject* values, PyObject* crow_indices, PyObject* plan) {
+        const Vector value(values, x_.kind), words(plan, INT32);
+        if (words.held.get() != plan) throw NoPlan();  // a copy: it was not contiguous
+        if (!words.size) throw Unfit();
         hidden += layers.empty() ? 0 : layers.back().rows;
-        layers.push_back({static_cast<const int32_t*>(words), size, rows, value.size, value.data});
+        const int64_t rows = View(crow_indices, INT32, 1).shape[0] - 1;
+        layers.push_back({static_cast<const int32_t*>(words.data), words.size, rows, value.size, value.data});
         kept_.push_back(value.held);
-        kept_.push_back(plan);
+        kept_.push_back(words.held);
     }
-    void set_bias(int64_t l, const Vector& bias) {
+    void set_bias(int64_t l, PyObject* tensor) {
+        if (tensor == Py_None) return;
+        const Vector bias(tensor, x_.kind);
         if (bias.size != layers[l].rows) throw Unfit();
         layers[l].bias = bias.data;
         kept_.push_back(bias.held);
+    }
+    int64_t multiply_adds() const {
+        int64_t all = 0;
+        for (const ChainLayer& each : layers) all += x_.rows * each.nnz;
+        return all;
     }
     // Where the packed inputs of layers are, `feature` bytes a feature: saved, but for an x that is packed, or in `own`.
     void place(char* own, char* saved, bool packed_x, int64_t feature) {
@@ -72,8 +76,8 @@ Output run(const Matrix& x, Chain& chain, bool batch_minor, bool save, int64_t t
     // What is not saved is in memory of our own.
     const int64_t own = (x.columns + chain.hidden - (save ? kept : 0)) * feature;
     char* room = own ? static_cast<char*>(sparselottery_workspace(own)) : nullptr;
-    chain.place(room, save ? static_cast<char*>(address(out.saved.get())) : nullptr, x.packed, feature);
-    const ChainMatrix y{address(out.y.get()), batch_minor ? leading_dim(x.rows) : width, batch_minor};
+    chain.place(room, save ? static_cast<char*>(address(out.saved)) : nullptr, x.packed, feature);
+    const ChainMatrix y{address(out.y), batch_minor ? leading_dim(x.rows) : width, batch_minor};
     const ChainArgs args{x.is_double, threads, layers, x.rows, x.columns, x.as, y, {}, nullptr, !save};
     int64_t code;
     {
@@ -95,76 +99,48 @@ PyObject* chain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
         const Sequence biases(args[2]);
         Chain chain(x, args[1], args[3], args[4]);
         if (biases.size() != int64_t(chain.layers.size())) throw Unfit();
-        for (int64_t l = 0; l < biases.size(); ++l)
-            if (biases[l] != Py_None) chain.set_bias(l, Vector(biases[l], x.dtype.get()));
+        for (int64_t l = 0; l < biases.size(); ++l) chain.set_bias(l, biases[l]);
         const Output out = run(x, chain, is_true(args[5]), is_true(args[6]), integer(args[7]));
         return PyTuple_Pack(2, out.y.get(), out.saved.get());
     });
 }
 
-namespace {
-
-// Are the tensors of a layer those that it remembers, ((name, tensor, version), ...)? As IndexedLayer.check.
-bool is_unchanged(PyObject* buffers, PyObject* remembered) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(remembered); ++i) {
-        PyObject *each = PyTuple_GET_ITEM(remembered, i), *tensor = PyTuple_GET_ITEM(each, 1);
-        if (tensor == Py_None || PyDict_GetItem(buffers, PyTuple_GET_ITEM(each, 0)) != tensor) return false;
-        const Object version(PyObject_GetAttr(tensor, known.version));
-        if (integer(version.get()) != integer(PyTuple_GET_ITEM(each, 2))) return false;
-    }
-    return true;
-}
-
-// f(), as `guarded`; what has no plan is unfit as well: Python says why.
-template <class F>
-PyObject* usual(F f) {
-    return guarded([f]() -> PyObject* {
-        try {
-            return f();
-        } catch (const NoPlan&) {
-            throw Unfit();
-        }
-    });
-}
-
-bool is_grad_enabled() { return is_true(Object(PyObject_CallNoArgs(known.is_grad_enabled)).get()); }
-
-// Does any of these ask for gradients?
-bool is_trained(std::initializer_list<PyObject*> tensors) {
-    if (!is_grad_enabled()) return false;
-    for (PyObject* each : tensors)
-        if (each != Py_None && is(each, known.requires_grad, Py_True)) return true;
-    return false;
-}
-
-}  // namespace
-
-// A layer's call (x, ORDINARY of native.py, parameters, buffers, remembered, in_features, threads) -> y, or (y, saved) if
-// gradients are asked for. None if anything is unusual: Python then finds out what.
-PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// A call of layers (x, ORDINARY of native.py, layers, batch_minor, threads) -> y or, if gradients are asked for, ((y, saved),
+// (crow_indices, col_indices, plans), (x, values..., biases...)). None if anything is unusual: Python then finds out what.
+PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return usual([=]() -> PyObject* {
-        take(count, 7);
-        PyObject *parameters = args[2], *buffers = args[3];
-        if (!is_ordinary(args[0], args[1]) || !is_unchanged(buffers, args[4])) throw Unfit();
-        PyObject *values = PyDict_GetItem(parameters, known.values), *bias = PyDict_GetItem(parameters, known.bias);
-        PyObject *plan = PyDict_GetItem(buffers, known.plan), *crow_indices = PyDict_GetItem(buffers, known.crow_indices);
-        if (!values || !bias || !plan || !crow_indices) throw Unfit();
-        const Matrix x(args[0]);
-        if (x.as.batch_minor || x.columns != integer(args[5])) throw Unfit();
+        take(count, 5);
+        PyObject* input = args[0];
+        if (!is_ordinary(input, args[1])) throw Unfit();
+        const Matrix x(input);
+        if (x.as.batch_minor) throw Unfit();
+        const Sequence layers(args[2]);
+        const int64_t size = layers.size();
+        std::vector<Tables> tables;
         Chain chain(x);
-        const Object words(Py_NewRef(plan));
-        if (!is(plan, known.is_cpu, Py_True)) throw Unfit();
-        if (bias == Py_None) {
-            chain.add(values, words, address(plan), number(plan, known.numel), shape<1>(crow_indices).at[0] - 1);
-        } else {
-            const Vector shift(bias, x.dtype.get());
-            chain.add(values, words, address(plan), number(plan, known.numel), shift.size);
-            chain.set_bias(0, shift);
+        bool save = false;
+        for (int64_t l = 0; l < size; ++l) {
+            const Tables& of = tables.emplace_back(layers[l]);
+            chain.add(of.values, of.crow_indices, of.plan);
+            chain.set_bias(l, of.bias);
+            save = save || is_trained({of.values, of.bias});
         }
-        const bool save = is_trained({values, bias, args[0]});
-        const int64_t threads = x.rows * chain.layers[0].nnz < kWorth ? 1 : integer(args[6]);
-        Output out = run(x, chain, false, save, threads);
-        return save ? PyTuple_Pack(2, out.y.get(), out.saved.get()) : out.y.give();
+        save = is_grad_enabled() && (save || is_trained({input}));
+        const Output out = run(x, chain, is_true(args[3]), save, threads_for(chain.multiply_adds(), args[4]));
+        if (!save) return Py_NewRef(out.y.get());
+        const Object crows(PyTuple_New(size)), cols(PyTuple_New(size)), plans(PyTuple_New(size));
+        const Object inputs(PyTuple_New(1 + 2 * size));
+        PyTuple_SET_ITEM(inputs.get(), 0, Py_NewRef(input));
+        for (int64_t l = 0; l < size; ++l) {
+            PyTuple_SET_ITEM(crows.get(), l, Py_NewRef(tables[l].crow_indices));
+            PyTuple_SET_ITEM(cols.get(), l, Py_NewRef(tables[l].col_indices));
+            PyTuple_SET_ITEM(plans.get(), l, Py_NewRef(tables[l].plan));
+            PyTuple_SET_ITEM(inputs.get(), 1 + l, Py_NewRef(tables[l].values));
+            PyTuple_SET_ITEM(inputs.get(), 1 + size + l, Py_NewRef(tables[l].bias));
+        }
+        const Object done(PyTuple_Pack(2, out.y.get(), out.saved.get()));
+        const Object indices(PyTuple_Pack(3, crows.get(), cols.get(), plans.get()));
+        return PyTuple_Pack(3, done.get(), indices.get(), inputs.get());
     });
 }
 
@@ -185,7 +161,7 @@ Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain
                    int64_t threads) {
     PyObject* like = gy.held.get();
     const int64_t layers = chain.layers.size(), ld = leading_dim(x.rows), feature = ld * (x.is_double ? 8 : 4);
-    if (!x.rows || gy.dtype.get() != x.dtype.get() || gy.rows != x.rows || gy.columns != chain.width(layers) ||
+    if (!x.rows || gy.kind != x.kind || gy.rows != x.rows || gy.columns != chain.width(layers) ||
         saved.size != ((x.packed ? 0 : x.columns) + chain.hidden) * ld)
         throw Unfit();
     Gradients out{needs.x ? empty(like, x.rows, x.columns, x.packed) : none(), {}, {}};
@@ -196,7 +172,7 @@ Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain
     chain.place(ginput + chain.hidden * feature, static_cast<char*>(saved.data), x.packed, feature);
     const auto gradient = [like](std::vector<Object>& all, bool needed, int64_t elements) {
         all.push_back(needed ? empty(like, elements) : none());
-        return needed ? address(all.back().get()) : nullptr;
+        return needed ? address(all.back()) : nullptr;
     };
     for (int64_t l = 0; l < layers; ++l) {
         ChainLayer& layer = chain.layers[l];
@@ -204,7 +180,7 @@ Gradients run_back(const Matrix& gy, const Matrix& x, const Vector& saved, Chain
         layer.gbias = gradient(out.bias, needs.bias[l], layer.rows);
         if (l) layer.ginput = ginput, ginput += chain.width(l) * feature;
     }
-    const ChainMatrix gx{needs.x ? address(out.x.get()) : nullptr, x.packed ? ld : x.columns, x.packed};
+    const ChainMatrix gx{needs.x ? address(out.x) : nullptr, x.packed ? ld : x.columns, x.packed};
     const ChainArgs args{x.is_double, threads, layers, x.rows, x.columns, gy.as, gx, x.packed ? x.as : ChainMatrix{},
                          packed_gy};
     int64_t code;
@@ -237,7 +213,7 @@ PyObject* chain_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([=] {
         take(count, 10);
         const Matrix gy(args[0]), x(args[1]);
-        const Vector saved(args[2], x.dtype.get());
+        const Vector saved(args[2], x.kind);
         Chain chain(x, args[3], args[4], args[5]);
         const int64_t layers = chain.layers.size();
         const Needs needs{is_true(args[6]), truths(args[7], layers), truths(args[8], layers)};
@@ -246,24 +222,32 @@ PyObject* chain_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-// A layer's gradients (gy, ORDINARY, (x, saved, values, bias), plan, needs of the last three as autograd has them, threads)
-// -> gx, gvalues, gbias. None if anything is unusual.
-PyObject* linear_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// The gradients of `chain` (gy, ORDINARY, (x, saved, values..., biases...), indices, what of x, values and biases needs
+// them, threads) -> gx, gvalues..., gbiases... None if anything is unusual.
+PyObject* chain_gradients(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return usual([=]() -> PyObject* {
         take(count, 6);
-        const Sequence kept(args[2]), needed(args[4]);
-        PyObject *ordinary = args[1], *bias = kept[3];
-        if (!is_ordinary(args[0], ordinary) || !is_plain(kept[0], ordinary) || is_grad_enabled()) throw Unfit();
+        const Sequence kept(args[2]), indices(args[3]), needed(args[4]);
+        if (!is_ordinary(args[0], args[1]) || is_grad_enabled()) throw Unfit();
         const Matrix gy(args[0]), x(kept[0]);
         if (x.packed) throw Unfit();
-        const Vector saved(kept[1], x.dtype.get()), plan(args[3], known.int32);
+        const Vector saved(kept[1], x.kind);
+        const Sequence crows(indices[0]), plans(indices[2]);
+        const int64_t layers = plans.size();
         Chain chain(x);
-        chain.add(kept[2], plan.held, plan.data, plan.size, gy.columns);
-        const int64_t first = needed.size() - 3;
-        const bool need_bias = bias != Py_None && is_true(needed[first + 2]);
-        const Needs needs{is_true(needed[first]), {is_true(needed[first + 1])}, {need_bias}};
-        const int64_t threads = x.rows * chain.layers[0].nnz < kWorth ? 1 : integer(args[5]);
-        const Gradients out = run_back(gy, x, saved, chain, needs, threads);
-        return PyTuple_Pack(3, out.x.get(), out.values[0].get(), out.bias[0].get());
+        Needs needs{is_true(needed[0]), {}, {}};
+        for (int64_t l = 0; l < layers; ++l) {
+            chain.add(kept[2 + l], crows[l], plans[l]);
+            needs.values.push_back(is_true(needed[1 + l]));
+            needs.bias.push_back(kept[2 + layers + l] != Py_None && is_true(needed[1 + layers + l]));
+        }
+        const Gradients out = run_back(gy, x, saved, chain, needs, threads_for(chain.multiply_adds(), args[5]));
+        Object all(PyTuple_New(1 + 2 * layers));
+        PyTuple_SET_ITEM(all.get(), 0, Py_NewRef(out.x.get()));
+        for (int64_t l = 0; l < layers; ++l) {
+            PyTuple_SET_ITEM(all.get(), 1 + l, Py_NewRef(out.values[l].get()));
+            PyTuple_SET_ITEM(all.get(), 1 + layers + l, Py_NewRef(out.bias[l].get()));
+        }
+        return all.give();
     });
 }

@@ -78,12 +78,14 @@ class MaskedConv2d(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, OH, OW), or (C, H, W) -> (O, OH, OW); channels_last if x is, else contiguous."""
+        if self._present in NATIVE and (y := ops.call_conv(x, self)) is not None:
+            return y
         if ops.in_torch(x):
             return self._in_torch(x)
         if self.execution not in NATIVE:
             self.check()
         if self.execution in NATIVE:
-            return run_conv(x, self)
+            return _conv2d(x, self)
         if self.execution == "dense":
             return self._multiply(x, self._dense_weight())
         images = _padded(_images(x, self), self)  # first, as padding may change the format
@@ -123,6 +125,13 @@ def run_conv(
 
     norm is in evaluation mode and has the dtype of the layer; x is such that `ops.takes_norm(x)`.
     """
+    norm = norm and _statistics(norm)
+    y = ops.call_conv(x, layer, relu, pool, norm)
+    return _conv2d(x, layer, relu, pool, norm) if y is None else y
+
+
+def _conv2d(x: Tensor, layer: MaskedConv2d, relu: bool = False, pool: int = 1, norm: Norm | None = None) -> Tensor:
+    """The same, whatever is unusual."""
     layer.check()
     y = ops.conv2d(
         _padded(_images(x, layer), layer),
@@ -135,7 +144,7 @@ def run_conv(
         block=layer.block,
         relu=relu,
         pool=pool,
-        norm=norm and _statistics(norm),
+        norm=norm,
     )
     return y if x.dim() == 4 else y[0]
 

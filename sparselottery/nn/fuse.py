@@ -11,10 +11,11 @@ subclass, as parametrized modules are: such a child is called as usual.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 from torch import nn
+
+from ..kernels.native import Fact
 
 # Modules that compute y from x element by element, and give y the strides of x.
 ELEMENTWISE = (
@@ -61,39 +62,18 @@ class Rules(NamedTuple):
     joined: bool = False
 
 
-class Watch:
-    """What decides the groups of some modules' children, cheap to compare: these, their types, hooks and forwards.
-
-    It is also what `attributes_of` names.
+def facts_of(parents: Sequence[nn.Module], modules: Sequence[nn.Module]) -> tuple[Fact, ...]:
+    """What decides the groups of the parents' children, for `native.unchanged`: these, and of all modules (the children
+    among them) the types, hooks, forwards and what `attributes_of` names.
     """
-
-    def __init__(self, parents: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self._hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in _HOOKS)]
-        self._vars = [*map(vars, modules)]
-        self._children = [parent._modules.values() for parent in parents]
-        by_names: dict[tuple[str, ...], list[nn.Module]] = {}
-        for module in modules:
-            by_names.setdefault(attributes_of(module), []).append(module)
-        self._attributes = [(attrgetter(*names), having) for names, having in by_names.items() if names]
-        self._seen_hooks, self._seen = self._hooked(), self._state()
-
-    def changed(self) -> bool:
-        """Is anything different from when this was made?"""
-        if any(self._hooks):
-            return self._hooked() != self._seen_hooks or self._state() != self._seen
-        return self._seen_hooks is not None or self._state() != self._seen
-
-    def _hooked(self) -> list[int] | None:
-        return [*map(len, self._hooks)] if any(self._hooks) else None
-
-    def _state(self) -> list:
-        state = [*("forward" in each for each in self._vars), *map(type, self._modules)]
-        for children in self._children:  # as they are now
-            state += children
-        for get, modules in self._attributes:
-            state += map(get, modules)
-        return state
+    hooks = [*_GLOBAL_HOOKS, *(getattr(module, name) for module in modules for name in _HOOKS)]
+    facts: list[Fact] = [(each, None, len(each)) for each in hooks]
+    for parent in parents:
+        facts += [(vars(parent), "_modules", parent._modules), (parent._modules, None, (*parent._modules.values(),))]
+    for module in modules:
+        facts.append((module, None, type(module)))
+        facts += [(vars(module), name, vars(module).get(name, ...)) for name in ("forward", *attributes_of(module))]
+    return tuple(facts)
 
 
 def groups(children: Sequence[nn.Module], rules: Rules) -> list[Group | nn.Module]:

@@ -60,7 +60,7 @@ class MaskedLinear(MaskedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
         if self._present in NATIVE:
-            y = ops.call_linear(x, self._parameters, self._buffers, self._known, self.in_features)
+            y = ops.call_chain(x, (self,))
             if y is not None:
                 return y
         if ops.in_torch(x):
@@ -68,7 +68,7 @@ class MaskedLinear(MaskedLayer):
         if self._present not in NATIVE:
             self.check()
         if self._present in NATIVE:  # a check may have changed it
-            return run_chain(x, [self])
+            return _chain(x, [self])
         if self.execution == "dense":
             return self._multiply(x, self._dense_weight())
         _check_features(x, self)
@@ -104,6 +104,12 @@ def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) 
 
     The result is batch-minor, strides (1, ld), if asked for or if x is; else contiguous.
     """
+    y = ops.call_chain(x, layers, batch_minor)
+    return _chain(x, layers, batch_minor) if y is None else y
+
+
+def _chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) -> Tensor:
+    """The same, whatever is unusual."""
     first, last = layers[0], layers[-1]
     operands = [_operands(layer) for layer in layers]
     _check_features(x, first)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..kernels import native
 from .conv import MaskedConv2d, run_conv
 from .executions import NATIVE
-from .fuse import ELEMENTWISE, NOTHING, Group, Rules, Watch, groups, is_observed
+from .fuse import ELEMENTWISE, NOTHING, Group, Rules, facts_of, groups, is_observed
 from .linear import MaskedLinear, run_chain
 
 # Between two masked layers these keep the strides of their input, so it may stay batch-minor.
@@ -51,7 +52,7 @@ class MaskedSequential(nn.Sequential):
         kept = self._kept
         if kept is None or torch.compiler.is_compiling():
             return self._group(x)
-        if kept.on_cpu != x.is_cpu or (kept.has_norms and ops.takes_norm(x)) or kept.changed():
+        if kept.on_cpu != x.is_cpu or (kept.has_norms and ops.takes_norm(x)) or not native.unchanged(kept.facts):
             return self._group(x)
         return kept.groups
 
@@ -60,8 +61,7 @@ class MaskedSequential(nn.Sequential):
         found = groups(children, how)
         has_norms = any(type(child) is nn.BatchNorm2d for child in children)
         if not (torch.compiler.is_compiling() or (has_norms and how.norms)):  # a norm has too much to look at
-            changed = Watch([self], children)
-            self._kept = _Kept(changed.changed, found, x.is_cpu, has_norms)
+            self._kept = _Kept(facts_of([self], children), found, x.is_cpu, has_norms)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,9 +69,9 @@ class MaskedSequential(nn.Sequential):
 
 
 class _Kept(NamedTuple):
-    """The groups of a call without norms in them, until something has `changed`."""
+    """The groups of a call without norms in them, as long as the facts hold."""
 
-    changed: Callable[[], bool]
+    facts: tuple[native.Fact, ...]
     groups: list[Group | nn.Module]
     on_cpu: bool
     has_norms: bool

@@ -12,12 +12,13 @@ is a chain of one, an sddmm is its gradient. Second derivatives run on the refer
 """
 
 from .common import as_one_module, check_layout, in_torch, takes_block, too_old, unrecorded, untraced
-from .conv import compile_conv_plan, conv2d, takes_norm
-from .linear import call_linear, chain, compile_plan
+from .conv import call_conv, compile_conv_plan, conv2d, takes_norm
+from .linear import call_chain, chain, compile_plan
 
 __all__ = [
     "as_one_module",
-    "call_linear",
+    "call_chain",
+    "call_conv",
     "chain",
     "check_layout",
     "compile_conv_plan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import cpu, gpu, reference
+from ..kernels import cpu, gpu, native, reference
 from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
 from .common import LIBRARY, Block, autocast, in_torch, misfit, misplaced, untraced
@@ -77,14 +77,33 @@ def conv2d(
         raise ValueError(f"pool: expected windows of 1 to 15 pixels that fit into the output, got {pool}")
     args = x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool
     if norm is not None:
-        return _forward_impl(*args, norm)[0]
+        return _forward(*args, norm)[0]
     if in_torch(x):
         return reference.conv(x, values, bias, crow_indices, col_indices, geometry, relu, pool)
     if torch.compiler.is_compiling():
         return _CONV2D(*args)[0]
-    if torch.is_grad_enabled():
-        return _Conv2d.apply(*args)
-    return (_forward_impl if untraced(x) else _CONV2D)(*args)[0]
+    if not torch.is_grad_enabled():
+        return (_forward if untraced(x) else _CONV2D)(*args)[0]
+    if untraced(x):
+        with torch.no_grad():
+            done = _forward(*args)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            done = _CONV2D(*args)
+    return _APPLY(done, args[3:7], args[7:], x, values, bias)
+
+
+def call_conv(
+    x: Tensor, layer: torch.nn.Module, relu: bool = False, pool: int = 1, norm: Norm | None = None
+) -> Tensor | None:
+    """`conv2d` of a masked layer, where all is as usual, by one native call that looks for itself; else None."""
+    if native.LIBRARY is None or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return None
+    y = native.LIBRARY.conv(x, native.ORDINARY, layer, relu, pool, norm, torch.get_num_threads())
+    if type(y) is not tuple:
+        return y
+    done, indices, inputs = y
+    return _APPLY(done, (*indices, (1, 1)), (layer.geometry, relu, pool), *inputs)
 
 
 def takes_norm(x: Tensor) -> bool:
@@ -94,44 +113,55 @@ def takes_norm(x: Tensor) -> bool:
 
 
 class _Conv2d(torch.autograd.Function):
-    """The eager path, of the op's arguments: what its registered autograd does, in a third of the time per call."""
+    """Eager gradients of what is computed before: forward((y, winners), indices, settings, x, values, bias).
+
+    indices: (crow_indices, col_indices, plan, block); settings: (geometry, relu, pool). In a third of the time of the
+    op's registered autograd.
+    """
 
     @staticmethod
-    def forward(ctx, *args):
-        if untraced(args[0]):
-            y, winners = _forward_impl(*args)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                y, winners = _CONV2D(*args)
-        _setup_context(ctx, args, (y, winners))
-        return y
+    def forward(ctx, done, indices, settings, *inputs):
+        _keep(ctx, done, indices, settings, inputs)
+        return done[0]
 
     @staticmethod
     def backward(ctx, gy):
-        return _backward(ctx, gy)
+        return None, None, None, *_backward(ctx, gy, ctx.needs_input_grad[3:])
+
+
+_APPLY = super(torch.autograd.Function, _Conv2d).apply  # without a look for functorch, which everybody here has had
+
+
+def _keep(ctx, done, indices, settings, inputs):
+    """For `_backward`."""
+    (y, winners), (_, relu, pool) = done, settings
+    ctx.save_for_backward(*inputs, y if relu and pool == 1 else None, winners)
+    ctx.indices, ctx.settings = indices, settings
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, bias, *indices, geometry, relu, pool = inputs
-    y, winners = output
-    ctx.save_for_backward(x, values, bias, y if relu and pool == 1 else None, winners)
-    ctx.indices, ctx.settings = indices, (geometry, relu, pool)
+    _keep(ctx, output, inputs[3:7], inputs[7:], inputs[:3])
 
 
-def _backward(ctx, gy):
-    x, values, bias, y, winners = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+def _backward(ctx, gy, needs):
+    """Of x, values and bias; None where not needed."""
+    kept = ctx.saved_tensors
+    if native.LIBRARY is not None:  # where all is as usual there is a shorter way
+        call = native.ORDINARY, kept, ctx.indices, ctx.settings, needs, torch.get_num_threads()
+        gradients = native.LIBRARY.conv_gradients(gy, *call)
+        if gradients is not None:
+            return gradients
+    x, values, bias, y, winners = kept
     if torch.is_grad_enabled():
-        grads = _differentiable_backward(ctx, gy, (x, values, bias), needs)
-    else:
-        op = _backward_impl if untraced(gy) and untraced(x) else _CONV2D_BACKWARD
-        y = x.new_empty(0) if y is None else y
-        grads = op(gy, x, y, winners, values, *ctx.indices, *ctx.settings, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7
+        return _differentiable_backward(ctx, gy, (x, values, bias), needs)
+    y, winners = (x.new_empty(0) if each is None else each for each in (y, winners))
+    op = _gradients if untraced(gy) and untraced(x) else _CONV2D_BACKWARD
+    gradients = op(gy, x, y, winners, values, *ctx.indices, *ctx.settings, *needs)
+    return tuple(grad if need else None for grad, need in zip(gradients, needs, strict=True))
 
 
 def _op_backward(ctx, gy, _gwinners):
-    return _backward(ctx, gy)
+    return *_backward(ctx, gy, ctx.needs_input_grad[:3]), *[None] * 7
 
 
 def _differentiable_backward(ctx, gy, inputs, needs):
@@ -143,7 +173,7 @@ def _differentiable_backward(ctx, gy, inputs, needs):
     y = reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*geometry), relu, pool)
     needed = [t for t, need in zip((x, values, bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, needed, gy, create_graph=True))
-    return [next(grads) if need else None for need in needs]
+    return tuple(next(grads) if need else None for need in needs)
 
 
 def _backend(x, plan, block, pool):
@@ -154,16 +184,27 @@ def _backend(x, plan, block, pool):
     return (cpu if x.is_cpu and x.numel() and cpu.supports(x.dtype, [plan]) else reference), plan
 
 
-def _forward_impl(x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool, *norm):
+def _forward(x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool, *norm):
+    """By the kernels for x: y, and the winners of a pooling."""
     backend, plan = _backend(x, plan, block, pool)
     args = x, values, bias, crow_indices, col_indices, plan, Geometry(*geometry), relu, pool
     return backend.conv_forward(*args, *norm)
 
 
-def _backward_impl(gy, x, y, winners, values, crow_indices, col_indices, plan, block, geometry, relu, pool, *needs):
+def _gradients(gy, x, y, winners, values, crow_indices, col_indices, plan, block, geometry, relu, pool, *needs):
+    """The same for the gradients."""
     backend, plan = _backend(x, plan, block, pool)
     args = gy, x, y, winners, values, crow_indices, col_indices, plan, Geometry(*geometry), relu, pool
     return backend.conv_backward(*args, *needs)
+
+
+def _forward_impl(x, *args):
+    y, winners = _forward(x, *args)
+    return y, x.new_empty(0, dtype=torch.uint8) if winners is None else winners
+
+
+def _backward_impl(gy, *args):
+    return tuple(gy.new_empty(0) if gradient is None else gradient for gradient in _gradients(gy, *args))
 
 
 def _forward_fake(x, values, bias, crow_indices, col_indices, plan, block, geometry, relu, pool):

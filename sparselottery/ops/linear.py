@@ -79,19 +79,16 @@ def chain(
     return (_forward if untraced(x) else _CHAIN)(x, values, biases, *indices, batch_minor, False)[0]
 
 
-def call_linear(x: Tensor, parameters: dict, buffers: dict, remembered: tuple, in_features: int) -> Tensor | None:
-    """A layer's call on rows x, where all is as usual, by one native call that looks for itself; else None.
-
-    parameters, buffers: the layer's tables. remembered: its ((buffer, tensor, version), ...), as in `nn.indices`.
-    """
+def call_chain(x: Tensor, layers: Sequence[torch.nn.Module], batch_minor: bool = False) -> Tensor | None:
+    """`chain` of masked layers, where all is as usual, by one native call that looks for itself; else None."""
     if native.LIBRARY is None or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return None
-    threads = torch.get_num_threads()
-    y = native.LIBRARY.linear(x, native.ORDINARY, parameters, buffers, remembered, in_features, threads)
+    y = native.LIBRARY.chain(x, native.ORDINARY, layers, batch_minor, torch.get_num_threads())
     if type(y) is not tuple:
-        return y
-    indices = (buffers["crow_indices"],), (buffers["col_indices"],), (buffers["plan"],), (1, 1)
-    return _differentiable(x, y, indices, False, parameters["values"], parameters["bias"])
+        return reference.unpack(y, len(x)) if batch_minor and y is not None else y
+    (y, saved), indices, inputs = y
+    done = reference.unpack(y, len(x)) if batch_minor else y, saved
+    return _differentiable(done, (*indices, (1, 1) * len(layers)), batch_minor, *inputs)
 
 
 def _check(x, values, biases, crow_indices, col_indices):
@@ -115,10 +112,10 @@ def _apply(x, values, biases, indices, batch_minor):
     else:
         with torch._C._AutoDispatchBelowAutograd():
             done = _CHAIN(x, values, biases, *indices, batch_minor, True)
-    return _differentiable(x, done, indices, batch_minor, *values, *biases)
+    return _differentiable(done, indices, batch_minor, x, *values, *biases)
 
 
-def _differentiable(x, done, indices, batch_minor, *params):
+def _differentiable(done, indices, batch_minor, x, *params):
     """The y of a forward pass, with its gradients."""
     y = _APPLY(done, indices, batch_minor, x, *params)
     if x.numel() >= LARGE:
@@ -144,9 +141,9 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         kept, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        if len(kept) == 4 and native.LIBRARY is not None:  # a layer; where all is as usual, it has a shorter way
-            plan, threads = ctx.indices[2][0], torch.get_num_threads()
-            gradients = native.LIBRARY.linear_backward(gy, native.ORDINARY, kept, plan, needs, threads)
+        if native.LIBRARY is not None:  # where all is as usual there is a shorter way
+            threads = torch.get_num_threads()
+            gradients = native.LIBRARY.chain_gradients(gy, native.ORDINARY, kept, ctx.indices, needs, threads)
             if gradients is not None:
                 return None, None, None, *gradients
         layers = len(needs) // 2

@@ -36,12 +36,10 @@ class Cache:
 
     def __init__(self, layers: Iterable[FrozenLayer]) -> None:
         self._layers, self._lock, self._made = list(layers), threading.Lock(), OrderedDict()
-        self._tensors: list[Tensor] = []
-        self._versions: list[int] | None = None
+        self.facts: tuple[native.Fact, ...] | None = None  # of the layers' tensors that all of it is made of
 
     def is_current(self) -> bool:
-        """Are the layers' tensors those that all of it was made of?"""
-        return native.have_versions(self._tensors, self._versions)
+        return self.facts is not None and native.unchanged(self.facts)
 
     def _refresh(self) -> None:
         """Forgets what was made of other tensors. Raises ValueError if those of now are not valid."""
@@ -49,8 +47,8 @@ class Cache:
             if not self.is_current():
                 for layer in self._layers:
                     layer.check()
-                self._tensors = [tensor for layer in self._layers for tensor in layer.watched()]
-                self._made, self._versions = OrderedDict(), [tensor._version for tensor in self._tensors]
+                self._made = OrderedDict()
+                self.facts = native.versions(tensor for layer in self._layers for tensor in layer.watched())
 
     def __call__(self, key: object, make: Callable[[], Any]) -> Any:
         if not self.is_current():

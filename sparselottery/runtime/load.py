@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from .. import ops
 from ..architecture import build
 from ..copying import copied
 from ..files import Contents, read, refusals_name
+from ..kernels import native
 from ..maskable import MASKED, unmaskable
 from ..nn import MaskedLayer, keep_from_fast_path
 from .layer import FrozenLayer, runs_native
-from .sequential import FrozenSequential, Run
+from .sequential import FrozenSequential
 from .tuning import choose_dense
 
 DENSE_ABOVE = 0.5  # density from which on a layer is dense unless an example says otherwise
@@ -35,20 +35,34 @@ class SparseModel(nn.Module):
         super().__init__()
         self.net = net.requires_grad_(False)
         self.eval()
-        self._whole: Callable[[], Run | None] | None = net.whole if isinstance(net, FrozenSequential) else None
+        self._bound: tuple | None = None  # the whole net as one native call, for inputs like the last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As forward, with the hooks; where the whole net is one native call, without the microseconds of nn.Module."""
-        if self._whole and len(args) == 1 and not kwargs and self._is_plain(x := args[0]):
-            run = self._whole()
-            call = run and run.bound(x)
-            if call is not None:
-                return call(x)
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            y = native.call(args[0], self._bound)
+            if y is None and (bound := self._bind(args[0])):
+                self._bound = bound
+                y = native.call(args[0], bound)
+            if y is not None:
+                return y
         return super().__call__(*args, **kwargs)
 
-    def _is_plain(self, x: Any) -> bool:
-        """Is x what a native call takes, with nobody observing the call?"""
-        return runs_native(x) and x.is_contiguous() and not self._forward_pre_hooks and not self._forward_hooks
+    def _bind(self, x: Any) -> tuple | None:
+        """The one native call that an input like x takes, with nobody observing it."""
+        observed = self._forward_pre_hooks or self._forward_hooks
+        if observed or not isinstance(self.net, FrozenSequential) or not (runs_native(x) and x.is_contiguous()):
+            return None
+        grouped = self.net.grouped()
+        bound = grouped.whole and grouped.whole.bound(x)
+        if bound is None:
+            return None
+        own = [(each, None, 0) for each in (self._forward_pre_hooks, self._forward_hooks)]
+        own += [(vars(self), "_modules", self._modules), (self._modules, "net", self.net)]
+        return (*own, *grouped.facts, *bound[0]), *bound[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bound": None}  # which holds addresses
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As that of the dense model in evaluation mode."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cpu_net, cpu_stages
-from ..nn.fuse import NOTHING, Group, Rules, Step, Watch, groups, is_observed
+from ..kernels import cpu_net, cpu_stages, native
+from ..nn.fuse import NOTHING, Group, Rules, Step, facts_of, groups, is_observed
 from ..pattern import Pattern, matrix_shape
 from .layer import FEW_IMAGES, Cache, FrozenLayer, chain_of, is_traced, runs_native
 
@@ -23,23 +23,17 @@ class Run:
         self.steps, self.children = group
         layers = [step.layer for step in self.steps if step.layer is not None]
         self._made, self._calls = Cache(layers), Cache(layers)
-        self._last: tuple = (None, 0, None)  # of those calls
         linear = all(step.layer is not None and step.layer.geometry is None for step in self.steps)
         plain = [step.relu for step in self.steps] == [True] * (len(self.steps) - 1) + [False]
         self._chain = [step.layer for step in self.steps] if linear and plain else []
 
-    def bound(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The one native call for contiguous inputs of the shape of x; None where there is none."""
-        shape, threads, call = self._last
-        if shape != x.shape or threads != torch.get_num_threads() or not self._calls.is_current():
-            shape, threads = x.shape, torch.get_num_threads()
-            call = self._calls((shape, threads), lambda: self._bind(x))
-            self._last = shape, threads, call
-        return call
+    def bound(self, x: Tensor) -> tuple | None:
+        """What `native.bound` takes after x of a contiguous input of this shape; None where it is no single call."""
+        return self._calls((x.shape, torch.get_num_threads()), lambda: self._bind(x))
 
-    def _bind(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def _bind(self, x: Tensor) -> tuple | None:
         packed = self._pick(x) if self._takes(x) else None
-        return packed and packed.bind(len(x))
+        return packed and (self._calls.facts, tuple(x.shape), torch.get_num_threads(), *packed.bound(len(x)))
 
     def _takes(self, x: Tensor) -> bool:
         return runs_native(x) and x.dim() == (2 if self.steps[0].layer.geometry is None else 4)
@@ -70,34 +64,19 @@ class Run:
         return x
 
 
-class Beside:
-    """The tensors that runs take from modules beside the frozen layers, whose own `Cache` watches: norms, dense layers.
-
-    They are held, so that no other tensor gets their ids.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = [module for module in modules if type(module) in (*SMALL, nn.BatchNorm2d)]
-        self._tables = [table for module in modules for table in (module._parameters, module._buffers)]
-        self.held = self._tensors()
-        self._seen = self._state(self.held)
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for table in self._tables for tensor in table.values() if tensor is not None]
-
-    @staticmethod
-    def _state(tensors: list[Tensor]) -> list[int]:
-        return [*map(id, tensors), *(tensor._version for tensor in tensors if not tensor.is_inference())]
-
-    def changed(self) -> bool:
-        """Are they others than when this was made, or written to since?"""
-        return self._state(self._tensors()) != self._seen
+def _beside(modules: Iterable[nn.Module]) -> tuple[native.Fact, ...]:
+    """Of the tensors that runs take from norms and dense layers; those of frozen layers their own `Cache` watches."""
+    modules = [module for module in modules if type(module) in (*SMALL, nn.BatchNorm2d)]
+    tables = [table for module in modules for table in (module._parameters, module._buffers)]
+    entries = [(table, *each) for table in tables for each in table.items()]
+    tensors = [tensor for *_, tensor in entries if tensor is not None and not tensor.is_inference()]
+    return *entries, *native.versions(tensors)
 
 
 class Grouped(NamedTuple):
-    """The children of a FrozenSequential in order, as long as nothing has `changed`; whole: the run that is all."""
+    """The children of a FrozenSequential in order, as long as the facts hold; whole: the run that is all."""
 
-    changed: Callable[[], bool]
+    facts: tuple[native.Fact, ...]
     parts: list[Run | nn.Module]
     whole: Run | None
 
@@ -118,14 +97,9 @@ class FrozenSequential(nn.Sequential):
             x = part(x)
         return x
 
-    def whole(self) -> Run | None:
-        """The run that a call is, if it is one and nobody observes it."""
-        grouped = self._grouped
-        return (self.grouped() if grouped is None or grouped.changed() else grouped).whole
-
     def grouped(self) -> Grouped:
         grouped = self._grouped
-        if grouped is None or grouped.changed():
+        if grouped is None or not native.unchanged(grouped.facts):
             grouped = self._grouped = _group(self)
         return grouped
 
@@ -147,10 +121,9 @@ def _group(net: FrozenSequential) -> Grouped:
     parents: list[nn.Sequential] = []
     children = list(_flat(net, parents))
     watched = list(dict.fromkeys(m for parent in parents for m in (parent, *parent._modules.values())))
-    watch, beside = Watch(parents, watched), Beside(watched)
-    changed = (lambda: watch.changed() or beside.changed()) if beside.held else watch.changed
+    facts = *facts_of(parents, watched), *_beside(watched)
     if nn.modules.module._has_any_global_hook():
-        return Grouped(changed, list(net), None)
+        return Grouped(facts, list(net), None)
     parts: list[Run | nn.Module] = []
     for each in groups(children, Rules(_layer, joined=True)):
         if not isinstance(each, Group):
@@ -160,7 +133,7 @@ def _group(net: FrozenSequential) -> Grouped:
         else:
             parts += each.children
     alone = len(parts) == 1 and isinstance(parts[0], Run) and not is_observed(net)
-    return Grouped(changed, parts, parts[0] if alone else None)
+    return Grouped(facts, parts, parts[0] if alone else None)
 
 
 def _flat(module: nn.Sequential, parents: list[nn.Sequential]) -> Iterator[nn.Module]:
