@@ -102,7 +102,7 @@ def calls(monkeypatch):
     for module in (cpu, reference):
         forward = module.chain_forward
         monkeypatch.setattr(module, "chain_forward", lambda *a, f=forward: made.append(len(a[1])) or f(*a))
-    spy(monkeypatch, "linear", lambda f, *a: noted(made, 1, f(*a)))
+    spy(monkeypatch, "chain", lambda f, *a: noted(made, len(a[2]), f(*a)))
     return made
 
 
@@ -220,18 +220,32 @@ CONVOLUTIONS = {
 }
 
 
+def convolutions(monkeypatch):
+    """(relu, pool, whether there is a norm) of each call of a sparse convolution from now on, by either way."""
+    made, conv2d, call_conv = [], ops.conv2d, ops.call_conv
+
+    def long(*args, relu, pool, norm, **how):
+        made.append((relu, pool, norm is not None))
+        return conv2d(*args, relu=relu, pool=pool, norm=norm, **how)
+
+    def short(x, layer, relu=False, pool=1, norm=None):
+        return noted(made, (relu, pool, norm is not None), call_conv(x, layer, relu, pool, norm))
+
+    monkeypatch.setattr(ops, "conv2d", long)
+    monkeypatch.setattr(ops, "call_conv", short)
+    return made
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_what_follows_are_one_call(monkeypatch, name):
     make, expected = CONVOLUTIONS[name]
-    children, calls, conv2d = [child.double() for child in make()], [], ops.conv2d
+    children = [child.double() for child in make()]
     x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
     plain = results(nn.Sequential(*children), x)
-    monkeypatch.setattr(
-        ops, "conv2d", lambda *args, **how: calls.append((how["relu"], how["pool"])) or conv2d(*args, **how)
-    )
+    calls = convolutions(monkeypatch)
     model = MaskedSequential(*children)
     assert_same(results(model, x), plain)
-    assert calls == expected
+    assert [each[:2] for each in calls] == expected
     assert list(model.state_dict()) == list(nn.Sequential(*children).state_dict())
     torch.testing.assert_close(model.eval()(x[:1]), nn.Sequential(*children)(x[:1]))
 
@@ -290,22 +304,19 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_is_in_the_call_in_evaluation_without_gradients(monkeypatch, name, dtype, batch):
     make, expected = NORMS[name]
-    children, norms, conv2d = [child.to(dtype) for child in make()], [], ops.conv2d
-    monkeypatch.setattr(
-        ops, "conv2d", lambda *args, **how: norms.append(how["norm"] is not None) or conv2d(*args, **how)
-    )
+    children, made = [child.to(dtype) for child in make()], convolutions(monkeypatch)
     plain, model = nn.Sequential(*children).eval(), MaskedSequential(*children).eval()
     x = torch.randn(batch, 4, 9, 10).to(dtype)
     with torch.no_grad():
         torch.testing.assert_close(
             model(x), plain(x), **({} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.05})
         )
-    assert norms == [expected, False]
-    norms.clear()
+    assert [has_norm for *_, has_norm in made] == [expected, False]
+    made.clear()
     results(model, x)
     with torch.no_grad():
         model.train()(x)
-    assert norms == [False, False]
+    assert [has_norm for *_, has_norm in made] == [False, False]
 
 
 @pytest.mark.parametrize("part", ["running_mean", "running_var", "weight", "bias"])
