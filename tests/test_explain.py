@@ -68,7 +68,7 @@ def test_why_an_execution():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     converted = convert(model, prune(model, 0.5, ignore=["0.weight"]))
     converted[2].execution = "dense"
-    converted[4].measured = Measured({"sparse": 1.2345, "compact": 2.0, "dense": 3.4}, (128, 4), True)
+    converted[4].set_execution("sparse", Measured({"sparse": 1.2345, "compact": 2.0, "dense": 3.4}, (128, 4), True))
     measured = "measured: sparse 1.23 ms, compact 2 ms, dense 3.4 ms for (128, 4), training"
     assert whys(converted) == {"0": "nothing is pruned", "2": "set by hand", "4": measured}
     assert [row["execution"] for row in explain(converted)] == ["dense", "dense", "sparse"]
