@@ -35,8 +35,9 @@ def n_of_m(mask: Tensor, scores: Tensor, pattern: NofM) -> Tensor:
 
     mask: bool (O, C, ...). scores: (n,) of its survivors, by index; among equal ones the first by index goes.
     """
-    importance = torch.full(mask.shape, -torch.inf, dtype=torch.promote_types(scores.dtype, torch.float32))
-    importance = importance.to(mask.device).masked_scatter_(mask, scores.to(importance.dtype))
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    importance = torch.full(mask.shape, -torch.inf, dtype=dtype, device=mask.device)
+    importance = importance.masked_scatter_(mask, scores.to(dtype))
     columns = mask.shape[1]
     padding = [0, 0] * (mask.dim() - 2) + [0, -columns % pattern.group]
     grouped = F.pad(importance, padding, value=-torch.inf).unflatten(1, (-1, pattern.group))

@@ -173,6 +173,7 @@ def test_make_fx(models, kind, name, mode):
 @pytest.mark.parametrize("kind", HOLDS)
 def test_compile_and_export(models, kind, name):
     model, expected, x, more = models(kind, name)
+    equal(model(x), expected(x))  # so that it remembers what it found
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     tree = model.net if kind == "frozen" else model
     program = torch.export.export(tree, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()

@@ -39,7 +39,7 @@ class Pool:
 
     def patterns(self, places: Tensor) -> dict[str, Pattern]:
         """Of each layer, given the ascending places of all."""
-        bounds = torch.searchsorted(places, torch.tensor(self.begins, device=places.device)).tolist()
+        bounds = torch.searchsorted(places, torch.tensor(self.begins, dtype=torch.int64, device=places.device)).tolist()
         return {
             name: Pattern.from_positions(places[start:stop] - begin, matrix_shape(layer.shape))
             for (name, layer), begin, start, stop in zip(
@@ -77,14 +77,14 @@ def at_random(pool: Pool, without: Tensor, k: int, generator: torch.Generator) -
 def sample(total: int, k: int, generator: torch.Generator) -> Tensor:
     """k different numbers below `total`, ascending, int64: in O(k) where they are few."""
     if 2 * k > total:
-        rest = torch.ones(total, dtype=torch.bool)
+        rest = torch.ones(total, dtype=torch.bool, device="cpu")
         rest[sample(total, total - k, generator)] = False
         return rest.nonzero().squeeze(1)
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(drawn) < k:
-        more = torch.randint(total, (2 * (k - len(drawn)),), generator=generator)
+        more = torch.randint(total, (2 * (k - len(drawn)),), generator=generator, device="cpu")
         drawn = torch.cat([drawn, more]).unique()
-    return drawn[torch.randperm(len(drawn), generator=generator)[:k]].sort().values
+    return drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:k]].sort().values
 
 
 def by_gradient(pool: Pool, without: Tensor, k: int, watch: Watch) -> Tensor | None:
@@ -99,7 +99,9 @@ def by_gradient(pool: Pool, without: Tensor, k: int, watch: Watch) -> Tensor | N
             if not bool(strip.isfinite().all()):
                 return None
             scores = strip.abs_()
-            first, last = torch.searchsorted(without, torch.tensor([start, start + len(scores)], device=without.device))
+            first, last = torch.searchsorted(
+                without, torch.tensor([start, start + len(scores)], dtype=torch.int64, device=without.device)
+            )
             scores[without[first:last] - start] = -1.0
             at = (scores > worst).nonzero().squeeze(1)
             best, places = torch.cat([best, scores[at]]), torch.cat([places, at + start])

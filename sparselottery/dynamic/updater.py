@@ -236,7 +236,9 @@ class MaskUpdater:
         return at_random(pool, places, min(free, math.ceil(self._candidates * come)), self._generator)
 
     def _at_random(self, name: str, layer: MaskedLayer) -> Tensor:
-        return torch.rand(layer.nnz, dtype=torch.float64, generator=self._generator).to(layer.values.device)
+        return torch.rand(layer.nnz, dtype=torch.float64, generator=self._generator, device="cpu").to(
+            layer.values.device
+        )
 
     def _look_ahead(self) -> None:
         """Catch gradients in the next step if an update wants them."""

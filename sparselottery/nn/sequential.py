@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class MaskedSequential(nn.Sequential):
         return {name: value for name, value in super().__getstate__().items() if name != "_kept"}
 
 
-class _Kept(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Kept:  # no tuple: torch.export goes through those of a module, and facts hold the module's own table
     """The groups of a call without norms in them, as long as the facts hold."""
 
     facts: tuple[native.Fact, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ def _beside(modules: Iterable[nn.Module]) -> tuple[native.Fact, ...]:
     return *entries, *native.versions(tensors)
 
 
-class Grouped(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Grouped:  # no tuple, as nn.sequential's
     """The children of a FrozenSequential in order, as long as the facts hold; whole: the run that is all."""
 
     facts: tuple[native.Fact, ...]
