@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from . import ranks
 from .convert import dense_entries, masked_layers, masks_of, prunable
 from .files import Contents, json_copy, read_json, write, write_json
-from .masks import Granularity, Masks, as_mask, check, check_blocks, pools, prune_pools
+from .masks import Granularity, Masks, Score, as_mask, check, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
 from .random_state import random_state_kept
@@ -162,11 +162,15 @@ def find_ticket(
     """
     _check_count("rounds", rounds, 0)
     _check_count("rewind_step", rewind_step, 0)
+    if scores is not None and not callable(scores):
+        raise TypeError(f"scores: expected a function of the trained model, got {type(scores).__name__}")
     weights = prunable(model)
     masks = _complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity)
     check_blocks(masks, chosen)
+    if rounds > 1 and (fixed := [pool for pool in chosen if pool.fraction and isinstance(pool.block, NofM)]):
+        raise ValueError(f"rounds: expected 1, as one leaves {fixed[0].block} of {fixed[0].names[0]}, got {rounds}")
     recipe = {"fraction": fraction, **how, "rewind_step": rewind_step, "reset": reset, "settings": settings}
     recipe |= {"layers": {name: list(weight.shape) for name, weight in weights.items()}}
     blocked = [pool for pool in chosen if pool.fraction and pool.block != (1, 1)]
@@ -214,18 +218,12 @@ def find_ticket(
         try:  # before anybody can change the trained weights, which are the model's own
             if number < rounds:
                 weights = theta.weights if reset else Ticket.from_contents(trained).weights
-                if scores is None:
-                    survivors = {layer: values for layer, (_, values) in trained.layers.items()}
-                    score = by_magnitude_of_survivors(survivors, masks)
-                else:
-                    with random_state_kept():
-                        score = by_given(scores(Ticket.from_contents(trained).apply(model)), masks)
-                    survivors = None
+                score = _score(scores, model, trained, masks)
                 del done, trained  # a model's bytes or two
                 masks = prune_pools(masks, chosen, score)
                 # Read at the masks only: nothing need be set to zero.
                 start = Ticket.of_parts(weights, masks, recipe, theta.architecture)
-                del weights, survivors, score
+                del weights, score
             elif rounds == 0:
                 masks = {name: mask.cpu() for name, mask in Ticket.from_contents(trained).masks.items()}
         finally:
@@ -236,6 +234,14 @@ def find_ticket(
     files.save("ticket", ticket)
     files.wait()
     return ticket
+
+
+def _score(scores: Callable | None, model: nn.Module, trained: Contents, masks: Masks) -> Score:
+    """What `prune_pools` takes, of a training's weights."""
+    if scores is None:
+        return by_magnitude_of_survivors({name: values for name, (_, values) in trained.layers.items()}, masks)
+    with random_state_kept():
+        return by_given(scores(Ticket.from_contents(trained).apply(model)), masks)
 
 
 def _train(

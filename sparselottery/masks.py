@@ -88,10 +88,12 @@ def grid_of(masks: Mapping[str, Tensor], name: str, block: Grain) -> Tensor:
 
 
 def check_blocks(masks: Mapping[str, Tensor], chosen: Iterable[Pool]) -> None:
-    """Raise ValueError unless the mask of each layer that is to be pruned has whole blocks."""
+    """Raise ValueError unless the mask of each layer that is to be pruned has whole blocks, or leads to N:M."""
     for pool in chosen:
         for name in pool.names if pool.fraction else ():
             grid_of(masks, name, pool.block)
+            if isinstance(pool.block, NofM):
+                _check_leads_to(name, masks[name], pool)
 
 
 def mask_of(grid: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
@@ -192,7 +194,8 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
         if pool.fraction == 0:
             continue
         if isinstance(pool.block, NofM):
-            pruned |= {name: _within_groups(name, masks[name], pool, score(name, (1, 1))) for name in pool.names}
+            check_blocks(masks, [pool])
+            pruned |= {name: n_of_m(masks[name], score(name, (1, 1)), pool.block) for name in pool.names}
             continue
         before = [grid_of(masks, name, pool.block) for name in pool.names]
         counts = [count(grid) for grid in before]
@@ -206,11 +209,10 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
     return {name: pruned[name] if name in pruned else mask.clone() for name, mask in masks.items()}
 
 
-def _within_groups(name: str, mask: Tensor, pool: Pool, scores: Tensor) -> Tensor:
+def _check_leads_to(name: str, mask: Tensor, pool: Pool) -> None:
     goes = fraction_of(mask, pool.block)
     if not math.isclose(goes, pool.fraction, abs_tol=1e-9):
         raise ValueError(f"{name}: expected the fraction {goes:g}, which leaves {pool.block}, got {pool.fraction:g}")
-    return n_of_m(mask, scores, pool.block)
 
 
 def rearrange(

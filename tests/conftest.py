@@ -13,6 +13,8 @@ THREADS = 2
 if not torch.cuda.is_available():  # GPU kernels then run in Triton's interpreter, which is chosen by its first import
     os.environ["TRITON_INTERPRET"] = "1"
 
+from sparselottery.kernels import native  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _reproducible():
@@ -26,6 +28,15 @@ def strict_convolutions(monkeypatch):
     """cuDNN multiplies fp32 as fp32, as products do: torch's default is TF32, for our blocks as well."""
     # by the old name: under the new one, whoever reads or sets the old one raises
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=native.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",)))
+def level(request, monkeypatch):
+    """Each instruction-set level that was built and that this processor runs, in turn."""
+    paths = sorted(native.Path(native.__file__).parent.glob(f"_native_{request.param}.*"))
+    if not paths:
+        pytest.skip(f"{request.param} was not built")
+    monkeypatch.setattr(native, "LIBRARY", native.load(paths[0]))
 
 
 @pytest.fixture

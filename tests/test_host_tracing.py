@@ -175,8 +175,13 @@ def test_compile_and_export(models, kind, name):
     model, expected, x, more = models(kind, name)
     equal(model(x), expected(x))  # so that it remembers what it found
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
     tree = model.net if kind == "frozen" else model
-    program = torch.export.export(tree, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    program = torch.export.export(tree, (x,), dynamic_shapes=dynamic).module()
+    equal(
+        torch.export.export(model, (x,), dynamic_shapes=(dynamic,) if kind == "frozen" else dynamic).module()(x),
+        expected(x),
+    )
     for each in (x, more):
         equal(compiled(each), expected(each))
         equal(program(each), expected(each))

@@ -21,7 +21,6 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float64]
 BATCHES = [1, 2, 15, 16, 17, 60, 128, 129, 240, 256, 300]
 FEATURES = [1, 7, 16, 100, 1000]
-LEVELS = native.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",))
 BACKENDS = pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 
 MASKS = {
@@ -194,15 +193,6 @@ def test_tiles_change_nothing(tile, batch):
     for dtype in DTYPES:
         chain = make(batch, [100, 60, 7], density=0.2).to(dtype)
         assert_exact(run(cpu, chain, tile), chain)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Each instruction-set level that was built and that this processor runs, in turn."""
-    paths = sorted(native.Path(native.__file__).parent.glob(f"_native_{request.param}.*"))
-    if not paths:
-        pytest.skip(f"{request.param} was not built")
-    monkeypatch.setattr(native, "LIBRARY", native.load(paths[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,13 +6,12 @@ import pytest
 import torch
 from convs import FORMATS, Conv, geometry, make
 
-from sparselottery.kernels import cpu, native, reference
+from sparselottery.kernels import cpu, reference
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(not cpu.available(), reason=cpu.status()),
 ]
-LEVELS = native.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",))
 PADDED = (1, 1, 1, 1)
 DTYPES = [torch.float32, torch.float64]
 # Name -> geometry, filters, batch, size, pool.
@@ -31,15 +30,6 @@ CUTS = {
     "1x1, cropped by a stride": (geometry(6, (1, 1), (1, 2)), 5, 3, (6, 9), 2),
     "1x1, groups": (geometry(8, (1, 1), groups=2), 6, 3, (5, 5), 1),
 }
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Each instruction-set level that was built and that this processor runs, in turn."""
-    paths = sorted(native.Path(native.__file__).parent.glob(f"_native_{request.param}.*"))
-    if not paths:
-        pytest.skip(f"{request.param} was not built")
-    monkeypatch.setattr(native, "LIBRARY", native.load(paths[0]))
 
 
 def problem(name: str, relu: bool, memory_format: str, **options) -> Conv:

@@ -9,18 +9,10 @@ import torch
 from chains import make, of_masks, truth
 
 from sparselottery import MaskedLinear
-from sparselottery.kernels import cpu, native
+from sparselottery.kernels import cpu
 
-LEVELS = native.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",))
+pytestmark = pytest.mark.usefixtures("level")
 FEW = pytest.mark.parametrize("batch", [1, 2, 3, 4])
-
-
-@pytest.fixture(params=LEVELS, autouse=True)
-def _level(request, monkeypatch):
-    paths = sorted(native.Path(native.__file__).parent.glob(f"_native_{request.param}.*"))
-    if not paths:
-        pytest.skip(f"{request.param} was not built")
-    monkeypatch.setattr(native, "LIBRARY", native.load(paths[0]))
 
 
 def forward(chain, save=False):

@@ -10,23 +10,13 @@ import pytest
 import torch
 from chains import assert_accurate, assert_exact, make, of_masks, run, truth
 
-from sparselottery.kernels import cpu, native, reference
+from sparselottery.kernels import cpu, reference
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(not cpu.available(), reason=cpu.status()),
 ]
 HALVES = [torch.bfloat16, torch.float16]
-LEVELS = native.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("base",))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Each instruction-set level that was built and that this processor runs, in turn."""
-    paths = sorted(native.Path(native.__file__).parent.glob(f"_native_{request.param}.*"))
-    if not paths:
-        pytest.skip(f"{request.param} was not built")
-    monkeypatch.setattr(native, "LIBRARY", native.load(paths[0]))
 
 
 def packed(x, ld):

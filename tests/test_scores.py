@@ -168,3 +168,26 @@ def test_what_is_not_n_of_m_is_refused(granularity):
 def test_a_fraction_that_leaves_something_else_is_refused():
     with pytest.raises(ValueError, match=r"expected the fraction 0\.5, which leaves 2:4, got 0\.3"):
         prune(net(), 0.3, granularity="2:4")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        (
+            {"rounds": 2, "fraction": 0.5, "granularity": "2:4"},
+            ValueError,
+            "rounds: expected 1, as one leaves 2:4 of 0.w",
+        ),
+        (
+            {"rounds": 1, "fraction": 0.2, "granularity": "2:4"},
+            ValueError,
+            r"expected the fraction 0\.5, which leaves 2:4",
+        ),
+        ({"rounds": 1, "scores": {}}, TypeError, "scores: expected a function of the trained model, got dict"),
+    ],
+)
+def test_find_ticket_refuses_before_any_training(how, error, says):
+    trained = []
+    with pytest.raises(error, match=says):
+        find_ticket(net(), trained.append, **how)
+    assert not trained

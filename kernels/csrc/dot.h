@@ -43,6 +43,8 @@ INLINE Four four(const float* x, const Index* c) {
     }
 }
 
+INLINE float across(Four sums) { return (sums[0] + sums[2]) + (sums[1] + sums[3]); }
+
 template <class S, class Index>
 INLINE void expect_entries(const S* values, const Index* columns) {
     __builtin_prefetch(values + kStream);
@@ -61,8 +63,7 @@ __attribute__((noinline)) void dot(const T* values, const Index* columns, int64_
             low += four(x, columns) * *reinterpret_cast<const Four*>(values);
             high += four(x, columns + 4) * *reinterpret_cast<const Four*>(values + 4);
         }
-        low += high;
-        total = (low[0] + low[2]) + (low[1] + low[3]);
+        total = across(low + high);
     } else {
         T chains[4] = {};
         for (; values + 4 <= end; values += 4, columns += 4)
@@ -96,24 +97,29 @@ __attribute__((noinline)) void dot_few(const S* values, const Index* columns, in
 }
 
 #if VECTOR_BYTES == 64
+constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns of its own header where no mask is given
+
 // `dot` by gathers of 16 entries.
 template <class Index>
 __attribute__((noinline)) void dot_gathered(const float* values, const Index* columns, int64_t n, const float* x, float* y) {
     const auto indices = [](const Index* c) __attribute__((always_inline)) {
-        if constexpr (sizeof(Index) == 2) return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)c));
+        if constexpr (sizeof(Index) == 2) return _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256((const __m256i*)c));
         else return _mm512_loadu_si512(c);
     };
     __m512 total = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + 16 <= n; k += 16) {
         expect_entries(values + k, columns + k);
-        const __m512 in = _mm512_i32gather_ps(indices(columns + k), x, 4);
+        const __m512 in = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, indices(columns + k), x, 4);
         total = _mm512_fmadd_ps(_mm512_loadu_ps(values + k), in, total);
     }
     const __mmask16 rest = __mmask16((1 << (n - k)) - 1);  // columns end with zeros enough to be read here
     const __m512 in = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), rest, indices(columns + k), x, 4);
     total = _mm512_mask3_fmadd_ps(_mm512_maskz_loadu_ps(rest, values + k), in, total, rest);
-    *y = _mm512_reduce_add_ps(total);
+    float lanes[16];
+    _mm512_storeu_ps(lanes, total);
+    const Four* quarter = reinterpret_cast<const Four*>(lanes);
+    *y = across((quarter[0] + quarter[2]) + (quarter[1] + quarter[3]));
 }
 
 // Is `dot_gathered` the faster one? By rule, so that a machine's bits are always the same: from the cores that brought

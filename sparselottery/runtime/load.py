@@ -24,6 +24,11 @@ from .tuning import choose_dense
 DENSE_ABOVE = 0.5  # density from which on a layer is dense unless an example says otherwise
 
 
+class _Bound(tuple):
+    """A whole net as one native call, for inputs like the last. torch.export goes through a module's plain tuples, and
+    facts hold the module's own table."""
+
+
 class SparseModel(nn.Module):
     """A frozen model: evaluation only, without gradients; several threads may call it at once.
 
@@ -35,7 +40,7 @@ class SparseModel(nn.Module):
         super().__init__()
         self.net = net.requires_grad_(False)
         self.eval()
-        self._bound: tuple | None = None  # the whole net as one native call, for inputs like the last
+        self._bound: _Bound | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As forward, with the hooks; where the whole net is one native call, without the microseconds of nn.Module."""
@@ -48,7 +53,7 @@ class SparseModel(nn.Module):
                 return y
         return super().__call__(*args, **kwargs)
 
-    def _bind(self, x: Any) -> tuple | None:
+    def _bind(self, x: Any) -> _Bound | None:
         """The one native call that an input like x takes, with nobody observing it."""
         observed = self._forward_pre_hooks or self._forward_hooks
         if observed or not isinstance(self.net, FrozenSequential) or not (runs_native(x) and x.is_contiguous()):
@@ -59,7 +64,7 @@ class SparseModel(nn.Module):
             return None
         own = [(each, None, 0) for each in (self._forward_pre_hooks, self._forward_hooks)]
         own += [(vars(self), "_modules", self._modules), (self._modules, "net", self.net)]
-        return (*own, *grouped.facts, *bound[0]), *bound[1:]
+        return _Bound(((*own, *grouped.facts, *bound[0]), *bound[1:]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_bound": None}  # which holds addresses
