@@ -108,6 +108,8 @@ def _moves(layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor | Patte
     """What the masks ask for, checked."""
     moves: Moves = {}
     for name, mask in masks.items():
+        if not layers:
+            raise ValueError("model: expected masked layers, got none: convert(model, masks) makes them")
         if name not in layers:
             raise ValueError(f"masks: expected names among {list(layers)}, got {name!r}")
         layer = layers[name]

@@ -26,7 +26,7 @@ class NofM:
         """ValueError for what is not "N:M" with 1 <= N < M."""
         kept, _, group = text.partition(":")
         if not (kept.isdecimal() and group.isdecimal() and 1 <= int(kept) < int(group)):
-            raise ValueError(f"{what}: expected N:M with 1 <= N < M, got {text!r}")
+            raise ValueError(f"{what}: expected (rows, columns) or 'N:M' with 1 <= N < M, got {text!r}")
         return cls(int(kept), int(group))
 
 
@@ -48,7 +48,7 @@ def n_of_m(mask: Tensor, scores: Tensor, pattern: NofM) -> Tensor:
 
 
 def fraction_of(mask: Tensor, pattern: NofM) -> float:
-    """The share that goes of a group in which as many survive as in any."""
-    padding = [0, 0] * (mask.dim() - 2) + [0, -mask.shape[1] % pattern.group]
-    most = int(F.pad(mask, padding).unflatten(1, (-1, pattern.group)).sum(2).max()) if mask.numel() else 0
+    """The share that goes of the fullest group; of one that is whole if the border cuts off all."""
+    whole = mask[:, : mask.shape[1] // pattern.group * pattern.group]
+    most = int(whole.unflatten(1, (-1, pattern.group)).sum(2).max()) if whole.numel() else pattern.group
     return 1 - pattern.kept / max(most, pattern.kept)

@@ -1,7 +1,7 @@
 """How important each weight of a model is, for `prune(..., scores=...)`: the lowest go first.
 
 Each function returns {"fc1.weight": scores}: of a masked layer (n,), of its survivors by index; of a dense one of the
-weight's shape.
+weight's shape. The model runs in the mode that it is in: where it trains, batch norms follow the batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def taylor(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, objec
         scores = taylor(model, [(x, y)], lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
 
     g: the gradient of the sum of loss(model, batch) over `batches`. `.grad` of the parameters is left as it is.
-    Raises ValueError if there is no batch.
+    Raises ValueError if there is no batch, or a weight does not require a gradient.
     """
     weights, gradients = _weights(model), {}
     for found in _gradients(model, weights, batches, loss):
@@ -41,7 +41,10 @@ def fisher(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, objec
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     masked = {name: layer.values for name, layer in masked_layers(model).items()}
-    return {name: masked[name] if name in masked else model.get_parameter(name) for name in prunable(model)}
+    weights = {name: masked[name] if name in masked else model.get_parameter(name) for name in prunable(model)}
+    if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise ValueError(f"model: expected weights that require gradients, got {frozen[0]!r}, which does not")
+    return weights
 
 
 def _gradients(model: nn.Module, weights: dict, batches: Iterable, loss: Callable):

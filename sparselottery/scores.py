@@ -49,6 +49,9 @@ def by_given(scores: Scores, masks: Mapping[str, Tensor]) -> Score:
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores: expected tensors by layer, got {type(scores).__name__}")
 
+    if unknown := scores.keys() - masks.keys():
+        raise ValueError(f"scores: expected names among {list(masks)}, got {min(unknown)!r}")
+
     def alive(name: str) -> Tensor:
         mask = masks[name]
         if name not in scores:
@@ -63,19 +66,19 @@ def by_given(scores: Scores, masks: Mapping[str, Tensor]) -> Score:
         if given.shape != (count(mask),):
             expected = f"{tuple(mask.shape)} or ({count(mask)},)"
             raise ValueError(f"scores[{name!r}]: expected shape {expected}, got {tuple(given.shape)}")
-        return given.clone()
+        return given
 
-    return _by_mean(alive, masks)
+    return _by_mean(alive, masks, "scores")
 
 
-def _by_mean(alive_of: Callable[[str], Tensor], masks: Mapping[str, Tensor]) -> Score:
-    """As `by_score`. alive_of: layer -> new scores (n,) of the weights that survive, by index."""
+def _by_mean(alive_of: Callable[[str], Tensor], masks: Mapping[str, Tensor], what: str = "weights") -> Score:
+    """As `by_score`. alive_of: layer -> scores (n,) of the weights that survive, by index."""
 
     def score(name: str, block: Block = (1, 1)) -> Tensor:
         mask, alive = masks[name], alive_of(name)
         if alive.numel() and not all(map(math.isfinite, map(float, alive.aminmax()))):
             bad = int(alive.isfinite().logical_not_().count_nonzero())
-            raise ValueError(f"{name}: expected finite weights, got {bad} that are nan or inf")
+            raise ValueError(f"{name}: expected finite {what}, got {bad} that are nan or inf")
         if block == (1, 1):
             return alive
         scores = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)

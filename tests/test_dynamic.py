@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from moving import X, assert_same, dense_net, masked_net, random_masks, train
 from torch import nn
 
-from sparselottery import convert, dynamic
+from sparselottery import convert, dynamic, prune, set_masks
 from sparselottery.convert import dense_state, masked_layers, masks_of
 
 NAMES = list(random_masks(0))
@@ -303,6 +303,9 @@ def test_gradients_that_overflow_put_an_update_off():
             optimizer.step()
         optimizer.zero_grad()
         assert updater.step() == (step == 5)
+        state, updater = updater.state_dict(), dynamic.rigl(model, optimizer, 0.3, end=4, every=4)
+        updater.drop_fraction = dynamic.constant(0.5)
+        updater.load_state_dict(state)
         assert all(map(torch.equal, before.values(), masks_of(model).values())) == (step != 5)
 
 
@@ -383,3 +386,33 @@ def test_copies_of_a_net_are_left_alone():
     other = copy.deepcopy(model)
     dynamic.set_training(model, sgd(model.parameters()), 0.2, end=4)
     assert sum(nnz(other)) == sum(TOTALS.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda m, o: dynamic.gmp(m, o, 1.5, end=5), ValueError, r"density: expected values in \[0, 1\], got 1.5"),
+        (lambda m, o: dynamic.gmp(m, o, math.nan, end=5), ValueError, r"density: expected values in \[0, 1\], got nan"),
+        (lambda m, o: dynamic.rigl(m, o, 0.1, end=1.5), TypeError, "every, end: expected ints, got 100 and 1.5"),
+        (lambda m, o: dynamic.dsd(m, o, 0.1, 9, 5), ValueError, "expected 0 < sparse_from < dense_from, got 9 and 5"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(make, error, says):
+    model = whole_net()
+    before = masks_of(model)
+    with pytest.raises(error, match=says):
+        make(model, sgd(model.parameters()))
+    assert all(map(torch.equal, before.values(), masks_of(model).values()))
+
+
+def test_a_pruned_net_is_pruned_on_from_its_density():
+    model = whole_net()
+    optimizer = sgd(model.parameters())
+    set_masks(model, prune(model, 0.5), optimizer)
+    updater, counts = dynamic.gmp(model, optimizer, 0.1, end=6, initial=0.5, every=1), []
+    for _ in range(6):
+        model(X).sum().backward()
+        optimizer.step()
+        updater.step()
+        counts.append(sum(layer.nnz for layer in masked_layers(model).values()))
+    assert counts == sorted(counts, reverse=True)

@@ -206,6 +206,14 @@ def test_levels_agree(level, batch, dtype):
     assert_accurate(run(cpu, noise), noise)
 
 
+@pytest.mark.parametrize("batch", [1, 17])
+def test_strided_values_and_biases(batch):
+    chain = make(batch, [60, 30, 7], density=0.2)
+    strided = [[each.repeat_interleave(2)[::2] for each in tensors] for tensors in (chain.values, chain.biases)]
+    y, _ = cpu.chain_forward(chain.x, *strided, *chain.indices(), False, True)
+    assert torch.equal(y, cpu.chain_forward(chain.x, chain.values, chain.biases, *chain.indices(), False, True)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 16, 17, 48, 60, 80, 129, 144, 256, 300, 384])
 def test_threads_change_no_bit(level, batch, dtype):

@@ -76,6 +76,12 @@ def test_indices_that_are_valid(shape):
             assert not cpu_pattern.is_valid(falling, col_indices, shape)
 
 
+def test_indices_of_which_one_alone_is_wrong():
+    begins_late, falls = torch.tensor([1, 2]).int(), torch.tensor([0, 2, 1, 3]).int()
+    assert not cpu_pattern.is_valid(begins_late, torch.tensor([0, 1]).int(), (1, 2))
+    assert not cpu_pattern.is_valid(falls, torch.tensor([0, 1, 2]).int(), (3, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fill", [0.0, 3.0])

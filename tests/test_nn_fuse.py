@@ -156,7 +156,18 @@ EDITS = {
     "an execution": lambda model: setattr(model[2], "execution", "dense"),
     "a hook": hooked,
     "a forward": lambda model: setattr(model[1], "forward", torch.tanh),
+    "the children": lambda model: setattr(model, "_modules", {**model._modules, "1": nn.Tanh()}),
     "windows": lambda model: setattr(model[4], "kernel_size", 3),
+    **{
+        name: lambda model, name=name, value=value: setattr(model[4], name, value)
+        for name, value in [
+            ("stride", 1),
+            ("padding", 1),
+            ("dilation", 2),
+            ("ceil_mode", True),
+            ("return_indices", True),
+        ]
+    },
     "parametrized": lambda model: parametrize.register_parametrization(model[2], "bias", nn.Tanh()),
 }
 

@@ -156,6 +156,18 @@ def test_hooks_of_the_given_model_fire(tmp_path):
     assert seen == [FrozenLayer]
 
 
+def test_a_norm_of_a_frozen_net_that_trains(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    _, net = frozen(model, tmp_path / "net.safetensors")
+    expected = x = torch.randn(5, 2, 6, 6)
+    before = net(x)
+    net.net[1].train()
+    for child in copy.deepcopy(net.net):
+        expected = child(expected)
+    torch.testing.assert_close(net(x), expected)
+    assert not torch.allclose(expected, before)
+
+
 def test_edits_of_a_frozen_net_count(tmp_path):
     _, net = frozen(mlp(), tmp_path / "net.safetensors")
     x = torch.randn(3, 8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselottery import convert, find_ticket, prune
-from sparselottery.n_of_m import NofM, n_of_m
+from sparselottery.n_of_m import NofM, fraction_of, n_of_m
 from sparselottery.saliency import fisher, taylor
 
 
@@ -54,12 +54,23 @@ def test_scores_of_survivors_are_those_of_whole_weights():
         (lambda model: None, TypeError, "scores: expected tensors by layer, got NoneType"),
         ({"0.weight": torch.rand(6, 8), "2.weight": torch.rand(4, 8)}, ValueError, r"shape \(8, 6\) or \(48,\), got"),
         ({"0.weight": [1.0], "2.weight": torch.rand(4, 8)}, TypeError, "expected a tensor of real numbers, got list"),
-        ({"0.weight": torch.full((8, 6), torch.nan), "2.weight": torch.rand(4, 8)}, ValueError, "48 that are nan"),
+        (
+            {"0.weight": torch.full((8, 6), torch.nan), "2.weight": torch.rand(4, 8)},
+            ValueError,
+            "expected finite scores, got 48 that are nan",
+        ),
     ],
 )
 def test_scores_that_are_none_are_refused(scores, error, says):
     with pytest.raises(error, match=says):
         prune(net(), 0.5, scores=scores)
+
+
+def test_scores_of_no_layer_are_refused():
+    with pytest.raises(ValueError, match=r"scores: expected names among .* got '3.weight'"):
+        prune(
+            net(), 0.5, scores={"0.weight": torch.rand(8, 6), "2.weight": torch.rand(4, 8), "3.weight": torch.rand(2)}
+        )
 
 
 def test_scores_with_a_method_that_does_not_read_them_are_refused():
@@ -94,6 +105,13 @@ def test_saliencies_are_what_their_formulas_say():
 def test_no_batch_is_refused(saliency):
     with pytest.raises(ValueError, match="batches: expected at least one"):
         saliency(net(), [], loss)
+
+
+def test_saliency_of_frozen_weights_is_refused():
+    model = net()
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"weights that require gradients, got '2\.weight'"):
+        taylor(model, batches(), loss)
 
 
 def test_find_ticket_prunes_by_scores_of_the_trained_weights_and_goes_on_alike(tmp_path):
@@ -141,6 +159,23 @@ def test_n_of_m_keeps_the_highest_of_each_group(kept, more, columns, rows, taps,
                 assert [c for c in range(first, min(first + group, columns)) if new[at][c]] == sorted(best)
 
 
+def test_ties_in_wide_groups_go_by_index():
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    kept = n_of_m(mask, torch.arange(64.0) % 3, NofM(8, 64)).nonzero()[:, 1].tolist()
+    assert kept == [column for column in range(64) if column % 3 == 2][-8:]
+
+
+def test_the_fullest_group_decides_the_fraction():
+    mask = torch.tensor([[1, 0, 0, 0, 1, 1, 1, 1, 1]]).bool()
+    assert fraction_of(mask, NofM(2, 4)) == 0.5
+    assert fraction_of(mask[:, :3], NofM(2, 4)) == 0.5  # of no whole group
+
+
+def test_three_channels_are_a_group_that_the_border_cuts_off():
+    masks = prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), 0.5, granularity="2:4")
+    assert all((mask.sum(1) == 2).all() for mask in masks.values())
+
+
 def test_2_of_4_then_1_of_4():
     model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 8))
     half = prune(model, 0.5, granularity="2:4")
@@ -161,7 +196,7 @@ def test_find_ticket_keeps_n_of_m_in_its_recipe():
 
 @pytest.mark.parametrize("granularity", ["4:4", "0:4", "2", "a:b", "2:4:8", {"*": "5:4"}])
 def test_what_is_not_n_of_m_is_refused(granularity):
-    with pytest.raises(ValueError, match="expected N:M with 1 <= N < M, got"):
+    with pytest.raises(ValueError, match="or 'N:M' with 1 <= N < M, got"):
         prune(net(), 0.5, granularity=granularity)
 
 

@@ -5,7 +5,8 @@
     updater = rigl(model, optimizer, density=0.05, end=30_000)
 
 All return a `MaskUpdater`, whose further arguments they take by name. `density` is that of the end, or for `dsd` of the
-sparse phase; `end` is the step from which masks stay.
+sparse phase; `end` is the step from which masks stay. `initial` is the density of the beginning: below 1.0 for a model
+that is pruned already, which else grows first.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from .schedules import alternating, constant, cosine, cubic, linear, phases
 from .updater import MaskUpdater
 
 
-def gmp(model: nn.Module, optimizer: Any, density: float, end: int, begin: int = 0, **others: Any) -> MaskUpdater:
+def gmp(
+    model: nn.Module, optimizer: Any, density: float, end: int, begin: int = 0, initial: float = 1.0, **others: Any
+) -> MaskUpdater:
     """Gradual magnitude pruning (Zhu & Gupta 2017): along a cubic, from `begin` on."""
-    return MaskUpdater(model, optimizer, cubic(density, end, begin), end=end, **others)
+    return MaskUpdater(model, optimizer, cubic(density, end, begin, initial), end=end, **others)
 
 
 def single_cycle(
-    model: nn.Module, optimizer: Any, density: float, end: int, begin: int = 0, **others: Any
+    model: nn.Module, optimizer: Any, density: float, end: int, begin: int = 0, initial: float = 1.0, **others: Any
 ) -> MaskUpdater:
     """Progressive magnitude pruning in one training cycle, in place of a cycle a round (Qureshi et al. 2026)."""
-    return MaskUpdater(model, optimizer, linear(density, end, begin), end=end, **others)
+    return MaskUpdater(model, optimizer, linear(density, end, begin, initial), end=end, **others)
 
 
 def set_training(
@@ -54,7 +57,13 @@ def rigl(
 
 
 def topk(
-    model: nn.Module, optimizer: Any, density: float, end: int, explore: float = 0.1, **others: Any
+    model: nn.Module,
+    optimizer: Any,
+    density: float,
+    end: int,
+    explore: float = 0.1,
+    initial: float = 1.0,
+    **others: Any,
 ) -> MaskUpdater:
     """The largest weights after every step, fewer and fewer (Gao et al. 2025, weight-sparse transformers).
 
@@ -62,7 +71,7 @@ def topk(
     anew, at zero and at random places, after each step until `end`. In the paper that is half the training.
     """
     how = {"every": 1, "drop_fraction": lambda step: explore if step < end else 0.0, **others}
-    return MaskUpdater(model, optimizer, linear(density, end), end=end, **how)
+    return MaskUpdater(model, optimizer, linear(density, end, 0, initial), end=end, **how)
 
 
 def dsd(
@@ -72,6 +81,8 @@ def dsd(
 
     The paper prunes 30 to 50 % of each layer, and lowers the learning rate tenfold for the last phase.
     """
+    if not 0 < sparse_from < dense_from:
+        raise ValueError(f"dsd: expected 0 < sparse_from < dense_from, got {sparse_from} and {dense_from}")
     schedule = phases({0: 1.0, sparse_from: density, dense_from: 1.0})
     return MaskUpdater(model, optimizer, schedule, every=1, end=dense_from, **others)
 

@@ -114,6 +114,8 @@ class MaskUpdater:
             raise ValueError(f"candidates: expected at least 1 for each weight that is to grow, got {candidates}")
         if min(every, window) < 1:
             raise ValueError(f"every, window: expected at least 1, got {every} and {window}")
+        if not isinstance(every, int) or not isinstance(end, int | None):
+            raise TypeError(f"every, end: expected ints, got {every!r} and {end!r}")
         self.every, self.end, self.grow = every, end, grow
         self._candidates = 10.0 if candidates is None and grow == "momentum" else candidates
         self._window = {"random": 0, "gradient": 1, "momentum": min(window, every)}[grow]
@@ -128,6 +130,9 @@ class MaskUpdater:
         self._late = False  # an update was put off
         self._watched: list[Tensor] | None = None  # of each pool the places whose gradients are summed up
         self._momentum: list[Tensor] = []
+        for step in (0, self._next_update(), end):
+            if step is not None:
+                self._plan(step, start=step == 0)  # raises for what can be seen now
         self._update(start=True)
         self._look_ahead()
 
