@@ -76,3 +76,15 @@ def reference(model):
     net = dense_net()
     net.load_state_dict(dense_state(model))
     return net
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def whole_net():
+    return masked_net(random_masks(0, 2.0))

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from moving import X, assert_same, dense_net, masked_net, random_masks, train
+from moving import X, adamw, assert_same, dense_net, random_masks, sgd, train, whole_net
 from torch import nn
 
 from sparselottery import convert, dynamic, prune, set_masks
@@ -18,18 +18,6 @@ from sparselottery.convert import dense_state, masked_layers, masks_of
 
 NAMES = list(random_masks(0))
 TOTALS = {name: mask.numel() for name, mask in random_masks(0).items()}
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=0.01)
-
-
-def whole_net():
-    return masked_net(random_masks(0, 2.0))
 
 
 def run(make, steps, optimizer=sgd, watch=None):
@@ -342,67 +330,11 @@ def test_hooks_are_there_in_steps_that_need_them_alone():
     assert hooked == [step % 4 != 0 and step < 12 for step in range(1, 14)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "told"),
-    [
-        ({"distribution": "er"}, ValueError, "distribution: expected one of .*'global'.* or a function, got 'er'"),
-        ({"drop": "size"}, ValueError, r"drop: expected one of \('magnitude', 'saliency'\) or a function, got 'size'"),
-        ({"grow": "all"}, ValueError, "grow: expected one of .*, got 'all'"),
-        ({"candidates": 0.5}, ValueError, "candidates: expected at least 1 for each weight"),
-        ({"every": 0}, ValueError, "every, window: expected at least 1, got 0 and 10"),
-        ({"ignore": "0.*"}, TypeError, "ignore: expected a sequence of names"),
-        ({"ignore": ["9.*"]}, ValueError, r"ignore: expected names or patterns among \['0.weight', .*, got '9.\*'"),
-        ({"ignore": ["*"]}, ValueError, "model: expected masked layers that may move, got none"),
-        ({"density": dynamic.constant(1.5)}, ValueError, "density: expected values in .*, got 1.5 at step 0"),
-        (
-            {"distribution": lambda shapes, density: dict.fromkeys(shapes, 2.0)},
-            ValueError,
-            "distribution: expected dens",
-        ),
-    ],
-)
-def test_what_is_refused(changes, error, told):
-    model = whole_net()
-    with pytest.raises(error, match=told):
-        dynamic.MaskUpdater(model, sgd(model.parameters()), **({"density": dynamic.constant(1.0)} | changes))
-
-
-def test_what_a_step_refuses():
-    model = whole_net()
-    optimizer = sgd(model.parameters())
-    updater = dynamic.rigl(model, optimizer, 0.3, end=9, every=1)
-    with pytest.raises(ValueError, match="grow: expected a backward through the layers"):
-        updater.step()
-    updater = dynamic.gmp(model, optimizer, 0.1, end=9, every=1, drop="saliency")
-    with pytest.raises(ValueError, match=r"drop: expected 0.weight to have a gradient"):
-        [updater.step() for _ in range(9)]
-    updater = dynamic.gmp(model, optimizer, 0.1, end=9, every=1, drop=lambda name, layer: torch.ones(3))
-    with pytest.raises(ValueError, match=r"drop: expected a score for each of \d+ weights, got \(3,\)"):
-        [updater.step() for _ in range(9)]
-
-
 def test_copies_of_a_net_are_left_alone():
     model = whole_net()
     other = copy.deepcopy(model)
     dynamic.set_training(model, sgd(model.parameters()), 0.2, end=4)
     assert sum(nnz(other)) == sum(TOTALS.values())
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "says"),
-    [
-        (lambda m, o: dynamic.gmp(m, o, 1.5, end=5), ValueError, r"density: expected values in \[0, 1\], got 1.5"),
-        (lambda m, o: dynamic.gmp(m, o, math.nan, end=5), ValueError, r"density: expected values in \[0, 1\], got nan"),
-        (lambda m, o: dynamic.rigl(m, o, 0.1, end=1.5), TypeError, "every, end: expected ints, got 100 and 1.5"),
-        (lambda m, o: dynamic.dsd(m, o, 0.1, 9, 5), ValueError, "expected 0 < sparse_from < dense_from, got 9 and 5"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_at_once(make, error, says):
-    model = whole_net()
-    before = masks_of(model)
-    with pytest.raises(error, match=says):
-        make(model, sgd(model.parameters()))
-    assert all(map(torch.equal, before.values(), masks_of(model).values()))
 
 
 def test_a_pruned_net_is_pruned_on_from_its_density():
