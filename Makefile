@@ -1,6 +1,7 @@
 # demo   find a lottery ticket on handwritten digits (under two minutes, offline once installed)
 # test   the test suite            bench  all measurements, their plots and the table of bars
-# lint   ruff
+# lint   ruff                  docs    the documentation's site, in build/site
+# wheels a wheel for this Python that runs on any Linux from 2018 on, and the tests of its kernels without a compiler
 # torture [TORTURE_MINUTES=10 TORTURE_SEED=0]    random layers, altered files, threads, kills, full disks
 # audit  the GPU kernels compiled for GPUs that are not here, and the tables of what came out (half an hour)
 # clean  everything that was built, but not .venv
@@ -25,7 +26,9 @@ BIN := .venv/bin
 AUDITED := 3.6 3.9  # versions of Triton
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench peers gpu gpu-lab gpu-sanitize audit torture lint clean
+WHEEL := build/wheel
+
+.PHONY: docs wheels demo test bench peers gpu gpu-lab gpu-sanitize audit torture lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -84,6 +87,21 @@ torture: .venv/test.stamp
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH="$(CURDIR)" $(BIN)/mkdocs build --strict --quiet
+
+# libgomp is not put into the wheel: a process must have but one, torch's. The tests run from a folder without the sources.
+wheels: .venv/wheels.stamp
+	rm -rf $(WHEEL)
+	CXXFLAGS="-include $(CURDIR)/kernels/old_glibc.h" \
+	  $(BIN)/pip wheel $(PIP_ARGS) --no-deps --no-build-isolation --wheel-dir $(WHEEL)/built .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude libgomp.so.1 \
+	  --disable-isa-ext-check --wheel-dir dist $(WHEEL)/built/*.whl
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip install $(PIP_ARGS) -c constraints.txt dist/sparselottery-*manylinux*.whl hypothesis pytest
+	cp -r tests $(WHEEL)/tests
+	cd $(WHEEL) && PATH="$(CURDIR)/$(WHEEL)/venv/bin" venv/bin/python -m pytest -q -c /dev/null --rootdir . tests/test_kernels_cpu*.py
 
 clean:
 	rm -rf build dist *.egg-info kernels/_native_* .venv/*.stamp .benchmarks .hypothesis .pytest_cache .ruff_cache

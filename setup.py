@@ -75,4 +75,6 @@ class ParallelBuild(build_ext):
         build_ext.build_extension(own, ext)
 
 
-setup(ext_modules=[extension(level) for level in LEVELS], cmdclass={"build_ext": ParallelBuild})
+# SPARSELOTTERY_LEVELS=avx512 builds that one alone.
+WANTED = os.environ.get("SPARSELOTTERY_LEVELS", ",".join(LEVELS)).split(",")
+setup(ext_modules=[extension(level) for level in LEVELS if level in WANTED], cmdclass={"build_ext": ParallelBuild})

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
@@ -41,6 +42,7 @@ LABELS = {
     "nn_conv2d": "nn.Conv2d NCHW",
     "nn_conv2d_channels_last": "nn.Conv2d channels_last",
 }
+LADDER = "imp-mnist"  # accuracy and seconds of a whole ladder
 TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 
 
@@ -50,6 +52,9 @@ def main(folder: Path) -> None:
         if source.exists():
             draw(source, title, folder / f"{name}.svg")
             print(f"{source} -> {folder / name}.svg")
+    if (source := folder / f"{LADDER}.csv").exists():
+        draw_ladder(source, folder / "ladder.svg")
+        print(f"{source} -> {folder / 'ladder.svg'}")
 
 
 def draw(source: Path, title: str, target: Path) -> None:
@@ -77,6 +82,40 @@ def draw(source: Path, title: str, target: Path) -> None:
     handles = {line.get_label(): line for line in drawn if line.get_label() in LABELS.values()}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.suptitle(f"{head['machine']}, fp32\n{head['versions']}, {head['date']}", fontsize=8)
+    save(figure, target)
+
+
+def draw_ladder(source: Path, target: Path) -> None:
+    """Beside each other: test accuracy at early stop, and milliseconds of a training step, against weights left."""
+    head, rows = results.read(source)
+    first = [row for row in rows if row["trial"] == rows[0]["trial"]]
+    figure, (accuracy, speed) = plt.subplots(1, 2, figsize=(8.6, 3.2), layout="constrained")
+    density = [row["density"] for row in first]
+    for kind, label in (("sparse", results.OURS), ("dense", "w * mask, by torch")):
+        accuracy.plot(
+            density, [100 * row[f"{kind}_early_stop_test_accuracy"] for row in first], label=label, marker="."
+        )
+        speed.plot(density, [row[f"{kind}_train_step_ms"] for row in first], label=label, marker=".")
+    speed.axhline(
+        first[0]["sparse_train_step_ms"], color="C0", linewidth=0.8, linestyle=":", label="the whole net, by us"
+    )
+    accuracy.set(ylabel="test accuracy at early stop, %", title="Lenet-300-100 on MNIST")
+    speed.set(ylabel="ms a training step", title="batch 60", ylim=(0, None))
+    for axis in (accuracy, speed):
+        axis.set(xscale="log", xlabel="weights left")
+        axis.invert_xaxis()
+        axis.set_xticks(TICKS[2:], [f"{tick:.0%}" for tick in TICKS[2:]], fontsize=7)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3, linewidth=0.5)
+    speed.legend(fontsize=7, loc="center right")
+    iterations = f"{first[0]['iterations']:,.0f} iterations a training"
+    figure.suptitle(f"{head['machine']}, fp32, {iterations}\n{head['versions']}, {head['date']}", fontsize=7)
+    save(figure, target)
+
+
+def save(figure: Figure, target: Path) -> None:
+    """Atomically, and the same bytes from the same rows."""
     part = target.with_name(target.name + ".tmp")
     with plt.rc_context({"svg.hashsalt": results.OURS}):
         figure.savefig(part, format="svg", metadata={"Date": None})

@@ -18,4 +18,4 @@ def test_examples_run(tmp_path, monkeypatch):
     assert names["ticket"].density == pytest.approx(0.8**7, abs=0.01)
     assert names["sparse"](names["x"]).shape == (600, 10)
     assert (tmp_path / "ticket.safetensors").exists()
-    assert names["y"].shape == (1, 10)
+    assert names["net"](names["x"]).shape == (600, 10)
