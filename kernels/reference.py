@@ -37,6 +37,31 @@ def sddmm(gy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor) -> T
     return (gy.t() @ x)[row_indices(crow_indices, col_indices.numel()), col_indices]
 
 
+def rows(ids: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:
+    """y[n] = W[ids[n]] of W (V, columns): (*) -> (*, columns)."""
+    at, index = _of_rows(ids.flatten().long(), crow_indices, col_indices, columns)
+    flat = values.new_zeros(ids.numel() * columns).scatter(0, at, values[index])
+    return flat.view(*ids.shape, columns)
+
+
+def rows_gradient(gy: Tensor, ids: Tensor, crow_indices: Tensor, col_indices: Tensor, padding: int) -> Tensor:
+    """(nnz,): the sum of gy (*, columns) over the rows that were taken, but for row `padding`."""
+    ids, gy = ids.flatten().long(), gy.reshape(ids.numel(), gy.shape[-1])
+    kept = ids != padding
+    ids, gy = ids[kept], gy[kept]
+    at, index = _of_rows(ids, crow_indices, col_indices, gy.shape[1])
+    return gy.new_zeros(len(col_indices)).index_add(0, index, gy.flatten()[at])
+
+
+def _of_rows(ids: Tensor, crow_indices: Tensor, col_indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Of each value of each row that is taken: its place in the rows when flattened, and its index: int64."""
+    begins = crow_indices[ids].long()
+    counts = crow_indices[ids + 1] - begins
+    row = torch.repeat_interleave(counts)
+    index = torch.arange(len(row), device=ids.device) + (begins - counts.cumsum(0) + counts)[row]
+    return row * columns + col_indices[index], index
+
+
 def relu_gradient(gy: Tensor, y: Tensor) -> Tensor:
     """Of x in y = relu(x), as torch's: zero where y <= 0, even if gy is infinite; else gy, where y is NaN, too."""
     return torch.where(y <= 0, 0, gy)

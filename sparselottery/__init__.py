@@ -8,7 +8,7 @@ from .info import info
 from .interop import masks_from_scipy, masks_from_torch_prune, masks_from_zeros
 from .lottery import find_ticket, prune
 from .moves import set_masks
-from .nn import MaskedConv2d, MaskedLinear, MaskedSequential
+from .nn import MaskedConv2d, MaskedLinear, MaskedSequential, ScatteredLayer, register
 from .pattern import Pattern
 from .runtime import SparseModel, load_sparse
 from .ticket import Ticket
@@ -20,6 +20,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedSequential",
     "Pattern",
+    "ScatteredLayer",
     "SparseLotteryWarning",
     "SparseModel",
     "Ticket",
@@ -34,6 +35,7 @@ __all__ = [
     "masks_from_zeros",
     "param_groups",
     "prune",
+    "register",
     "set_masks",
     "to_dense",
 ]

@@ -151,7 +151,7 @@ def _shapes(model: nn.Module) -> dict[str, Any]:
         prefix = prefix and f"{prefix}."
         own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if isinstance(module, MaskedLayer):
-            found[f"{prefix}weight"] = module.shape
+            found[f"{prefix}weight"] = module.dense_shape
             own = {} if module.bias is None else {"bias": module.bias}
         found |= {prefix + name: tensor.shape for name, tensor in own.items()}
     return found

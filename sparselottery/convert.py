@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from .copying import copied
 from .execution import choose_execution
-from .maskable import MASKED, TORCH_PRUNED, unmaskable
 from .masks import as_mask
-from .nn import MaskedLayer, MaskedSequential, keep_from_fast_path
+from .nn import MaskedLayer, MaskedSequential, OpenedModule, keep_from_fast_path, masked_type_of, opened_type_of
 from .nn.weight import plain
+from .survey import TORCH_PRUNED, Survey, Use, survey
 from .weight_decay import SparseLotteryWarning, known_optimizers
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
@@ -28,29 +29,35 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     """A copy of `model` that stores and multiplies only the surviving weights.
 
     `model` and the random state are left as they are.
-    masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each named nn.Linear or
-    nn.Conv2d (or, in a converted model, MaskedLinear or MaskedConv2d) becomes a MaskedLinear or MaskedConv2d of its
-    weights at the mask, with its forward and backward hooks; layers not named stay as they are. Each nn.Sequential
-    with masked layers in it becomes a MaskedSequential. DistributedDataParallel(converted) sends no indices of the
+    masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each layer so named (or, in
+    a converted model, masked layer) becomes a masked one of its weights at the mask, with its forward and backward
+    hooks; layers not named stay as they are. Layers that share a weight get one mask, by its first name, and share its
+    survivors. Each nn.Sequential with masked layers in it becomes a MaskedSequential, an nn.MultiheadAttention with a
+    named weight a MaskedMultiheadAttention. `explain` says which layers can be masked, and `register` adds to them.
+    DistributedDataParallel(converted) sends no indices of the
     survivors, which every process must have of the same masks; of a module that holds the converted one it does at each
     call, unless given `broadcast_buffers=False`.
     example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
     layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
     Warns (`SparseLotteryWarning`) where an optimiser trains masked layers that are masked anew in the copy: it goes on
-    with those of `model`. `set_masks` gives them other masks in place.
-    Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (it shares a parameter, or
-    is parametrized or pruned by torch's own utilities) or a mask has the wrong shape, TypeError if a mask is not
-    boolean.
+    with those of `model`; `set_masks` gives them other masks in place. Warns, once for a model, where more than a tenth
+    of its weights cannot be masked.
+    Raises ValueError if a name is not the weight of such a layer, a layer cannot be masked (something else uses its
+    weight too, or it is parametrized or pruned by torch's own utilities) or a mask has the wrong shape, TypeError if a
+    mask is not boolean.
     """
-    _warn_of_optimizers(model, masks)
-    converted = converted_with(model, masks, {})
+    found = survey(model)
+    _warn_of_optimizers(found, masks)
+    converted = converted_with(model, masks, {}, found)
+    found.tell(model, stacklevel=2)
     if example_input is not None:
         choose_execution(converted, example_input)
     return converted
 
 
-def _warn_of_optimizers(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    held = {layer.values for name, layer in masked_layers(model).items() if name in masks}
+def _warn_of_optimizers(found: Survey, masks: Mapping[str, Tensor]) -> None:
+    weights = [found.maskable[name] for name in masks if name in found.maskable]
+    held = {weight.parameter for weight in weights if isinstance(weight.layer, MaskedLayer)}
     if held and known_optimizers(lambda each: any(held & set(group["params"]) for group in each.param_groups)):
         warnings.warn(
             "an optimiser holds the parameters of the model that is given to convert, and will not train the copy that "
@@ -60,30 +67,68 @@ def _warn_of_optimizers(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         )
 
 
-def converted_with(model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> nn.Module:
+def converted_with(
+    model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], found: Survey | None = None
+) -> nn.Module:
     """As `convert`, with other weights, by name, in the masked layers: of the same shapes, not checked."""
-    refused = unmaskable(model)
-    layers = {_weight_name(name): module for name, module in _layers(model)}
+    found = survey(model) if found is None else found
     masks = {name: as_mask(name, mask) for name, mask in masks.items()}
     for name, mask in masks.items():
-        if why := refused.get(name.rpartition(".")[0]):
-            raise ValueError(f"masks[{name!r}]: expected a layer that can be masked, got one that cannot: {why}")
-        if name not in layers:
-            raise ValueError(f"masks: expected names among {list(layers)}, got {name!r}")
-        shape = _weight_shape(layers[name])
-        if tuple(mask.shape) != shape:
+        if name not in found.maskable:
+            raise ValueError(_no_weight(name, found))
+        if tuple(mask.shape) != (shape := found.maskable[name].shape):
             raise ValueError(f"masks[{name!r}]: expected shape {shape}, got {tuple(mask.shape)}")
-    replaced = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    opened: dict[nn.Module, OpenedModule] = {}
     for name, mask in masks.items():
-        module = layers[name]
-        dense = module.to_dense() if isinstance(module, MaskedLayer) else module
-        replaced[module] = MASKED[type(dense)].from_dense(dense, mask, weights.get(name))
-    return _rebuild(model, replaced)
+        weight, first = found.maskable[name], None
+        for use in weight.uses:
+            dense = use.layer.to_dense() if isinstance(use.layer, MaskedLayer) else use.layer
+            kind = type(use.layer) if dense is not use.layer else masked_type_of(dense)[0]
+            layer = kind.from_dense(dense, mask, weights.get(name))
+            if first is None:
+                first = layer
+            else:
+                layer.share(first)
+            if use.parent is None:
+                replaced[use.layer] = layer
+            else:
+                _open(use, layer, opened)
+    return _rebuild(model, replaced | opened)
+
+
+def _no_weight(name: str, found: Survey) -> str:
+    """Why there is no mask for this name."""
+    if name in found.tied:
+        return f"masks[{name!r}]: expected {found.tied[name]!r}, the first name of this weight"
+    layer, _, part = name.rpartition(".")
+    within = (each for each in found.refused if part == "weight" and layer and each.startswith(f"{layer}."))
+    refused = name if name in found.refused else next(within, None)  # perhaps under another name
+    if refused is None:
+        return f"masks: expected names among {list(found.maskable)}, got {name!r}"
+    why = found.refused[refused]
+    return f"masks[{name!r}]: expected a layer that can be masked, got one that cannot: {why}"
+
+
+def _open(use: Use, layer: MaskedLayer, opened: dict[nn.Module, OpenedModule]) -> None:
+    """Puts a masked layer into the opened module that takes the place of `use.parent`."""
+    parent = use.parent
+    if parent not in opened:
+        opened[parent] = copy.deepcopy(opened_type_of(parent).of(parent))
+    opened[parent]._modules[use.child] = layer
 
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a converted model with plain nn layers again, zeros where pruned; `model` is left as it is."""
-    return _rebuild(model, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLayer)})
+    replaced: dict[nn.Module, nn.Module] = {}
+    weights: dict[Tensor, nn.Parameter] = {}  # by the values that layers may share
+    for module in model.modules():
+        if isinstance(module, OpenedModule):
+            replaced[module] = module.closed()
+        elif isinstance(module, MaskedLayer):
+            dense = replaced[module] = module.to_dense()
+            dense.weight = weights.setdefault(module.values, dense.weight)
+    return _rebuild(model, replaced)
 
 
 def dense_state(model: nn.Module) -> dict[str, Any]:
@@ -106,7 +151,8 @@ def load_dense_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise ValueError(f"state: expected the names of the model; missing {missing}, unexpected {extra}")
     replaced = {name: entry for name, entry in state.items() if not (_copies(entry) and _copies(expected[name]))}
     for name in expected.keys() - replaced.keys():
-        if (expects := expected[name].shape) != (got := state[name].shape):
+        entry, got = expected[name], state[name].shape
+        if (expects := entry.dense_shape if isinstance(entry, MaskedLayer) else entry.shape) != got:
             raise ValueError(f"state[{name!r}]: expected shape {tuple(expects)}, got {tuple(got)}")
     replaced = {name: copy_of(entry) for name, entry in replaced.items()}
     for name, entry in replaced.items():
@@ -143,59 +189,87 @@ def _copies(entry: Any) -> bool:
 def dense_entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The entries of the dense model's state_dict, in order, not copied; a masked layer itself for its weight."""
     masked = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, MaskedLayer)}
-    done = set()
+    names, done = dense_names(model), set()
     for name, entry in model.state_dict().items():
         parts = name.split(".")
         layer = next((path for n in range(len(parts)) if (path := ".".join(parts[:n])) in masked), None)
         if layer is None:
-            yield name, entry
+            yield names.get(name, name), entry
         elif layer not in done:
             done.add(layer)
-            yield _weight_name(layer), masked[layer]
-            if masked[layer].bias is not None:
-                yield _weight_name(layer).removesuffix("weight") + "bias", masked[layer].bias
+            for part, held in (("weight", masked[layer]), ("bias", masked[layer].bias)):
+                if held is not None:
+                    name = f"{layer}.{part}" if layer else part
+                    yield names.get(name, name), held
+
+
+def dense_names(model: nn.Module) -> dict[str, str]:
+    """Of parameters in opened modules, the names in the dense model."""
+    return {
+        f"{prefix}.{ours}" if prefix else ours: f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, OpenedModule)
+        for ours, name in module.dense_names.items()
+    }
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """The bool masks of all masked layers, keyed by weight name."""
-    return {name: layer.mask for name, layer in masked_layers(model).items()}
+    """The bool masks of all masked layers, keyed by weight name; of layers that share their values, the first."""
+    return {name: layer.mask for name, layer in masked_weights(model).items()}
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """All masked layers, keyed by weight name."""
-    return {_weight_name(name): module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+    names = dense_names(model)
+    found = {_weight_name(name): module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+    return {names.get(name, name): layer for name, layer in found.items()}
 
 
-def prunable(model: nn.Module) -> dict[str, Tensor]:
+def masked_weights(model: nn.Module) -> dict[str, MaskedLayer]:
+    """The same, of layers that share their values the first alone."""
+    first: dict[Tensor, tuple[str, MaskedLayer]] = {}
+    for name, layer in masked_layers(model).items():
+        first.setdefault(layer.values, (name, layer))
+    return dict(first.values())
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """The other names of the weights of a converted model that several layers share, with the first name."""
+    weights = masked_weights(model)
+    first = {id(layer.values): name for name, layer in weights.items()}
+    layers = ((name, layer) for name, layer in dense_entries(model) if isinstance(layer, MaskedLayer))
+    return {name: first[id(layer.values)] for name, layer in layers if name not in weights}
+
+
+def prunable(model: nn.Module, found: Survey | None = None) -> dict[str, Tensor]:
     """The dense weights (detached) of all layers that are masked or can be, by name, in module order.
 
     Raises ValueError for a layer that torch.nn.utils.prune has pruned: its mask would be lost.
     """
-    if pruned := [name for name, why in unmaskable(model).items() if why == TORCH_PRUNED]:
-        raise ValueError(f"model: expected ordinary layers, got {pruned[0]!r}: {TORCH_PRUNED}")
-    return {_weight_name(name): plain(module.weight).detach() for name, module in _layers(model)}
+    found = survey(model) if found is None else found
+    if pruned := [name for name, why in found.refused.items() if why == TORCH_PRUNED]:
+        layer = pruned[0].rpartition(".")[0]
+        raise ValueError(f"model: expected ordinary layers, got {layer!r}: {TORCH_PRUNED}")
+    weights = ((name, each.layer, each.parameter) for name, each in found.maskable.items())
+    return {
+        name: (plain(layer.weight) if isinstance(layer, MaskedLayer) else parameter).detach()
+        for name, layer, parameter in weights
+    }
 
 
 def _weight_name(module_name: str) -> str:
     return f"{module_name}.weight" if module_name else "weight"
 
 
-def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    return layer.shape if isinstance(layer, MaskedLayer) else tuple(layer.weight.shape)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All that can be masked or is."""
-    refused = unmaskable(model)
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLayer) or (type(module) in MASKED and name not in refused):
-            yield name, module
-
-
 def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy with some modules replaced (shared ones stay shared) and the Sequential classes to match."""
-    buffers = {id(each): each.clone() for each in model.buffers() if _irregular(each)}  # deepcopy may refuse them
-    model = copied(model, replaced, buffers)
+    tensors: dict[int, Tensor] = {id(each): each.clone() for each in model.buffers() if _irregular(each)}  # no deepcopy
+    held = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    for old, new in replaced.items():
+        bias = old._parameters.get("bias")
+        if bias is not None and held[id(bias)] > 1:  # whoever shares it goes on sharing it
+            new.bias = tensors.setdefault(id(bias), new.bias)
+    model = copied(model, replaced, tensors)
     for module in model.modules():
         if type(module) in (nn.Sequential, MaskedSequential):
             masked = any(isinstance(child, MaskedLayer) for child in module)

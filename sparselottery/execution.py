@@ -54,7 +54,7 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
         layers = {
             twin: layer
             for layer, twin in zip(model.modules(), work.modules(), strict=True)
-            if isinstance(layer, MaskedLayer) and layer.density < 1
+            if isinstance(layer, MaskedLayer) and layer.density < 1 and layer.measurable
         }
         for twin in layers:
             twin.execution = None

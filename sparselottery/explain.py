@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .maskable import unmaskable
 from .nn import EXECUTIONS, MaskedLayer, Measured, count_packs
+from .survey import survey
 
 
 def explain(model: nn.Module) -> list[dict[str, Any]]:
-    """A row for each masked layer, and for each dense parameter of two dimensions or more, in module order.
+    """A row for each weight of two dimensions or more, masked or dense, in module order.
 
     layer: its name; of a parameter that is not its module's `weight`, the parameter's. shape, density, nnz: of the
     weight. bytes: of values and indices. dense_bytes: of the weight if it were dense. execution: as of
@@ -21,19 +22,25 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
     backward (0 for a convolution, whose kernels rewrite what they read in blocks that fit a cache).
     sparse_ms, block_ms, compact_ms, dense_ms: of the native call that the layer can be part of, with the layer executed
     so, as measured by `convert` with an example input; None for what was not measured, or is not possible.
-    why: why that execution; of what is not masked "kept dense: " and the reason.
+    why: why that execution; of what is not masked "kept dense: " and the reason; where it is used too, if it is tied.
+    prunable: is it masked, or can it be? What share of the model can be pruned is
+    `sum(math.prod(row["shape"]) for row in rows if row["prunable"]) / sum(math.prod(row["shape"]) for row in rows)`.
     """
-    packs, refused, rows = count_packs(model), unmaskable(model), []
-    for name, module in model.named_modules():
+    packs, rows = count_packs(model), []
+    for weight in survey(model).weights:
+        layer, module = weight.name.removesuffix(".weight"), weight.layer
+        layer = "" if layer == "weight" else layer
         if isinstance(module, MaskedLayer):
             stored = module.values, module.crow_indices, module.col_indices
-            rows.append(_row(name, module.shape, stored, module.execution, module.why, packs[module], module.measured))
+            row = _row(layer, weight.shape, stored, module.execution, module.why, packs[module], module.measured)
+        elif is_lazy(weight.parameter):
             continue
-        why = f"kept dense: {refused.get(name, 'no mask was given')}"
-        for part, parameter in module.named_parameters(name, recurse=False):
-            if parameter.dim() > 1:
-                layer = name if part.rpartition(".")[2] == "weight" else part
-                rows.append(_row(layer, tuple(parameter.shape), (parameter,), "dense", why))
+        else:
+            why = f"kept dense: {weight.why or 'no mask was given'}"
+            row = _row(layer, weight.shape, (weight.parameter,), "dense", why)
+        if tied := ", ".join(use.name for use in weight.uses[1:]):
+            row["why"] += f"; also {tied}"
+        rows.append({**row, "prunable": weight.why is None})
     return rows
 
 

@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,19 +40,20 @@ from .storable import DTYPES, check_storable
 
 VERSION = 2
 REQUIRED = {"version", "shapes", "recipe"}
-OPTIONAL = {1: set(), 2: {"blocks", "architecture"}}
+OPTIONAL = {1: set(), 2: {"blocks", "architecture", "tied"}}
 MAX_INT16_COLUMNS = 2**15
 
 
 class Contents(NamedTuple):
     """What a file holds. layers: (pattern, values (nnz,)) of each masked weight, as a matrix; shapes: of these weights;
-    dense: all other tensors; architecture: None if unknown."""
+    dense: all other tensors; architecture: None if unknown; tied: other names of masked weights, with the first."""
 
     layers: dict[str, tuple[Pattern, Tensor]]
     shapes: dict[str, tuple[int, ...]]
     dense: dict[str, Tensor]
     recipe: dict[str, Any]
     architecture: dict[str, Any] | None
+    tied: Mapping[str, str] = MappingProxyType({})
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -69,6 +71,8 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     head = {"version": VERSION, "shapes": contents.shapes, "blocks": blocks, "recipe": contents.recipe}
     if contents.architecture is not None:
         head["architecture"] = contents.architecture
+    if contents.tied:
+        head["tied"] = dict(contents.tied)
     head = json_copy("head", head)
     head["sha256"] = digest(head, tensors)
     with atomic(path) as temporary:
@@ -133,7 +137,8 @@ def _contents(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Conten
             raise ValueError(f"{name}: missing {missing}")
         values, crow_indices, col_indices = (tensors.pop(part) for part in names)
         layers[name] = Pattern(crow_indices, col_indices, matrix_shape(shape)), values
-    return checked(Contents(layers, shapes, tensors, head["recipe"], head.get("architecture")))
+    tied = checked_ties(head.get("tied", {}), shapes)
+    return checked(Contents(layers, shapes, tensors, head["recipe"], head.get("architecture"), tied))
 
 
 def checked(contents: Contents) -> Contents:
@@ -151,6 +156,8 @@ def checked(contents: Contents) -> Contents:
                 raise ValueError(f"values: expected {expected}, got {values.dtype} {tuple(values.shape)}")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    if both := contents.dense.keys() & contents.tied.keys():
+        raise ValueError(f"{min(both)}: expected it to be either dense or tied, got both")
     contents = contents._replace(layers=layers)
     if contents.architecture is not None:
         _check_architecture(contents)
@@ -171,12 +178,14 @@ def _check_architecture(contents: Contents) -> None:
     """Has the described model the names and shapes of these tensors, and each module one floating-point dtype?"""
     expected = build(contents.architecture).state_dict()
     found = contents.shapes | {name: tuple(tensor.shape) for name, tensor in contents.dense.items()}
+    found |= {name: contents.shapes[first] for name, first in contents.tied.items()}
     if differ := sorted(
         n for n in expected.keys() | found.keys() if n not in expected or expected[n].shape != found.get(n)
     ):
         raise ValueError(f"architecture: expected a model with these tensors, got one with another {differ[0]!r}")
     dtypes = {name: tensor.dtype for name, tensor in contents.dense.items()}
     dtypes |= {name: values.dtype for name, (_, values) in contents.layers.items()}
+    dtypes |= {name: dtypes[first] for name, first in contents.tied.items()}
     of_module: dict[str, torch.dtype] = {}
     for name, like in expected.items():
         dtype = dtypes[name]
@@ -192,9 +201,8 @@ def checked_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
     if not isinstance(shapes, dict):
         raise ValueError(f"shapes: expected a mapping, got {type(shapes).__name__}")
     for name, shape in shapes.items():
-        parts = name.split(".")
-        if parts[-1] != "weight" or not all(parts):
-            raise ValueError(f"shapes: expected '<layer>.weight', got {name!r}")
+        if not all(name.split(".")):
+            raise ValueError(f"shapes: expected names like '<layer>.weight', got {name!r}")
         if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not all(_is_size(size) for size in shape):
             raise ValueError(f"shapes[{name!r}]: expected two sizes or more, got {shape!r}")
         if max(matrix_shape(shape)) > MAX_INT32:
@@ -209,6 +217,15 @@ def checked_blocks(blocks: Any, shapes: Mapping[str, Any]) -> None:
     for name, block in blocks.items():
         if not isinstance(block, list) or len(block) != 2 or not all(_is_size(side) and side for side in block):
             raise ValueError(f"blocks[{name!r}]: expected (rows, columns), got {block!r}")
+
+
+def checked_ties(tied: Any, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """Raise ValueError unless it gives other names for some of the weights."""
+    if not isinstance(tied, dict) or tied.keys() & shapes.keys():
+        raise ValueError("tied: expected a mapping of other names than those in shapes")
+    if unknown := [name for name, first in tied.items() if not isinstance(first, str) or first not in shapes]:
+        raise ValueError(f"tied[{unknown[0]!r}]: expected a name in shapes, got {tied[unknown[0]]!r}")
+    return tied
 
 
 def _is_size(value: Any) -> bool:
@@ -327,8 +344,9 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def _csr_names(name: str) -> list[str]:
-    """Of a masked weight in a converted model's state_dict: "fc1.weight" -> ["fc1.values", ...]."""
-    return [name.removesuffix("weight") + part for part in ("values", "crow_indices", "col_indices")]
+    """Of what is stored of a masked weight: "fc1.weight" -> ["fc1.values", ...], "bins" -> ["bins.values", ...]."""
+    begin = name.removesuffix("weight") if name.endswith("weight") else f"{name}."
+    return [begin + part for part in ("values", "crow_indices", "col_indices")]
 
 
 def digest(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

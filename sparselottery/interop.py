@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .maskable import unmaskable
 from .masks import Masks
 from .pattern import matrix_shape
+from .survey import survey
 
 
 def masks_from_torch_prune(source: nn.Module | Mapping[str, Tensor]) -> Masks:
@@ -40,18 +40,15 @@ def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[s
     """False where a weight is exactly zero: for dense checkpoints that keep no masks. Never done unless asked for.
 
     A survivor that happens to be zero is lost: prefer masks where there are any.
-    source: a dense model, whose nn.Linear and nn.Conv2d are looked at, or a state_dict with `names` to look at.
-    names: only these weights; None: of a model, all those that contain a zero and that `convert` can mask, so not
-        the head of a language model that is its embedding too.
+    source: a dense model, or a state_dict with `names` to look at.
+    names: only these weights; None: of a model, all those that contain a zero and that `convert` can mask.
     Raises ValueError for a state_dict without names or a name that is not there.
     """
     if isinstance(source, nn.Module):
-        kinds = (nn.Linear, nn.Conv2d)
-        layers = [(name, layer) for name, layer in source.named_modules() if type(layer) in kinds]
-        weights = {f"{name}.weight" if name else "weight": layer.weight.detach() for name, layer in layers}
+        found = survey(source)
+        weights = {name: parameter.detach() for name, parameter in source.named_parameters()}
         if names is None:
-            refused = {f"{name}.weight" if name else "weight" for name in unmaskable(source)}
-            names = [name for name, weight in weights.items() if name not in refused and not bool(weight.all())]
+            names = [name for name in found.maskable if not bool(weights[name].all())]
     elif names is None:
         raise ValueError("names: expected the weights to look at in a state_dict, got None")
     else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ranks
-from .convert import dense_entries, masked_layers, masks_of, prunable
+from .convert import dense_entries, masked_weights, masks_of, prunable
 from .files import Contents, json_copy, read_json, write, write_json
 from .masks import Granularity, Masks, Score, as_mask, check, check_blocks, pools, prune_pools
 from .n_of_m import NofM
@@ -27,6 +27,7 @@ from .nn.indices import Seen
 from .random_state import random_state_kept
 from .scores import Scores, at_random, by_given, by_magnitude, by_magnitude_of_survivors
 from .storable import check_storable
+from .survey import survey
 from .ticket import Ticket, contents_of
 
 METHODS = ("magnitude", "random")
@@ -70,7 +71,9 @@ def prune(
             a row, of a convolution at consecutive channels: `fraction` says the same. A mapping gives it by name or
             pattern as `rates` does; layers not named are (1, 1), single weights. The output layer is usually left so.
         generator: for "random"; None uses torch's.
-    Returns a mask for every layer that `convert` can mask, in module order.
+    Returns a mask for every weight that `convert` can mask, in module order, embeddings among them; of a weight that
+    several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
+    all weights of two dimensions or more, and says why.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
     [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints or "N:M", a mask that
     is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of another
@@ -78,7 +81,8 @@ def prune(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    weights = prunable(model)
+    found = survey(model)
+    weights = prunable(model, found)
     masks = _complete(weights, masks_of(model) if masks is None else masks)
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity)
@@ -88,6 +92,7 @@ def prune(
         score = by_given(scores(model) if callable(scores) else scores, masks)
     else:
         score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
+    found.tell(model, stacklevel=2)
     return prune_pools(masks, chosen, score)
 
 
@@ -130,7 +135,7 @@ def find_ticket(
     the seed of all trainings.
 
     Args:
-        model: any module with nn.Linear or nn.Conv2d layers. If it is converted, its pruned weights stay pruned.
+        model: any module with layers that can be masked. If it is converted, its pruned weights stay pruned.
         train: trains the model that it is given, in place, with an optimiser that it makes itself. It may return a
             JSON-able mapping (accuracies, curves), which goes into the round's record; NumPy's numbers and tensors
             without dimensions are taken as numbers.
@@ -164,7 +169,8 @@ def find_ticket(
     _check_count("rewind_step", rewind_step, 0)
     if scores is not None and not callable(scores):
         raise TypeError(f"scores: expected a function of the trained model, got {type(scores).__name__}")
-    weights = prunable(model)
+    found = survey(model)
+    weights = prunable(model, found)
     masks = _complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity)
@@ -186,7 +192,8 @@ def find_ticket(
         )
     if out is not None:
         check_storable(weights, {name: entry for name, entry in state.items() if name not in weights})
-    del weights, state  # of a converted model, new dense tensors
+    found.tell(model, stacklevel=2)
+    del weights, state, found  # of a converted model, new dense tensors
     files = _Files(out)
     recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, (), device="cpu"))}))
 
@@ -257,12 +264,12 @@ def _train(
     """
     with random_state_kept():
         current = start.apply(model)
-        seen = {name: Seen(layer) for name, layer in masked_layers(current).items()}
+        seen = {name: Seen(layer) for name, layer in masked_weights(current).items()}
         _seed(start.recipe["seed"])
         began = perf_counter()
         returned = train(current, **steps)
         seconds = perf_counter() - began
-    layers = masked_layers(current)
+    layers = masked_weights(current)
     doubtful = {name: layer for name, layer in layers.items() if name not in seen or not seen[name].still(layer)}
     for layer in doubtful.values():
         layer.check()
@@ -286,7 +293,7 @@ def _train(
 def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
     """A mask for every weight: the given one, else all True."""
     if not weights:
-        raise ValueError("model: expected at least one nn.Linear or nn.Conv2d layer, got none")
+        raise ValueError("model: expected at least one layer that can be masked, got none: explain(model) says why")
     check(masks, weights)
     whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     return whole | {name: as_mask(name, mask).to(weights[name].device) for name, mask in masks.items()}

@@ -67,7 +67,7 @@ def set_masks(
     for the whole layer, as the steps of Adam are. All parameters stay the same objects. Plans of the kernels are made
     anew, and the execution stays where it is possible. Where anything raises, nothing has changed.
 
-    masks: bool tensors or NumPy arrays of the weights' shapes, or a `Pattern` of the weight as a matrix, keyed by
+    masks: bool tensors or NumPy arrays of the weights' shapes, or a `Pattern` like that of the layer, keyed by
     parameter name ("fc1.weight"). Layers not named stay as they are, unless they share the values of one that is.
     optimizer: the one that trains the layers, or all of them. Its state is moved: tensors with an element a value, such
     as the moments of SGD, Adam and AdamW, also fused, foreach and capturable.
@@ -138,9 +138,9 @@ def _pattern(name: str, layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
         indices = (each.to(device).clone(memory_format=torch.contiguous_format) for each in mask.indices)
         return Pattern(*indices, shape)
     mask = as_mask(name, mask)
-    if tuple(mask.shape) != layer.shape:
-        raise ValueError(f"masks[{name!r}]: expected shape {layer.shape}, got {tuple(mask.shape)}")
-    return Pattern.from_mask((mask if mask.is_meta else mask.to(device)).flatten(1))
+    if tuple(mask.shape) != layer.dense_shape:
+        raise ValueError(f"masks[{name!r}]: expected shape {layer.dense_shape}, got {tuple(mask.shape)}")
+    return Pattern.from_mask(layer.as_matrix(mask if mask.is_meta else mask.to(device)))
 
 
 def _equal(one: Pattern, other: Pattern) -> bool:

@@ -76,6 +76,10 @@ class Pattern:
             raise ValueError(f"mask: expected shape (out_features, in_features), got {tuple(mask.shape)}")
         if mask.is_meta:
             raise ValueError("mask: expected one with data, got one on the meta device")
+        if mask.numel() and mask.stride() == (0, 0) and not bool(mask[0, 0]):  # one False for all: no pass over it
+            crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+            pattern = cls(crow_indices, crow_indices.new_empty(0), (mask.shape[0], mask.shape[1]))
+            return pattern, None if dense is None else dense.new_empty(0)
         shape, fast = (mask.shape[0], mask.shape[1]), dense is None and native.available() and divisible(mask)
         if fast:
             mask = mask.contiguous()
@@ -181,6 +185,12 @@ class Pattern:
     def block(self) -> tuple[int, int]:
         """`block_of` this pattern as the weight (O, I) of a linear layer."""
         return block_of(self, self.shape)
+
+    def transposed(self) -> tuple[Pattern, Tensor]:
+        """The pattern of the transposed matrix (I, O), and of each of its values the index here: int64 (nnz,)."""
+        rows, cols = self.shape
+        positions, order = self.col_indices.long().mul_(rows).add_(self.row_indices()).sort()
+        return Pattern.from_positions(positions, (cols, rows)), order
 
     def row_indices(self) -> Tensor:
         """The row of each value: int64 (nnz,)."""

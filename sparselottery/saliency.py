@@ -25,7 +25,7 @@ def taylor(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, objec
     weights, gradients = _weights(model), {}
     for found in _gradients(model, weights, batches, loss):
         gradients = {name: gradients[name] + g if gradients else g for name, g in found.items()}
-    return {name: (weight.detach() * gradients[name]).abs_() for name, weight in weights.items()}
+    return _by_mask(model, {name: (weight.detach() * gradients[name]).abs_() for name, weight in weights.items()})
 
 
 def fisher(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]) -> dict[str, Tensor]:
@@ -36,7 +36,13 @@ def fisher(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, objec
     weights, squares = _weights(model), {}
     for found in _gradients(model, weights, batches, loss):
         squares = {name: squares[name] + g * g if squares else g * g for name, g in found.items()}
-    return {name: weight.detach() ** 2 * squares[name] for name, weight in weights.items()}
+    return _by_mask(model, {name: weight.detach() ** 2 * squares[name] for name, weight in weights.items()})
+
+
+def _by_mask(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of masked layers in the order of their masks."""
+    layers = masked_layers(model)
+    return {name: layers[name].by_mask(each) if name in layers else each for name, each in scores.items()}
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

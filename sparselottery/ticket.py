@@ -26,10 +26,13 @@ from .convert import (
     dense_state,
     load_dense_state,
     masked_layers,
+    masked_weights,
     masks_of,
+    tied,
 )
 from .files import Contents, digest, fitting, json_copy, read, refusals_name, write
 from .masks import as_mask, check, survivors
+from .nn import MaskedLayer
 from .pattern import Pattern
 from .pieces import keep
 from .storable import why_not_storable
@@ -60,9 +63,11 @@ class Ticket:
         masks = {name: _owned(name, as_mask(name, mask)) for name, mask in self.masks.items()}
         weights = {name: _owned(name, entry) for name, entry in self.weights.items()}
         for name, mask in masks.items():
-            if mask.dim() < 2 or name.rpartition(".")[2] != "weight":
-                raise ValueError(f"masks: expected '<layer>.weight' of 2-D or more, got {name!r} {tuple(mask.shape)}")
+            if mask.dim() < 2:
+                raise ValueError(f"masks: expected those of weights of 2-D or more, got {name!r} {tuple(mask.shape)}")
             keep(weights[name], mask)
+        for name, first in _tied(self.weights, masks).items():
+            weights[name] = weights[first]
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "masks", masks)
         object.__setattr__(self, "recipe", json_copy("recipe", self.recipe))
@@ -81,6 +86,7 @@ class Ticket:
     def from_model(cls, model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Ticket:
         """The present weights and masks of a converted model."""
         weights = {name: _owned(name, entry, copied=True) for name, entry in dense_state(model).items()}
+        weights |= {name: weights[first] for name, first in tied(model).items()}
         masks = {name: mask.cpu() for name, mask in masks_of(model).items()}
         recipe = json_copy("recipe", dict(recipe or {}))
         architecture = fitting(Contents({}, {}, weights, recipe, describe(model))).architecture
@@ -96,7 +102,7 @@ class Ticket:
     @classmethod
     def from_contents(cls, contents: Contents) -> Ticket:
         """The inverse of `contents`, given what `files.checked` returns; ValueError for few bytes of huge weights."""
-        layers, shapes, dense, recipe, architecture = contents
+        layers, shapes, dense, recipe, architecture, others = contents
         stored = sum(part.nbytes for p, values in layers.values() for part in (p.crow_indices, p.col_indices, values))
         if sum(map(math.prod, shapes.values())) > (limit := FREE_WEIGHTS + WEIGHTS_PER_BYTE * stored):
             raise ValueError(f"shapes: expected at most {limit} weights in files of this size, got {shapes}")
@@ -104,6 +110,7 @@ class Ticket:
         for name, (pattern, values) in layers.items():
             masks[name] = pattern.mask().view(shapes[name])
             weights[name] = pattern.scatter(values).view(shapes[name])
+        weights |= {name: weights[first] for name, first in others.items()}
         return cls.of_parts(weights, masks, recipe, architecture)
 
     @property
@@ -116,6 +123,20 @@ class Ticket:
         """Share of the masked layers' weights that survive (1 if no layer is masked)."""
         total = sum(mask.numel() for mask in self.masks.values())
         return self.nnz / total if total else 1.0
+
+    @property
+    def density_of_all(self) -> float:
+        """Share of all weights of two dimensions or more that is left, those counted that have no mask."""
+        once = {id(entry): entry for entry in self.weights.values() if isinstance(entry, Tensor) and entry.dim() > 1}
+        total = sum(entry.numel() for entry in once.values())
+        pruned = sum(mask.numel() for mask in self.masks.values()) - self.nnz
+        return (total - pruned) / total if total else 1.0
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The names of weights that are a masked one too, with the name of that."""
+        first = {id(self.weights[name]): name for name in self.masks}
+        return {name: first[id(entry)] for name, entry in self.weights.items() if first.get(id(entry), name) != name}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -133,7 +154,9 @@ class Ticket:
 
     def contents(self) -> Contents:
         """What its file holds."""
-        return Contents(self.csr(), self.shapes, self.dense(), self.recipe, self.architecture)
+        others = self.tied
+        dense = {name: entry for name, entry in self.dense().items() if name not in others}
+        return Contents(self.csr(), self.shapes, dense, self.recipe, self.architecture, others)
 
     def same(self, other: Ticket) -> bool:
         """Are the weights (to the bit), the masks and the recipe those of `other`?"""
@@ -152,10 +175,14 @@ class Ticket:
                 raise ValueError("model: expected one, as the ticket does not know its architecture")
             model = build(self.architecture)
             model.load_state_dict(self.weights, assign=True)
+            for name, first in self.tied.items():
+                path, _, part = name.rpartition(".")
+                setattr(model.get_submodule(path), part, model.get_parameter(first))
         else:
             model = _with_data(model, self.weights)
         converted = converted_with(model, self.masks, self.weights)
         present = {name: layer.weight for name, layer in masked_layers(converted).items() if name in self.masks}
+        present |= {name: present[first] for name, first in tied(converted).items() if first in present}
         load_dense_state(converted, {**self.weights, **present})
         return converted
 
@@ -186,15 +213,35 @@ def contents_of(model: nn.Module, recipe: dict[str, Any]) -> Contents:
 
     On the CPU, values and indices are those of the layers themselves: to be used up before anybody changes them.
     """
-    layers, sparse = masked_layers(model), {}
+    layers, sparse = masked_weights(model), {}
     for name, layer in layers.items():
         layer.check()
         pattern, values = layer.pattern, _owned(name, layer.values.detach(), copied=True)
-        sparse[name] = Pattern(pattern.crow_indices.cpu(), pattern.col_indices.cpu(), pattern.shape), values
-    entries = ((name, entry) for name, entry in dense_entries(model) if name not in layers)
+        pattern = Pattern(pattern.crow_indices.cpu(), pattern.col_indices.cpu(), pattern.shape)
+        if layer.transposed:
+            pattern, order = pattern.transposed()
+            values = values[order]
+        sparse[name] = pattern, values
+    entries = ((name, entry) for name, entry in dense_entries(model) if not isinstance(entry, MaskedLayer))
     dense = {name: _owned(name, copy_of(entry), copied=True) for name, entry in entries}
-    shapes = {name: tuple(layer.shape) for name, layer in layers.items()}
-    return fitting(Contents(sparse, shapes, dense, recipe, describe(model)))
+    shapes = {name: layer.dense_shape for name, layer in layers.items()}
+    return fitting(Contents(sparse, shapes, dense, recipe, describe(model), tied(model)))
+
+
+def _tied(weights: Mapping[str, Any], masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of weights that lie where a masked one lies, with the name of that."""
+
+    def place(entry: Any) -> tuple | None:
+        if not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.is_meta or not entry.numel():
+            return None
+        return entry.data_ptr(), entry.dtype, entry.device, entry.shape, entry.stride()
+
+    first: dict[tuple | None, str] = {}
+    for name in masks:
+        first.setdefault(place(weights[name]), name)
+    first.pop(None, None)
+    places = ((name, place(entry)) for name, entry in weights.items() if name not in masks)
+    return {name: first[at] for name, at in places if at in first}
 
 
 def _with_data(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -172,7 +172,7 @@ class Encoder(nn.Module):
 MODELS = {
     "resnet": (ResNet18, 21, 32),
     "vit": (ViT, 10, 16),
-    "vit with torch's attention": (lambda: ViT(attention=TorchAttention), 6, 16),
+    "vit with torch's attention": (lambda: ViT(attention=TorchAttention), 10, 16),
     "mixer": (Mixer, 10, 16),
-    "torch's encoder": (Encoder, 6, 16),
+    "torch's encoder": (Encoder, 10, 16),
 }

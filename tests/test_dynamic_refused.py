@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from moving import sgd, whole_net
+from torch import nn
 
-from sparselottery import dynamic
+from sparselottery import convert, dynamic, prune
 from sparselottery.convert import masks_of
 
 
@@ -66,3 +67,18 @@ def test_what_makes_no_sense_is_refused_at_once(make, error, says):
     with pytest.raises(error, match=says):
         make(model, sgd(model.parameters()))
     assert all(map(torch.equal, before.values(), masks_of(model).values()))
+
+
+def test_gradients_of_other_layers_are_not_followed():
+    model = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 4))
+    model = convert(model, prune(model, 0.5))
+    optimizer = sgd(model.parameters())
+    updater = dynamic.rigl(model, optimizer, 0.5, end=9, every=1)
+
+    def step():
+        model(torch.arange(8)).square().sum().backward()
+        optimizer.step()
+        updater.step()
+
+    with pytest.raises(ValueError, match=r"grow: expected linear layers .*got a MaskedEmbedding: name it in `ignore`"):
+        [step() for _ in range(3)]

@@ -10,7 +10,16 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, explain, prune, to_dense
+from sparselottery import (
+    MaskedConv2d,
+    MaskedLinear,
+    MaskedSequential,
+    SparseLotteryWarning,
+    convert,
+    explain,
+    prune,
+    to_dense,
+)
 from sparselottery.kernels import cpu, reference
 from sparselottery.nn import Measured
 
@@ -28,6 +37,7 @@ KEYS = [
     "compact_ms",
     "dense_ms",
     "why",
+    "prunable",
 ]
 
 
@@ -99,28 +109,36 @@ class Several(nn.Module):
 
 
 def test_what_is_kept_dense():
-    neither = "is neither nn.Linear nor nn.Conv2d"
+    none, recurrent = "no mask was given", "nn.LSTM multiplies its weights itself, all steps in one call"
     expected = {
-        "token": f"Several {neither}",
-        "embedding": f"nn.Embedding {neither}",
-        "conv1d": f"nn.Conv1d {neither}",
-        "up": f"nn.ConvTranspose2d {neither}",
-        "own": "a subclass of nn.Conv2d: its forward may do something else",
-        "attention.attn.in_proj_weight": f"nn.MultiheadAttention {neither}",
-        "attention.attn.out_proj": "nn.MultiheadAttention reads its weight and never calls it",
-        "lstm.weight_ih_l0": f"nn.LSTM {neither}",
-        "lstm.weight_hh_l0": f"nn.LSTM {neither}",
-        "head": "head.weight is also embedding.weight, and masking it would untie them",
-        "plain": "no mask was given",
+        "token": "token is a parameter of Several, and no layer's weight",
+        "embedding": f"{none}; also head.weight",
+        "conv1d": none,
+        "up": none,
+        "own": none,
+        "attention.attn.in_proj_weight": none,
+        "attention.attn.out_proj": none,
+        "lstm.weight_ih_l0": recurrent,
+        "lstm.weight_hh_l0": recurrent,
+        "plain": none,
     }
     model = Several()
-    assert whys(model) == {layer: f"kept dense: {why}" for layer, why in expected.items()}
-    assert list(prune(model, 0.5)) == ["plain.weight"]
+    found = whys(model)
+    assert found.keys() == expected.keys()
+    assert all(why.startswith(f"kept dense: {expected[layer]}") for layer, why in found.items())
+    with pytest.warns(SparseLotteryWarning):
+        masks = prune(model, 0.5)
+    assert [f"{layer}.weight".replace("_weight.weight", "_weight") for layer in found if none in found[layer]] == [
+        *masks
+    ]
     assert {row["execution"] for row in explain(model)} == {"dense"}
-    converted = convert(model, prune(model, 0.5))
-    assert converted.head.weight is converted.embedding.weight
-    assert whys(converted) == whys(model) | {"plain": "not measured"}
-    assert whys(to_dense(converted)) == whys(model)
+    converted = convert(model, masks)
+    scattered = "there are no kernels for such a layer: its values are scattered into a dense weight for PyTorch"
+    assert whys(converted) == {
+        layer: why.replace(f"kept dense: {none}", scattered if layer == "up" else "not measured")
+        for layer, why in found.items()
+    }
+    assert whys(to_dense(converted)) == found
 
 
 def test_layers_that_others_have_a_hand_in():

@@ -71,8 +71,10 @@ def test_a_head_that_is_the_embedding_too_keeps_its_zeros():
     with torch.no_grad():
         model[0].weight[0] = model[1].weight[0] = 0
     masks = masks_from_zeros(model)
-    assert list(masks) == ["1.weight"]
-    convert(model, masks)
+    assert list(masks) == ["0.weight", "1.weight"]
+    converted, ids = convert(model, masks), torch.arange(6)
+    assert converted[2].values is converted[0].values
+    torch.testing.assert_close(converted(ids), model(ids))
 
 
 def test_masks_of_scipy_matrices():

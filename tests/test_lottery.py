@@ -287,7 +287,7 @@ def test_settings_of_something_else(tmp_path):
         ({"fraction": 1}, ValueError, "fraction: expected"),
         ({"rates": {"typo": 0.1}}, ValueError, "'typo', which matches none"),
         ({"settings": {"lr": torch.ones(1)}}, TypeError, "settings: expected JSON-able"),
-        ({"model": nn.ReLU()}, ValueError, "expected at least one nn.Linear"),
+        ({"model": nn.ReLU()}, ValueError, "expected at least one layer that can be masked"),
     ],
 )
 def test_arguments_are_refused_before_any_training(tmp_path, changes, error, message):

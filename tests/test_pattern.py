@@ -228,3 +228,21 @@ def test_blocks_after_empty_rows():
 def test_the_shape_is_the_weights():
     with pytest.raises(ValueError, match=r"shape: expected that of a weight with the matrix \(3, 4\), got \(3, 2, 3\)"):
         block_of(Pattern.from_mask(MASK), (3, 2, 3))
+
+
+@given(masks)
+def test_the_pattern_of_the_transposed_matrix(mask):
+    pattern = Pattern.from_mask(mask)
+    transposed, order = pattern.transposed()
+    assert torch.equal(transposed.validate().mask(), mask.t())
+    values = torch.arange(pattern.nnz)
+    assert torch.equal(transposed.scatter(values[order]), pattern.scatter(values).t())
+
+
+def test_a_mask_of_one_false_for_all_is_not_written_out():
+    mask = torch.zeros(1, dtype=torch.bool).expand(2**15, 2**15)  # a gigabyte
+    pattern, values = Pattern.of_survivors(mask, torch.zeros(1).expand(2**15, 2**15))
+    assert (pattern.nnz, len(values)) == (0, 0)
+    assert pattern.validate().shape == (2**15, 2**15)
+    whole = Pattern.from_mask(torch.ones(1, dtype=torch.bool).expand(3, 4))
+    assert whole.nnz == 12

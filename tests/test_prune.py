@@ -64,7 +64,7 @@ def test_a_pruned_weight_never_returns(fractions):
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "message"),
     [
-        (nn.ReLU(), {}, ValueError, "model: expected at least one nn.Linear or nn.Conv2d layer"),
+        (nn.ReLU(), {}, ValueError, "model: expected at least one layer that can be masked"),
         (net(), {"method": "hessian"}, ValueError, "method: expected one of .*'hessian'"),
         (net(), {"scope": "row"}, ValueError, "scope: expected one of .*'row'"),
         (net(), {"fraction": 1}, ValueError, "fraction: expected"),

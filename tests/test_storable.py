@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sparselottery import Ticket, convert, find_ticket, prune
+from sparselottery import SparseLotteryWarning, Ticket, convert, find_ticket, prune
 from sparselottery.convert import dense_state, load_dense_state
 
 
@@ -152,7 +152,8 @@ def test_tensors_without_values_are_refused():
 def test_parametrised_layers_are_left_whole(tmp_path, name):
     model = net()
     getattr(parametrizations, name)(model[0])
-    ticket = find_ticket(model, lambda _: None, rounds=1, out=tmp_path)
+    with pytest.warns(SparseLotteryWarning, match="remove_parametrizations"):
+        ticket = find_ticket(model, lambda _: None, rounds=1, out=tmp_path)
     assert list(ticket.masks) == ["2.weight"]
     assert torch.equal(ticket.apply(model)[0].weight, model[0].weight)
     assert Ticket.load(tmp_path / "ticket.safetensors").same(ticket)

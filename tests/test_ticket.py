@@ -159,7 +159,7 @@ def test_the_file_is_the_state_dict_of_the_converted_model(saved):
         ({}, {"weight": torch.ones(1, 1, dtype=torch.bool)}, {}, ValueError, "expected names among"),
         ({"weight": torch.ones(2, 2)}, {"weight": torch.ones(2, 2)}, {}, TypeError, "expected a bool tensor"),
         ({"weight": torch.ones(2, 2)}, {"weight": torch.ones(2, 1) > 0}, {}, ValueError, r"expected shape \(2, 2\)"),
-        ({"bias": torch.ones(2, 2)}, {"bias": torch.ones(2, 2) > 0}, {}, ValueError, "expected '<layer>.weight' of"),
+        ({"bias": torch.ones(2)}, {"bias": torch.ones(2) > 0}, {}, ValueError, "expected those of weights of 2-D"),
         ({"weight": torch.ones(2)}, {"weight": torch.ones(2) > 0}, {}, ValueError, r"2-D or more, got 'weight'"),
         ({}, {}, {"loss": torch.ones(1)}, TypeError, "recipe: expected JSON-able contents"),
     ],
@@ -238,8 +238,14 @@ def int32(*values):
         ({"shapes": {"fc.weight": [2, float("nan")]}}, "shapes"),
         ({"shapes": {"fc.weight": [2, 2**31]}}, "shapes"),
         ({"shapes": {"fc.weight": [2, 2**20, 2**20]}}, "shapes"),
-        ({"shapes": {"fc.weight": [2, 3], "fc.bias": [2, 3]}}, "expected '<layer>.weight', got 'fc.bias'"),
-        ({"shapes": {"fc.weight": [2, 3], "..weight": [2, 3]}}, "expected '<layer>.weight'"),
+        ({"shapes": {"fc.weight": [2, 3], "fc.bias": [2, 3]}}, r"fc.bias: missing \['fc.bias.values'"),
+        ({"tied": {"fc.weight": "fc.weight"}}, "tied: expected a mapping of other names than those in shapes"),
+        ({"tied": {"head.weight": "weight"}}, r"tied\['head.weight'\]: expected a name in shapes, got 'weight'"),
+        (
+            {"tied": {"fc.bias": "fc.weight"}, "fc.bias": torch.ones(2)},
+            "fc.bias: expected it to be either dense or tied, got both",
+        ),
+        ({"shapes": {"fc.weight": [2, 3], "..weight": [2, 3]}}, "expected names like '<layer>.weight'"),
         ({"blocks": {"x.weight": [1, 1]}}, "blocks"),
         ({"blocks": {"fc.weight": [0, 1]}}, "blocks"),
         ({"blocks": []}, "blocks"),
@@ -382,3 +388,10 @@ def test_tensors_of_another_dtype_than_their_module_has(tmp_path, name, dtype):
     Ticket(weights, plain.masks, {}, plain.architecture).save(tmp_path / "t")
     with pytest.raises(ValueError, match=rf"t: {name[0]}\.\w+: expected "):
         Ticket.load(tmp_path / "t")
+
+
+def test_densities_of_the_masked_and_of_all_weights():
+    weights = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2), "b.weight": torch.ones(4, 2)}
+    found = Ticket(weights, {"a.weight": torch.tensor([[True, False], [False, False]])}, {})
+    assert (found.density, found.density_of_all) == (1 / 4, (1 + 8) / 12)
+    assert Ticket({}, {}, {}).density_of_all == 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, ranks
-from ..nn import MaskedLayer
+from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear
 from ..pattern import Pattern, matrix_shape
 
 STRIP = 2**20  # weights of a strip
@@ -83,6 +83,11 @@ class Watch:
 
 def _prepared(layer: MaskedLayer, x: Tensor, gy: Tensor) -> tuple[Tensor, Tensor]:
     """In the dtype of the values; rows (N, I) and (N, O), or images (N, C, H, W), padded, and (N, O, OH, OW)."""
+    if not isinstance(layer, (MaskedLinear, MaskedConv2d)):
+        raise ValueError(
+            "grow: expected linear layers and 2-D convolutions, whose gradients can be followed, got a "
+            f"{type(layer).__name__}: name it in `ignore`, or grow at random"
+        )
     x, gy = x.to(layer.values.dtype), gy.to(layer.values.dtype)
     if layer.geometry is None:
         return x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1])

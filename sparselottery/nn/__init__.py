@@ -1,25 +1,53 @@
 """Layers that store and multiply only the surviving weights."""
 
+from .attention import MaskedMultiheadAttention
 from .base import MaskedLayer
-from .conv import MaskedConv2d, geometry_of
+from .conv import MaskedConv1d, MaskedConv2d, MaskedConvolution, geometry_of
+from .embedding import MaskedEmbedding, MaskedEmbeddingBag
 from .encoder import keep_from_fast_path
 from .executions import EXECUTIONS, NATIVE, Measured
 from .indices import IndexedLayer
 from .linear import MaskedLinear
+from .opened import OpenedModule
+from .registry import masked_type_of, name_of, opened_type_of, register
 from .runs import count_packs, native_runs
+from .scattered import (
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    ScatteredLayer,
+)
 from .sequential import MaskedSequential
+from .transposed import MaskedTransposedLinear
 
 __all__ = [
     "EXECUTIONS",
     "NATIVE",
     "IndexedLayer",
+    "MaskedConv1d",
     "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedConvTranspose1d",
+    "MaskedConvTranspose2d",
+    "MaskedConvTranspose3d",
+    "MaskedConvolution",
+    "MaskedEmbedding",
+    "MaskedEmbeddingBag",
     "MaskedLayer",
     "MaskedLinear",
+    "MaskedMultiheadAttention",
     "MaskedSequential",
+    "MaskedTransposedLinear",
     "Measured",
+    "OpenedModule",
+    "ScatteredLayer",
     "count_packs",
     "geometry_of",
     "keep_from_fast_path",
+    "masked_type_of",
+    "name_of",
     "native_runs",
+    "opened_type_of",
+    "register",
 ]

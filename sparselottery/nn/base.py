@@ -43,6 +43,7 @@ class MaskedLayer(ExecutedLayer):
 
     dense_type: ClassVar[type[nn.Module]]
     arguments: ClassVar[tuple[str, ...]]  # of both constructors, next to bias, device and dtype
+    chooses_bias: ClassVar[bool] = True  # do the constructors have an argument for it?
     geometry: Geometry | None = None  # of a convolution
     groups: int = 1
 
@@ -53,8 +54,18 @@ class MaskedLayer(ExecutedLayer):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense weight."""
+        """(O, ...) of the weight as the layer multiplies it: of the dense weight, but of a `transposed` layer."""
         raise NotImplementedError
+
+    @property
+    def biases(self) -> int:
+        """Of the outputs."""
+        return self.shape[0]
+
+    @classmethod
+    def why_not(cls, dense: nn.Module) -> str | None:
+        """Why a layer of the dense type with its arguments cannot be masked; None if it can."""
+        return None
 
     def _build(self, mask: Tensor | Survivors | None, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Registers and initialises everything that is held in tensors; of `Survivors`, all but the bias."""
@@ -63,15 +74,15 @@ class MaskedLayer(ExecutedLayer):
             raise TypeError("bias: expected a bool, got a tensor; a mask is given by keyword")
         device = torch.get_default_device() if device is None else torch.device(device)
         if mask is None:
-            mask = torch.ones(self.shape, dtype=torch.bool, device="cpu" if device.type == "meta" else device)
-        if tuple(mask.shape) != self.shape:
-            raise ValueError(f"mask: expected shape {self.shape}, got {tuple(mask.shape)}")
-        mask = (mask if device.type == "meta" else mask.to(device)).flatten(1)
+            mask = torch.ones(self.dense_shape, dtype=torch.bool, device="cpu" if device.type == "meta" else device)
+        if tuple(mask.shape) != self.dense_shape:
+            raise ValueError(f"mask: expected shape {self.dense_shape}, got {tuple(mask.shape)}")
+        mask = self.as_matrix(mask if device.type == "meta" else mask.to(device))
         if weight is None or device.type == "meta":
             pattern = Pattern.from_mask(mask)
             values = torch.empty(pattern.nnz, device=device, dtype=dtype)
         else:
-            pattern, values = Pattern.of_survivors(mask, weight.to(device).flatten(1))
+            pattern, values = Pattern.of_survivors(mask, self.as_matrix(weight.to(device)))
             values = values.to(dtype)
         self.register_buffer("crow_indices", pattern.crow_indices.to(device))
         self.register_buffer("col_indices", pattern.col_indices.to(device))
@@ -79,7 +90,7 @@ class MaskedLayer(ExecutedLayer):
         self.values = nn.Parameter(values)
         self.register_parameter("bias", None)
         if bias:
-            self.bias = nn.Parameter(torch.empty(self.shape[0], device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(self.biases, device=device, dtype=dtype))
         if weight is None:
             self.reset_parameters()
         self._prepare()
@@ -94,24 +105,23 @@ class MaskedLayer(ExecutedLayer):
 
     @classmethod
     def from_dense(cls, dense: nn.Module, mask: Tensor, weight: Tensor | None = None) -> MaskedLayer:
-        """The survivors of an nn.Linear or nn.Conv2d: copies of its weights at `mask`, and of its bias.
+        """The survivors of a layer of `dense_type`: copies of its weights at `mask`, and of its bias.
 
         mask: bool, of the weight's shape. Raises TypeError or ValueError if it is not.
         weight: another of that shape, in place of the layer's own; dtype, device and requires_grad stay the layer's.
         """
         given, weight = weight, dense.weight
-        arguments = {name: getattr(dense, name) for name in cls.arguments}
-        arguments |= {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
+        arguments = cls._arguments_of(dense) | {"device": weight.device, "dtype": weight.dtype}
         layer = cls(**arguments, mask=Survivors(mask, weight if given is None else given))
         layer.values.requires_grad_(weight.requires_grad)
         return _with_bias_and_mode(layer, dense)
 
     def to_dense(self) -> nn.Module:
-        """The nn.Linear or nn.Conv2d with zeros where nothing survived; parameters are copies."""
+        """A layer of `dense_type` with zeros where nothing survived; parameters are copies."""
         values = self.values
-        arguments = {name: getattr(self, name) for name in self.arguments}
-        arguments |= {"bias": self.bias is not None, "device": values.device, "dtype": values.dtype}
-        dense = nn.utils.skip_init(self.dense_type, **arguments)
+        with torch.device("meta"):
+            dense = self.dense_type(**self._arguments_of(self))
+        dense = dense.to(values.dtype).to_empty(device=values.device)
         with torch.no_grad():
             dense.weight.copy_(self.weight)
         dense.weight.requires_grad_(values.requires_grad)
@@ -120,7 +130,23 @@ class MaskedLayer(ExecutedLayer):
     @property
     def mask(self) -> Tensor:
         """Bool, of the weight's shape, True where a weight survives."""
-        return self.pattern.mask().view(self.shape)
+        return self.from_matrix(self.pattern.mask())
+
+    @classmethod
+    def _arguments_of(cls, layer: nn.Module) -> dict[str, Any]:
+        """Those of a layer, masked or dense, for either constructor."""
+        arguments = {name: getattr(layer, name) for name in cls.arguments}
+        return arguments | ({"bias": layer.bias is not None} if cls.chooses_bias else {})
+
+    def by_mask(self, values: Tensor) -> Tensor:
+        """What there is an element a value of (nnz,), in the order of `mask`."""
+        return values[self.pattern.transposed()[1]] if self.transposed else values
+
+    def share(self, other: MaskedLayer) -> None:
+        """Take the parameter and the indices of another layer with the same mask: from now on they train as one."""
+        self.values = other.values
+        self.take(other.pattern)
+        self._follow_values()
 
     @property
     def nnz(self) -> int:
@@ -130,16 +156,16 @@ class MaskedLayer(ExecutedLayer):
     def density(self) -> float:
         return self.pattern.density
 
-    def _in_torch(self, x: Tensor | fx.Proxy) -> Tensor | fx.Proxy:
+    def _in_torch(self, x: Tensor | fx.Proxy, *args: Any, **kwargs: Any) -> Tensor | fx.Proxy:
         """forward where `ops.in_torch`: for torch.fx one module, for all others the dense layer, made of the values."""
         if isinstance(x, fx.Proxy):
-            return ops.as_one_module(self, x)
+            return ops.as_one_module(self, x, *args, **kwargs)
         with ops.unrecorded():
             positions = self.pattern.positions()
-        return self._multiply(x, scatter(self.values, positions, self.shape))
+        return self.multiply(scatter(self.values, positions, self.shape), self.bias, x, *args, **kwargs)
 
-    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The dense layer's forward with this weight."""
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The dense layer's forward with this weight of `shape` and this bias."""
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> None:
@@ -198,16 +224,14 @@ class MaskedLayer(ExecutedLayer):
 
     def extra_repr(self) -> str:
         arguments = "".join(f"{name}={getattr(self, name)!r}, " for name in self.arguments)
-        return (
-            f"{arguments}bias={self.bias is not None}, density={self.density:.4g}, nnz={self.nnz}, "
-            f"execution={self.execution}"
-        )
+        bias = f"bias={self.bias is not None}, " if self.chooses_bias else ""
+        return f"{arguments}{bias}density={self.density:.4g}, nnz={self.nnz}, execution={self.execution}"
 
 
 def _with_bias_and_mode(layer: nn.Module, source: nn.Module) -> nn.Module:
     """``layer`` with a copy of the bias of ``source``, trained or frozen as there, in its mode."""
-    if source.bias is not None:
+    if (bias := getattr(source, "bias", None)) is not None:
         with torch.no_grad():
-            layer.bias.copy_(source.bias)
-        layer.bias.requires_grad_(source.bias.requires_grad)
+            layer.bias.copy_(bias)
+        layer.bias.requires_grad_(bias.requires_grad)
     return layer.train(source.training)

@@ -15,8 +15,10 @@ class CheckpointedLayer(WeightedLayer):
         """Loads values with their indices (which may differ from ours), or a dense `weight`, read at our mask."""
         dense = state_dict.pop(prefix + "weight", None)
         if dense is not None:
-            if tuple(dense.shape) != self.shape:
-                errors.append(f"size mismatch for {prefix}weight: expected {self.shape}, got {tuple(dense.shape)}")
+            if tuple(dense.shape) != self.dense_shape:
+                errors.append(
+                    f"size mismatch for {prefix}weight: expected {self.dense_shape}, got {tuple(dense.shape)}"
+                )
                 return
             try:
                 self.check()
@@ -57,7 +59,7 @@ class CheckpointedLayer(WeightedLayer):
         """Those of a dense weight at our mask; of our own, our values as they are."""
         if is_of(self, dense):
             return self.values
-        return self.pattern.gather(dense.to(self.crow_indices.device).flatten(1))
+        return self.pattern.gather(self.as_matrix(dense.to(self.crow_indices.device)))
 
 
 def _renewed(indices: Tensor, given: Tensor) -> Tensor:

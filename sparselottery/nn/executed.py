@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ class ExecutedLayer(CheckpointedLayer):
     that the present execution multiplies, (1, 1) if it is none of blocks.
     """
 
+    lacks: ClassVar[Mapping[str, str]] = {}  # executions that such layers do not have, and why
+    measurable: ClassVar[bool] = True  # by calls on random numbers
     _dense: DenseWeight | None
 
     def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
@@ -44,10 +48,10 @@ class ExecutedLayer(CheckpointedLayer):
         "sparse": by kernels for single weights. "block": by kernels for whole blocks of them, on tensor cores.
         "dense": by PyTorch, the values scattered into a dense weight. "compact": so, without its rows and columns in
         which nothing survived. A layer with nothing pruned is "dense", its values being the dense weight as it stands.
-        Not set, or set to None, it is "block" where possible, else "sparse"; so it is where what was set is not
-        possible, after a move or a load, or at another mask. It is not in the state_dict, and a `convert` that masks
-        the layer anew forgets it. Raises ValueError if set to anything else, or to what is not possible here, and says
-        why.
+        Not set, or set to None, it is "block" where possible, else "sparse", else "dense"; so it is where what was set
+        is not possible, after a move or a load, or at another mask. It is not in the state_dict, and a `convert` that
+        masks the layer anew forgets it. Raises ValueError if set to anything else, or to what is not possible here, and
+        says why.
         """
         return self._present
 
@@ -78,7 +82,7 @@ class ExecutedLayer(CheckpointedLayer):
         if self.measured is not None and self._execution == self._present:
             return str(self.measured)
         if self._execution is None:
-            return "not measured"
+            return self.lacks.get("sparse", "not measured")
         refused = BY_NAME[self._execution].why_not(self)
         return "set by hand" if refused is None else f"not {self._execution}, as was set: {refused}"
 

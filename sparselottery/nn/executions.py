@@ -38,7 +38,7 @@ class Execution:
     @staticmethod
     def why_not(layer: nn.Module) -> str | None:
         """Why it is not possible for a layer where this is now; None if it is."""
-        return "nothing is pruned" if layer._whole else None
+        raise NotImplementedError
 
     @staticmethod
     def prepare(layer: nn.Module) -> None:
@@ -48,6 +48,10 @@ class Execution:
 
 class Sparse(Execution):
     name, native = "sparse", True
+
+    @staticmethod
+    def why_not(layer: nn.Module) -> str | None:
+        return "nothing is pruned" if layer._whole else layer.lacks.get("sparse")
 
     @staticmethod
     def prepare(layer: nn.Module) -> None:
@@ -61,6 +65,8 @@ class Block(Execution):
     def why_not(layer: nn.Module) -> str | None:
         if layer._whole:
             return "nothing is pruned"
+        if "block" in layer.lacks:
+            return layer.lacks["block"]
         device = layer.values.device
         taken = [block for block in BLOCKS if ops.takes_block(block, device, layer.geometry)]
         if not taken:
@@ -84,6 +90,8 @@ class Compact(Execution):
     def why_not(layer: nn.Module) -> str | None:
         if layer._whole:
             return "nothing is pruned"
+        if "compact" in layer.lacks:
+            return layer.lacks["compact"]
         if layer.crow_indices.is_meta:
             return "its indices have no data"
         if layer.groups > 1:
@@ -117,9 +125,9 @@ NATIVE = tuple(name for name, execution in BY_NAME.items() if execution.native)
 
 
 def of(layer: nn.Module, wish: str | None) -> type[Execution]:
-    """What a layer for which `wish` is set runs by: that if it is possible, else "block" if that is, else "sparse"."""
+    """What a layer for which `wish` is set runs by: that if possible, else "block", "sparse" or "dense", in order."""
     if layer._whole:
         return Dense
     if wish and BY_NAME[wish].why_not(layer) is None:
         return BY_NAME[wish]
-    return Block if Block.why_not(layer) is None else Sparse
+    return next((each for each in (Block, Sparse) if each.why_not(layer) is None), Dense)

@@ -70,16 +70,16 @@ class MaskedLinear(MaskedLayer):
         if self._present in NATIVE:  # a check may have changed it
             return _chain(x, [self])
         if self.execution == "dense":
-            return self._multiply(x, self._dense_weight())
+            return self.multiply(self._dense_weight(), self.bias, x)
         _check_features(x, self)
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
         y = F.linear(gather(x, self._columns), self._dense_weight(), bias)
         return spread(y, self._rows, self.bias, self.out_features)
 
-    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16 and x.is_cpu:
             x = x.contiguous()  # torch multiplies what lies between rows by zero, and NaN times zero is NaN
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
 
 
 def _operands(layer: MaskedLinear) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:

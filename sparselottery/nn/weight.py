@@ -54,10 +54,28 @@ class Weight(Tensor):
 class WeightedLayer(IndexedLayer):
     """The half of a layer of `shape` with `values` at `crow_indices` and `col_indices` that is like one with a weight.
 
-    `frozen` layers refuse to be written.
+    `frozen` layers refuse to be written. Of a `transposed` one the dense weight is (I, O), its matrix transposed.
     """
 
     frozen: ClassVar[bool] = False
+    transposed: bool = False
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Of the dense weight and its mask."""
+        return tuple(reversed(self.shape)) if self.transposed else tuple(self.shape)
+
+    def as_matrix(self, dense: Tensor) -> Tensor:
+        """A dense weight, or its mask, as the matrix (O, I) that the pattern is of."""
+        return dense.t() if self.transposed else dense.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of `as_matrix`."""
+        return matrix.t() if self.transposed else matrix.view(self.shape)
+
+    def _dense_strides(self) -> tuple[int, ...]:
+        """Of the dense weight, where its matrix is contiguous."""
+        return (1, self.shape[1]) if self.transposed else _contiguous_strides(self.shape)
 
     @property
     def pattern(self) -> Pattern:
@@ -74,8 +92,8 @@ class WeightedLayer(IndexedLayer):
         """
         values = self.values
         if traced() or type(values) not in (Tensor, nn.Parameter) or values.is_meta:
-            return self.pattern.scatter(values).view(self.shape)
-        return _made(self, self.shape, _contiguous_strides(self.shape), 0)
+            return self.from_matrix(self.pattern.scatter(values))
+        return _made(self, self.dense_shape, self._dense_strides(), 0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would register a Parameter beside the values
@@ -246,14 +264,15 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
     values = layer.values
     if value.dtype != values.dtype:
         raise TypeError(f"weight: expected dtype {values.dtype}, got {value.dtype}")
-    if tuple(value.shape) != tuple(layer.shape) or value.device != values.device:
-        expected, got = (f"{tuple(t)} on {d}" for t, d in ((layer.shape, values.device), (value.shape, value.device)))
+    if tuple(value.shape) != layer.dense_shape or value.device != values.device:
+        pairs = (layer.dense_shape, values.device), (value.shape, value.device)
+        expected, got = (f"{tuple(shape)} on {device}" for shape, device in pairs)
         raise ValueError(f"weight: expected shape {expected}, got {got}")
     if isinstance(value, nn.Parameter) and not isinstance(value, Weight) and (holder := holder_of(value)) is not None:
         raise TypeError(f"weight: expected a tensor of its own, got the parameter of a {type(holder).__name__}, which "
                         "a masked layer cannot share: assign its detach(), or tie them, then convert")  # fmt: skip
     with torch.no_grad():
-        values.copy_(layer.pattern.gather(value.detach().flatten(1)))
+        values.copy_(layer.pattern.gather(layer.as_matrix(value.detach())))
     if isinstance(value, nn.Parameter):
         values.requires_grad_(value.requires_grad)
 
@@ -285,14 +304,14 @@ def _get_grad(weight: Weight) -> Tensor | None:
     grad = None if weight._view else weight._layer.values.grad
     if grad is None:
         return None
-    shape = weight._layer.shape
-    return _made(weight._layer, shape, _contiguous_strides(shape), 0, held=grad, view=True, detached=True)
+    layer = weight._layer
+    return _made(layer, layer.dense_shape, layer._dense_strides(), 0, held=grad, view=True, detached=True)
 
 
 def _set_grad(weight: Weight, grad: Tensor | None) -> None:
     layer = weight._layer
     _refuse_view(weight, "grad")
-    layer.values.grad = None if grad is None else layer.pattern.gather(plain(grad).detach().flatten(1))
+    layer.values.grad = None if grad is None else layer.pattern.gather(layer.as_matrix(plain(grad).detach()))
 
 
 def _get_grad_fn(weight: Weight, *args: Any) -> Any:

@@ -86,9 +86,9 @@ def in_torch(x: Tensor | fx.Proxy) -> bool:
     )
 
 
-def as_one_module(module: torch.nn.Module, x: fx.Proxy) -> fx.Proxy:
+def as_one_module(module: torch.nn.Module, x: fx.Proxy, *args: object, **kwargs: object) -> fx.Proxy:
     """The call of the module as a node of the graph that torch.fx records, as layers of torch.nn are."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *args), kwargs)
 
 
 @contextmanager

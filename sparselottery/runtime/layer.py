@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import ops
 from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
-from ..maskable import MASKED
-from ..nn import MaskedConv2d, MaskedLayer, geometry_of
+from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear, geometry_of, masked_type_of
 from ..nn.dense import scatter
 from ..nn.weight import WeightedLayer
 from ..pattern import Pattern, matrix_shape
@@ -73,7 +71,7 @@ class Cache:
 
 
 class FrozenLayer(WeightedLayer):
-    """y = x Wᵀ + b or x * W + b as an nn.Linear or nn.Conv2d computes it, of the survivors of W alone.
+    """What a dense layer computes, of the survivors of its weight alone.
 
     It has the dense layer's attributes, `weight` among them. `values`, `crow_indices`, `col_indices` and `bias` are
     buffers, and not to be changed but by `load_state_dict`.
@@ -81,14 +79,21 @@ class FrozenLayer(WeightedLayer):
 
     frozen = True
 
-    def __init__(self, dense: nn.Linear | nn.Conv2d, pattern: Pattern, values: Tensor, bias: Tensor | None) -> None:
-        """dense: for its arguments alone; it may be on the meta device."""
+    def __init__(self, dense: nn.Module, pattern: Pattern, values: Tensor, bias: Tensor | None) -> None:
+        """dense: for its arguments alone; it may be on the meta device. pattern: of its weight as a matrix."""
         super().__init__()
-        self._kind = MASKED[type(dense)]
-        for name in self._kind.arguments:
-            setattr(self, name, getattr(dense, name))
-        self._dense = (self._kind.dense_type(**self._arguments, bias=False, device="meta"),)  # no child of this module
-        self.shape, self.density = tuple(dense.weight.shape), pattern.density
+        self._kind = masked_type_of(dense)[0]
+        self.transposed, shape = self._kind.transposed, tuple(dense.weight.shape)
+        if self.transposed:
+            pattern, order = pattern.transposed()
+            values, shape = values[order], shape[::-1]
+        self.shape, self.density = shape, pattern.density
+        arguments = self._kind._arguments_of(dense)
+        like = self._kind(**arguments, device="meta", mask=_no_mask(self.dense_shape))
+        self._like = (like,)  # no child of this module
+        for name in (*self._kind.arguments, "in_features", "out_features"):
+            if hasattr(like, name):
+                setattr(self, name, getattr(like, name))
         self.geometry: Geometry | None = geometry_of(dense) if self._kind is MaskedConv2d else None
         for name, tensor in (("values", values), ("bias", bias)):
             self.register_buffer(name, tensor)
@@ -97,37 +102,32 @@ class FrozenLayer(WeightedLayer):
         self._made = Cache([self])
         self._settle(changed=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As that of the dense layer; where somebody traces or transforms, by torch's own operators."""
         if is_traced(x):
-            return self._in_torch(x)
+            return self._in_torch(x, *args, **kwargs)
         if not self.is_native or not runs_native(x) or x.dim() == 0:
-            return self._made("masked", self._masked)(x)
+            return self._made("masked", self._masked)(x, *args, **kwargs)
         if self.geometry is None:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             return chain_of([self], self._made, *rows.shape)(rows).view(*x.shape[:-1], -1)
         return self._made("masked", self._masked)(x) if x.dim() != 4 else self.convolve(x)
 
-    def _in_torch(self, x: Tensor | fx.Proxy) -> Tensor | fx.Proxy:
+    def _in_torch(self, x: Tensor | fx.Proxy, *args: Any, **kwargs: Any) -> Tensor | fx.Proxy:
         """With a dense weight that is made anew: what a tracer sees is not for later calls. For torch.fx one module."""
         if isinstance(x, fx.Proxy):
-            return ops.as_one_module(self, x)
+            return ops.as_one_module(self, x, *args, **kwargs)
         with ops.unrecorded():
             positions = self.pattern.positions()
         weight = scatter(self.values, positions, self.shape)
-        if self.geometry is None:
-            return F.linear(x, weight, self.bias)
-        return self._dense[0]._conv_forward(x, weight, self.bias)
-
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._kind.arguments}
+        return self._like[0].multiply(weight, self.bias, x, *args, **kwargs)
 
     @property
     def is_native(self) -> bool:
-        """Do our kernels for frozen nets take it: fp32 on the CPU, padded by zeros?"""
-        zeros = getattr(self, "padding_mode", "zeros") == "zeros"
-        return native.available() and self.values.is_cpu and self.values.dtype == torch.float32 and zeros
+        """Do our kernels for frozen nets take it: linear or a 2-D convolution padded by zeros, fp32 on the CPU?"""
+        linear = issubclass(self._kind, MaskedLinear)
+        taken = linear or (self._kind is MaskedConv2d and self.padding_mode == "zeros")
+        return taken and native.available() and self.values.is_cpu and self.values.dtype == torch.float32
 
     def stage(self, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> cpu_stages.Stage:
         """The layer and what follows it."""
@@ -159,13 +159,8 @@ class FrozenLayer(WeightedLayer):
 
     def _masked(self) -> MaskedLayer:
         with random_state_kept():
-            masked = self._kind(
-                **self._arguments,
-                mask=_no_mask(self._dense[0]),
-                bias=self.bias is not None,
-                device=self.values.device,
-                dtype=self.values.dtype,
-            )
+            arguments = self._kind._arguments_of(self) | {"device": self.values.device, "dtype": self.values.dtype}
+            masked = self._kind(**arguments, mask=_no_mask(self.dense_shape))
         masked.load_state_dict(self.state_dict())
         return masked.requires_grad_(False).eval()
 
@@ -203,8 +198,8 @@ class FrozenLayer(WeightedLayer):
         return [tensor for tensor in self._buffers.values() if tensor is not None]
 
     def extra_repr(self) -> str:
-        arguments = "".join(f"{name}={value!r}, " for name, value in self._arguments.items())
-        return f"{arguments}bias={self.bias is not None}, density={self.density:.4g}"
+        arguments = self._kind._arguments_of(self)
+        return "".join(f"{name}={value!r}, " for name, value in arguments.items()) + f"density={self.density:.4g}"
 
 
 def _replaced(tensor: Tensor | None, by: Any) -> None:
@@ -248,6 +243,6 @@ def runs_native(x: Tensor) -> bool:
     return x.is_cpu and x.dtype is torch.float32 and x.numel() > 0
 
 
-def _no_mask(dense: nn.Module) -> Tensor:
-    """A mask of the weight's shape in which nothing survives, in a byte of memory."""
-    return torch.zeros(1, dtype=torch.bool, device="cpu").expand(dense.weight.shape)
+def _no_mask(shape: tuple[int, ...]) -> Tensor:
+    """A mask of a weight in which nothing survives, in a byte of memory."""
+    return torch.zeros(1, dtype=torch.bool, device="cpu").expand(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,8 +16,8 @@ from ..architecture import build
 from ..copying import copied
 from ..files import Contents, read, refusals_name
 from ..kernels import native
-from ..maskable import MASKED, unmaskable
-from ..nn import MaskedLayer, keep_from_fast_path
+from ..nn import MaskedLayer, OpenedModule, keep_from_fast_path, opened_type_of
+from ..survey import Survey, survey
 from .layer import FrozenLayer, runs_native
 from .sequential import FrozenSequential
 from .tuning import choose_dense
@@ -133,6 +134,7 @@ def _filled(model: nn.Module, contents: Contents) -> nn.Module:
     state = {name: each for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = contents.shapes | {name: tuple(tensor.shape) for name, tensor in contents.dense.items()}
+    found |= {name: contents.shapes[first] for name, first in contents.tied.items()}
     if expected != found:
         differ = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         raise ValueError(
@@ -142,13 +144,20 @@ def _filled(model: nn.Module, contents: Contents) -> nn.Module:
     registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     given = {name: tensor for name, tensor in contents.dense.items() if id(state[name]) in registered}
     tensors = {id(state[name]): _like(state[name], tensor) for name, tensor in given.items()}
-    layers = _frozen_layers(model, contents)
-    tensors |= {id(layer.weight): _like(layer.weight, layer.weight.detach().to("meta")) for layer in layers}
+    weights = survey(model)
+    layers, opened, made = _frozen_layers(weights, contents)
+    for name in contents.shapes.keys() | contents.tied.keys():
+        if name in weights.maskable:
+            old = weights.maskable[name].parameter
+            tensors[id(old)] = _like(old, old.detach().to("meta"))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in tensors and (tensor.is_meta or isinstance(tensor, nn.Parameter)):
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             raise ValueError(f"model: expected one whose tensors are all in the file, or buffers with values, got the "
                              f"{kind} {name!r}, which is not, on {tensor.device}")  # fmt: skip
+    for dense, module in opened.items():
+        memo = tensors | {id(each): each for each in module.children() if id(each) in made}
+        layers[dense] = copy.deepcopy(module, memo)
     net = copied(model, layers, tensors)
     if rest := {name: tensor for name, tensor in contents.dense.items() if name not in given}:
         net.load_state_dict(rest, strict=False, assign=True)
@@ -159,18 +168,32 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
-def _frozen_layers(model: nn.Module, contents: Contents) -> dict[nn.Module, nn.Module]:
-    """What takes the place of each layer that the file holds masked."""
-    refused, layers = unmaskable(model), {}
-    for name, (pattern, values) in contents.layers.items():
-        prefix = name.rpartition(".")[0]
-        layer = model.get_submodule(prefix)
-        if type(layer) not in MASKED or prefix in refused:
-            raise ValueError(f"{name}: expected a plain nn.Linear or nn.Conv2d, got {type(layer).__name__}")
-        bias = contents.dense.get(f"{prefix}.bias" if prefix else "bias")
-        frozen = FrozenLayer(layer, pattern, values, bias)
-        layers[layer] = frozen.to_dense() if pattern.density > DENSE_ABOVE else frozen
-    return layers
+def _frozen_layers(
+    found: Survey, contents: Contents
+) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, OpenedModule], set[int]]:
+    """What takes the place of each layer that the file holds masked, and of the modules that are opened for one; the
+    ids of the layers that were made."""
+    layers: dict[nn.Module, nn.Module] = {}
+    opened: dict[nn.Module, OpenedModule] = {}
+    made: set[int] = set()
+    others = {name: first for name, first in contents.tied.items() if name in found.maskable}  # not tied in the model
+    for name in (*contents.layers, *others):
+        if name not in found.maskable:
+            why = found.refused.get(name, "no layer holds such a weight")
+            raise ValueError(f"{name}: expected a layer that can be masked, got none: {why}")
+        pattern, values = contents.layers[others.get(name, name)]
+        for use in found.maskable[name].uses:
+            bias = contents.dense.get(use.bias)
+            frozen = FrozenLayer(use.layer, pattern, values, bias)
+            frozen = frozen.to_dense() if pattern.density > DENSE_ABOVE else frozen
+            if use.parent is None:
+                layers[use.layer] = frozen
+            else:
+                if use.parent not in opened:
+                    opened[use.parent] = opened_type_of(use.parent).of(use.parent)
+                opened[use.parent]._modules[use.child] = frozen
+                made.add(id(frozen))
+    return layers, opened, made
 
 
 def _prepare(net: nn.Module) -> None:

@@ -1,0 +1,159 @@
+"""MaskedExperts: the experts of transformers' mixtures, whose matrices are one tensor (E, O, I), a masked one each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..pattern import Pattern
+from .base import MaskedLayer
+from .opened import OpenedModule
+
+_WEIGHTS = ("gate_up_proj", "down_proj")
+_TRAITS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+
+
+class Matrices(nn.Module):
+    """y = x W[e]ᵀ for each of the numbers e: the dense weight (E, O, I)."""
+
+    def __init__(self, number: int, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.number, self.out_features, self.in_features = number, out_features, in_features
+        self.weight = nn.Parameter(torch.empty(number, out_features, in_features))
+
+    def forward(self, x: Tensor, number: int, parts: Tensor | None = None) -> Tensor:
+        """(N, I) -> (N, O)."""
+        return F.linear(x, self.weight[number])
+
+    def parts(self) -> Tensor:
+        """As `MaskedMatrices.parts`."""
+        return self.weight
+
+
+class MaskedMatrices(MaskedLayer):
+    """The same over a fixed mask (E, O, I): a pattern of its own for each matrix, by the kernels of linear layers."""
+
+    dense_type = Matrices
+    arguments = ("number", "out_features", "in_features")
+    chooses_bias = False
+    lacks = dict.fromkeys(("block", "compact"), "there are kernels for single weights of several matrices only")
+    measurable = False
+
+    def __init__(
+        self,
+        number: int,
+        out_features: int,
+        in_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.number, self.out_features, self.in_features = number, out_features, in_features
+        self._cut: tuple[Any, ...] = (None, 0, [])  # indices and their version, and what is made of them
+        self._build(mask, False, device, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)"""
+        return self.number, self.out_features, self.in_features
+
+    def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
+        return self._no_plan()  # each matrix has one
+
+    def _patterns(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each matrix crow_indices, col_indices and plan: made once for the indices that there are."""
+        known, version, found = self._cut
+        if known is not self.col_indices or version != known._version:
+            shape, found = (self.out_features, self.in_features), []
+            for positions in self.col_indices.long().split(self._counts()):
+                pattern = Pattern.from_positions(positions, shape)
+                found.append((*pattern.indices, ops.compile_plan(pattern)))
+            self._cut = self.col_indices, self.col_indices._version, found
+        return found
+
+    def _counts(self) -> list[int]:
+        return self.crow_indices.diff().tolist()
+
+    def parts(self) -> Tensor | tuple[Tensor, ...]:
+        """The weight, where it is dense, or else the values of each matrix: for all calls of one forward."""
+        self.check()
+        return self._dense_weight() if self._present == "dense" else self.values.split(self._counts())
+
+    def forward(self, x: Tensor, number: int, parts: Tensor | tuple[Tensor, ...] | None = None) -> Tensor:
+        """(N, I) -> (N, O); parts: what `parts` gave."""
+        if ops.in_torch(x):
+            return self._in_torch(x, number)
+        parts = self.parts() if parts is None else parts
+        if isinstance(parts, Tensor):
+            return F.linear(x, parts[number])
+        crow_indices, col_indices, plan = self._patterns()[number]
+        return ops.chain(x, [parts[number]], [None], [crow_indices], [col_indices], [plan])
+
+    def multiply(self, weight: Tensor, bias: None, x: Tensor, number: int, parts: None = None) -> Tensor:
+        return F.linear(x, weight[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cut": (None, 0, [])}  # a copy makes its own
+
+
+class MaskedExperts(OpenedModule):
+    """The experts of a mixture in transformers, in which `Matrices` hold the weights, each tensor masked or dense.
+
+    Each expert multiplies the tokens that are routed to it: in a loop over those that have any, as the eager
+    implementation of transformers does. Other implementations (grouped_mm, batched_mm) read whole dense weights.
+    """
+
+    @classmethod
+    def opens(cls, module: nn.Module) -> bool:
+        """Is a module experts of this kind, gated, without biases and norms, and on one device?"""
+        has = vars(module)
+        own = {name for name, each in module._parameters.items() if each is not None}
+        return (
+            all(trait in has for trait in _TRAITS)
+            and module.has_gate
+            and not (module.has_bias or module.has_post_expert_norm or module.is_transposed)
+            and not getattr(module, "_is_expert_parallel", False)
+            and own == set(_WEIGHTS)
+            and all(module._parameters[name].dim() == 3 for name in _WEIGHTS)
+        )
+
+    @property
+    def dense_type(self) -> type[nn.Module]:
+        return self._dense_type
+
+    @property
+    def dense_names(self) -> dict[str, str]:
+        return {f"{name}.weight": name for name in _WEIGHTS}
+
+    def _open(self, dense: nn.Module) -> None:
+        self._dense_type = type(dense)
+        for name in _WEIGHTS:
+            weight = self._parameters.pop(name)
+            with torch.device("meta"):
+                matrices = Matrices(*weight.shape)
+            matrices.weight = weight
+            self._modules[name] = matrices
+
+    def _close(self, dense: nn.Module, layers: dict[str, nn.Module]) -> None:
+        for name in _WEIGHTS:
+            del dense._modules[name]
+            dense.register_parameter(name, layers[name].weight)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Tokens (T, H), and of each the K experts' numbers and weights (T, K) -> (T, H)."""
+        y = torch.zeros_like(hidden_states)
+        gate_up, down = (self._modules[name] for name in _WEIGHTS)
+        gate_up_parts, down_parts = (each.parts() if hasattr(each, "parts") else None for each in (gate_up, down))
+        for number in top_k_index.unique().tolist():
+            if number < gate_up.number:  # the number after the last is nobody's
+                token, place = (top_k_index == number).nonzero(as_tuple=True)
+                found = gate_up(hidden_states[token], number, gate_up_parts)
+                found = down(self._dense_type._apply_gate(self, found), number, down_parts)
+                y = y.index_add(0, token, (found * top_k_weights[token, place, None]).to(y.dtype))
+        return y

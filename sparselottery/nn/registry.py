@@ -1,0 +1,92 @@
+"""Which masked layer takes the place of which dense one."""
+
+from __future__ import annotations
+
+from inspect import signature
+
+from torch import nn
+
+from .attention import MaskedMultiheadAttention
+from .base import MaskedLayer
+from .conv import MaskedConv1d, MaskedConv2d
+from .embedding import MaskedEmbedding, MaskedEmbeddingBag
+from .experts import MaskedExperts, MaskedMatrices
+from .linear import MaskedLinear
+from .opened import OpenedModule
+from .scattered import (
+    MaskedBilinear,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+)
+from .transposed import MaskedTransposedLinear
+
+_TYPES: dict[type[nn.Module], type[MaskedLayer]] = {
+    masked.dense_type: masked
+    for masked in (
+        MaskedLinear,
+        MaskedConv1d,
+        MaskedConv2d,
+        MaskedConv3d,
+        MaskedConvTranspose1d,
+        MaskedConvTranspose2d,
+        MaskedConvTranspose3d,
+        MaskedEmbedding,
+        MaskedEmbeddingBag,
+        MaskedBilinear,
+        MaskedMatrices,
+    )
+}
+_OPENED: tuple[type[OpenedModule], ...] = (MaskedMultiheadAttention, MaskedExperts)
+_BY_NAME = {"transformers.pytorch_utils.Conv1D": MaskedTransposedLinear}  # of packages that need not be there
+# What a subclass may have of its own: its forward stays the dense type's.
+_HARMLESS = {
+    "__annotations__", "__constants__", "__doc__", "__firstlineno__", "__init__", "__module__", "__parameters__",
+    "__repr__", "__static_attributes__", "extra_repr", "reset_parameters",
+}  # fmt: skip
+
+
+def register(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> None:
+    """Have layers of a dense type masked by a masked type of one's own: by `prune`, `convert` and all that follows.
+
+    masked_type: a subclass of `ScatteredLayer`, whose docstring shows a whole one, or of `MaskedLayer`, with this dense
+    type as its `dense_type`. A type that is registered again gets the new one.
+    Raises TypeError for anything else.
+    """
+    if not (isinstance(dense_type, type) and issubclass(dense_type, nn.Module)):
+        raise TypeError(f"dense_type: expected a subclass of nn.Module, got {dense_type!r}")
+    if not (isinstance(masked_type, type) and issubclass(masked_type, MaskedLayer)):
+        raise TypeError(f"masked_type: expected a subclass of MaskedLayer, got {masked_type!r}")
+    if getattr(masked_type, "dense_type", None) is not dense_type:
+        got = getattr(masked_type, "dense_type", None)
+        raise TypeError(f"masked_type: expected one whose dense_type is {dense_type.__name__}, got one with {got!r}")
+    if unknown := [name for name in masked_type.arguments if name not in signature(dense_type).parameters]:
+        raise TypeError(f"masked_type: expected arguments of {dense_type.__name__}, got {unknown}")
+    _TYPES[dense_type] = masked_type
+
+
+def masked_type_of(module: nn.Module) -> tuple[type[MaskedLayer] | None, str | None]:
+    """(what takes the place of a dense layer, why nothing does): one of them is None, or for no layer both.
+
+    A subclass that computes what its base does is one of the base.
+    """
+    own: set[str] = set()
+    for kind in type(module).__mro__[:-1]:
+        masked = _TYPES.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+        if masked is not None:
+            if (own - _HARMLESS) & set(dir(kind)):
+                return None, f"a subclass of {name_of(kind)}: its forward may do something else"
+            return masked, None
+        own |= vars(kind).keys()
+    return None, None
+
+
+def opened_type_of(module: nn.Module) -> type[OpenedModule] | None:
+    """What a dense module is opened as, so that its weights can be masked; None for all others."""
+    return next((kind for kind in _OPENED if kind.opens(module)), None)
+
+
+def name_of(kind: type[nn.Module]) -> str:
+    """As users write it: "nn.Conv1d"."""
+    return f"nn.{kind.__name__}" if getattr(nn, kind.__name__, None) is kind else kind.__name__

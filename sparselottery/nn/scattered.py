@@ -1,0 +1,158 @@
+"""Masked layers without kernels of ours: the values are scattered into a dense weight, and PyTorch multiplies it.
+
+They store, train and save survivors alone, and take the time of the dense layer.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .base import MaskedLayer
+
+WHY = "there are no kernels for such a layer: its values are scattered into a dense weight for PyTorch"
+
+
+class ScatteredLayer(MaskedLayer):
+    """A masked layer of a dense type with a `weight` and perhaps a `bias`, which `multiply` makes y of.
+
+    A subclass names its `dense_type`, the `arguments` that this is made of and that are attributes of it (all but bias,
+    device and dtype), and writes `multiply`. `register` then has it take the place of the dense ones:
+
+        class MaskedBilinear(ScatteredLayer):
+            dense_type = nn.Bilinear
+            arguments = ("in1_features", "in2_features", "out_features")
+
+            def multiply(self, weight, bias, x1, x2):
+                return F.bilinear(x1, x2, weight, bias)
+
+        register(nn.Bilinear, MaskedBilinear)
+
+    Args:
+        mask: bool, of the weight's shape, by keyword, True where a weight survives; None keeps all.
+        all others: as in the dense layer, and refused as there.
+    Raises TypeError or ValueError also if the mask is not boolean or not of that shape.
+    """
+
+    lacks = dict.fromkeys(("sparse", "block", "compact"), WHY)
+    measurable = False
+
+    def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        placed = {name: kwargs.pop(name, None) for name in ("device", "dtype")}  # which not all dense layers take
+        given = signature(self.dense_type).bind(*args, **kwargs).arguments
+        device, dtype = (given.pop(name, each) for name, each in placed.items())
+        with torch.device("meta"):  # refuses what the dense layer does
+            like = self.dense_type(**given)
+        for name in self.arguments:
+            setattr(self, name, getattr(like, name))
+        self._shape, bias = tuple(like.weight.shape), getattr(like, "bias", None)
+        self._biases = 0 if bias is None else len(bias)
+        self._build(mask, bias is not None, device, dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight."""
+        return self._shape
+
+    @property
+    def biases(self) -> int:
+        return self._biases
+
+    def reset_parameters(self) -> None:
+        """Initialise as the dense layer does."""
+        if not self.values.is_meta:
+            with torch.no_grad(), torch.device(self.values.device):
+                dense = self.dense_type(**self._arguments_of(self))
+                self.values.copy_(self.pattern.gather(self.as_matrix(dense.weight)))
+                if self.bias is not None:
+                    self.bias.copy_(dense.bias)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As that of the dense layer."""
+        if ops.in_torch(x):
+            return self._in_torch(x, *args, **kwargs)
+        self.check()
+        return self.multiply(self._dense_weight(), self.bias, x, *args, **kwargs)
+
+
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class MaskedConv3d(ScatteredLayer):
+    """nn.Conv3d over a fixed mask; `mask` is bool (out_channels, in_channels / groups, *kernel_size)."""
+
+    dense_type = nn.Conv3d
+    arguments = _CONVOLUTION
+
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, O, OD, OH, OW), or without N."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            sides = (0,) * 6 if padding == "valid" else _sides(self) if padding == "same" else _twice(padding)
+            x, padding = F.pad(x, sides, self.padding_mode), 0
+        return F.conv3d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _twice(padding: tuple[int, ...]) -> tuple[int, ...]:
+    """Before and after, the last dimension first, as F.pad takes it."""
+    return tuple(size for size in reversed(padding) for _ in range(2))
+
+
+def _sides(conv: MaskedConv3d) -> tuple[int, ...]:
+    """The same for the padding "same"."""
+    sides: list[int] = []
+    for dilation, size in zip(reversed(conv.dilation), reversed(conv.kernel_size), strict=True):
+        total = dilation * (size - 1)
+        sides += [total // 2, total - total // 2]
+    return tuple(sides)
+
+
+class MaskedConvTranspose(ScatteredLayer):
+    """A transposed convolution over a fixed mask, which is bool (in_channels, out_channels / groups, *kernel_size)."""
+
+    arguments = (*_CONVOLUTION, "output_padding")
+
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C, ...) -> (N, O, ...), or without N; output_size: as that of the dense layer."""
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
+        dimensions = len(self.kernel_size)
+        sizes = self.stride, self.padding, self.kernel_size
+        extra = self.dense_type._output_padding(self, x, output_size, *sizes, dimensions, self.dilation)
+        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
+        return transpose(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+
+class MaskedConvTranspose1d(MaskedConvTranspose):
+    """nn.ConvTranspose1d over a fixed mask."""
+
+    dense_type = nn.ConvTranspose1d
+
+
+class MaskedConvTranspose2d(MaskedConvTranspose):
+    """nn.ConvTranspose2d over a fixed mask."""
+
+    dense_type = nn.ConvTranspose2d
+
+
+class MaskedConvTranspose3d(MaskedConvTranspose):
+    """nn.ConvTranspose3d over a fixed mask."""
+
+    dense_type = nn.ConvTranspose3d
+
+
+class MaskedBilinear(ScatteredLayer):
+    """nn.Bilinear over a fixed mask, which is bool (out_features, in1_features, in2_features)."""
+
+    dense_type = nn.Bilinear
+    arguments = ("in1_features", "in2_features", "out_features")
+
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, x2: Tensor) -> Tensor:
+        """(*, in1_features), (*, in2_features) -> (*, out_features)."""
+        return F.bilinear(x, x2, weight, bias)
