@@ -100,7 +100,8 @@ def _first_inputs(model: nn.Module, layers: list[MaskedLayer], args: tuple) -> d
     found: dict[MaskedLayer, _Like] = {}
 
     def note(layer: MaskedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.setdefault(layer, _Like.of(*args, *kwargs.values()))
+        x, *_ = *args, *kwargs.values()
+        found.setdefault(layer, _Like.of(x))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     model(*map(_fresh, args))

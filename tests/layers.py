@@ -37,6 +37,11 @@ LAYERS = {
     "ConvTranspose1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), (images(2, 4, 7),)),
     "ConvTranspose2d": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, bias=False), (images(2, 4, 5, 3),)),
     "ConvTranspose2d to a size": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, 1), (images(2, 4, 5, 3), [10, 6])),
+    "ConvTranspose2d in groups": lambda: (
+        nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), 1, 0, 2, True, 2), (images(4, 5, 3),),
+    ),
+    "ConvTranspose2d padded beyond": lambda: (nn.ConvTranspose2d(4, 6, 3, 1, 0, 1, dilation=2), (images(2, 4, 5, 3),)),
+    "ConvTranspose2d 1x1": lambda: (nn.ConvTranspose2d(4, 6, 1, 2, 0, 1), (images(2, 4, 5, 3),)),
     "ConvTranspose3d": lambda: (nn.ConvTranspose3d(4, 6, 3, 2, 1, 0, 1, True, 2), (images(2, 4, 3, 2, 4),)),
     "Bilinear": lambda: (nn.Bilinear(3, 4, 5), (images(2, 3), images(2, 4))),
     "Embedding": lambda: (nn.Embedding(11, 6), (torch.randint(11, (3, 5)),)),

@@ -185,10 +185,40 @@ def test_gradients_of_gradients_of_an_embedding():
     assert_same(second, 6 * layer.values * taken)
 
 
+@pytest.mark.parametrize("kind", ["conv1d", "transposed"])
+def test_gradients_of_gradients_of_a_convolution(kind):
+    dense, x = nn.Conv1d(2, 3, 3), images(1, 2, 5)
+    if kind == "transposed":
+        dense, x = nn.ConvTranspose2d(2, 4, 3, 2, 1, 1, 2), images(1, 2, 2, 3)
+    layer = convert(nn.Sequential(dense.double()), {"0.weight": torch.rand(dense.weight.shape) < 0.5})[0]
+
+    def call(x, values, bias):
+        return torch.func.functional_call(layer, {"values": values, "bias": bias}, x)
+
+    inputs = x.requires_grad_(), layer.values, layer.bias
+    torch.autograd.gradcheck(call, inputs)
+    torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_a_transposed_convolution_reads_channels_last():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, 1, 1)).double()
+    converted, x = convert(model, prune(model, 0.6)), images(2, 4, 5, 3)
+    y = converted(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_same(y, converted(x))
+    assert converted[0].executions == ("sparse", "dense")
+    convert(model, prune(model, 0.6), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert converted.float()(x.float()).dtype == torch.bfloat16
+    for wrong in (images(2, 3, 5, 3), images(5, 3)):
+        with pytest.raises((ValueError, RuntimeError)):
+            converted.double()(wrong)
+
+
 def test_scattered_layers_take_what_torch_takes():
     """No choice of an execution is offered, and a measurement leaves them alone."""
-    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
-    converted = convert(model, prune(model, 0.5), torch.randn(2, 4, 4, 4))
+    model = nn.Sequential(nn.ConvTranspose3d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6 * 6, 3))
+    converted = convert(model, prune(model, 0.5), torch.randn(2, 4, 4, 4, 4))
     assert converted[0].executions == ("dense",)
     assert explain(converted)[0]["dense_ms"] is None
     with pytest.raises(ValueError, match="there are no kernels for such a layer"):

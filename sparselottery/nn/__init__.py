@@ -3,6 +3,7 @@
 from .attention import MaskedMultiheadAttention
 from .base import MaskedLayer
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConvolution, geometry_of
+from .conv_transpose import MaskedConvTranspose2d
 from .embedding import MaskedEmbedding, MaskedEmbeddingBag
 from .encoder import keep_from_fast_path
 from .executions import EXECUTIONS, NATIVE, Measured
@@ -14,7 +15,6 @@ from .runs import count_packs, native_runs
 from .scattered import (
     MaskedConv3d,
     MaskedConvTranspose1d,
-    MaskedConvTranspose2d,
     MaskedConvTranspose3d,
     ScatteredLayer,
 )

@@ -9,6 +9,7 @@ from torch import nn
 from .attention import MaskedMultiheadAttention
 from .base import MaskedLayer
 from .conv import MaskedConv1d, MaskedConv2d
+from .conv_transpose import MaskedConvTranspose2d
 from .embedding import MaskedEmbedding, MaskedEmbeddingBag
 from .experts import MaskedExperts, MaskedMatrices
 from .linear import MaskedLinear
@@ -17,7 +18,6 @@ from .scattered import (
     MaskedBilinear,
     MaskedConv3d,
     MaskedConvTranspose1d,
-    MaskedConvTranspose2d,
     MaskedConvTranspose3d,
 )
 from .transposed import MaskedTransposedLinear

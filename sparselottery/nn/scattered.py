@@ -22,16 +22,17 @@ class ScatteredLayer(MaskedLayer):
     """A masked layer of a dense type with a `weight` and perhaps a `bias`, which `multiply` makes y of.
 
     A subclass names its `dense_type`, the `arguments` that this is made of and that are attributes of it (all but bias,
-    device and dtype), and writes `multiply`. `register` then has it take the place of the dense ones:
+    device and dtype), and writes `multiply`; where the constructor has no argument `bias`, `chooses_bias` is False.
+    `register` then has it take the place of the dense ones:
 
-        class MaskedBilinear(ScatteredLayer):
-            dense_type = nn.Bilinear
-            arguments = ("in1_features", "in2_features", "out_features")
+        class MaskedScaled(ScatteredLayer):
+            dense_type = Scaled  # Scaled(size, scale, bias=True), an nn.Module with weight and bias
+            arguments = ("size", "scale")
 
-            def multiply(self, weight, bias, x1, x2):
-                return F.bilinear(x1, x2, weight, bias)
+            def multiply(self, weight, bias, x):
+                return self.scale * F.linear(x, weight, bias)
 
-        register(nn.Bilinear, MaskedBilinear)
+        register(Scaled, MaskedScaled)
 
     Args:
         mask: bool, of the weight's shape, by keyword, True where a weight survives; None keeps all.
@@ -133,12 +134,6 @@ class MaskedConvTranspose1d(MaskedConvTranspose):
     """nn.ConvTranspose1d over a fixed mask."""
 
     dense_type = nn.ConvTranspose1d
-
-
-class MaskedConvTranspose2d(MaskedConvTranspose):
-    """nn.ConvTranspose2d over a fixed mask."""
-
-    dense_type = nn.ConvTranspose2d
 
 
 class MaskedConvTranspose3d(MaskedConvTranspose):

@@ -5,16 +5,18 @@
     sddmm   gvalues = (gyᵀ x) at the pattern           by the reference
     chain   spmm, ReLU, spmm, ReLU, ..., spmm          the same, from the back
     conv2d  y = relu?(x * W + b)                       the same, over the taps of W
+    conv_transpose2d: y is the gx of conv2d, gx is conv2d
     rows    y = W[ids]                                 gvalues = Σ gy at the rows, of the pattern
 
 x (N, I), y (N, O), values (nnz,), W (O, I) sparse; for conv2d x (N, C, H, W), y (N, O, OH, OW), I the C x taps of a
-filter; for rows ids (N,), y (N, I). Six torch ops carry all of it, `torch.ops.sparselottery.chain`, `conv2d`, `rows`
-and the `_backward` of each: an spmm is a chain of one, an sddmm is its gradient. Second derivatives run on the
-reference.
+filter; for rows ids (N,), y (N, I). Eight torch ops carry all of it, `chain`, `conv2d`, `conv_transpose2d`, `rows` of
+`torch.ops.sparselottery` and the `_backward` of each: an spmm is a chain of one, an sddmm is its gradient. Second
+derivatives run on the reference.
 """
 
 from .common import as_one_module, check_layout, in_torch, takes_block, too_old, unrecorded, untraced
 from .conv import call_conv, compile_conv_plan, conv2d, takes_norm
+from .conv_transpose import conv_transpose2d
 from .embedding import rows
 from .linear import call_chain, chain, compile_plan
 
@@ -27,6 +29,7 @@ __all__ = [
     "compile_conv_plan",
     "compile_plan",
     "conv2d",
+    "conv_transpose2d",
     "in_torch",
     "rows",
     "takes_block",

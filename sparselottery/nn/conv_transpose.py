@@ -1,0 +1,105 @@
+"""MaskedConvTranspose2d: a transposed convolution by the kernels for the gradients of a convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..kernels.reference import Geometry
+from ..pattern import Pattern
+from .base import MaskedLayer
+
+WHY = "there are kernels for single weights of a transposed convolution only"
+
+
+class MaskedConvTranspose2d(MaskedLayer):
+    """nn.ConvTranspose2d over a fixed mask: y is the gradient of the image in the convolution of the same weight.
+
+    Args:
+        mask: bool (in_channels, out_channels / groups, *kernel_size), by keyword, True where a weight survives; None
+            keeps all.
+        all others: as in nn.ConvTranspose2d, and refused as there.
+    """
+
+    dense_type = nn.ConvTranspose2d
+    arguments = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "dilation",
+        "padding_mode",
+    )  # fmt: skip
+    lacks = dict.fromkeys(("block", "compact"), WHY)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        # Refuses what the dense layer does and makes tuples of single numbers.
+        like = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups,
+                                  False, dilation, padding_mode, "meta")  # fmt: skip
+        for name in self.arguments:
+            setattr(self, name, getattr(like, name))
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(f"in_channels, out_channels: expected at least 1, got {in_channels}, {out_channels}")
+        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+            if min(getattr(self, name)) < least:
+                raise ValueError(f"{name}: expected two numbers of at least {least}, got {getattr(self, name)}")
+        top, left = self.padding
+        sides = top, top, left, left
+        self.geometry = Geometry(out_channels, *self.kernel_size, *self.stride, *sides, *self.dilation, groups)
+        self._build(mask, bias, device, dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight: (in_channels, out_channels / groups, *kernel_size)."""
+        return self.in_channels, self.out_channels // self.groups, *self.kernel_size
+
+    @property
+    def biases(self) -> int:
+        return self.out_channels
+
+    def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
+        return ops.compile_conv_plan(pattern, self.geometry, block)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, O, OH, OW), or without N; output_size: as that of the dense layer."""
+        if ops.in_torch(x):
+            return self._in_torch(x, output_size)
+        self.check()
+        ops.check_layout(x)
+        if self._present == "dense":
+            return self.multiply(self._dense_weight(), self.bias, x, output_size)
+        images = x if x.dim() == 4 else x[None]
+        more = self._more(x, output_size)
+        sizes = zip(images.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, more, strict=True)
+        size = [(side - 1) * s - 2 * p + d * (k - 1) + extra + 1 for side, s, p, d, k, extra in sizes]
+        if min(size) < 1 or self.geometry.output_size(*size) != tuple(images.shape[2:]):
+            # Pixels that no convolution of this stride reaches are padded, or the padding cuts off all.
+            return self.multiply(self.pattern.scatter(self.values).view(self.shape), self.bias, x, output_size)
+        indices = self.crow_indices, self.col_indices, self.plan
+        y = ops.conv_transpose2d(images, self.values, self.bias, *indices, self.geometry, size)
+        return y if x.dim() == 4 else y[0]
+
+    def _more(self, x: Tensor, output_size: list[int] | None) -> list[int]:
+        sizes = self.stride, self.padding, self.kernel_size
+        return nn.ConvTranspose2d._output_padding(self, x, output_size, *sizes, 2, self.dilation)
+
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, output_size: Any = None) -> Tensor:
+        more = self._more(x, output_size)
+        return F.conv_transpose2d(x, weight, bias, self.stride, self.padding, more, self.groups, self.dilation)
