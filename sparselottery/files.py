@@ -80,7 +80,12 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, for all to read whom the umask lets; OSError if that is not possible."""
+    """Write a safetensors file, for all to read whom the umask lets; OSError if that is not possible.
+
+    It holds a copy for each name of a tensor that has several.
+    """
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    tensors = {name: each if first[id(each)] == name else each.clone() for name, each in tensors.items()}
     path.touch()
     mode = path.stat().st_mode
     try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers import LAYERS, images
+from safetensors.torch import load_file
 from torch import nn
 
 from sparselottery import (
@@ -15,6 +16,7 @@ from sparselottery import (
     Ticket,
     convert,
     explain,
+    export,
     load_sparse,
     prune,
     register,
@@ -225,6 +227,34 @@ def test_scattered_layers_take_what_torch_takes():
         converted[0].execution = "sparse"
     with pytest.raises(ValueError, match="Only"):
         type(converted[0])(4, 4, 3, padding_mode="circular")
+
+
+class Several(nn.Module):
+    """Three uses of one weight, and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.attention = nn.Embedding(7, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head, self.other = nn.Linear(8, 7, bias=False), nn.Linear(8, 7, bias=False)
+        self.head.weight = self.other.weight = self.embedding.weight
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        x = self.attention(x, x, x)[0]
+        return self.head(x) + self.other(x)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npz", "torch-csr", "dense", "pt2"])
+def test_exports(tmp_path, format):
+    model, ids = Several().eval(), torch.tensor([[1, 5, 2], [0, 6, 3]])
+    converted = convert(model, prune(model, 0.6))
+    export(converted, tmp_path / "net", format=format, example_input=ids)
+    if format == "safetensors":
+        torch.testing.assert_close(load_sparse(tmp_path / "net", model)(ids), to_dense(converted)(ids))
+    if format == "dense":
+        other = Several().eval()
+        other.load_state_dict(load_file(tmp_path / "net"))
+        torch.testing.assert_close(other(ids), to_dense(converted)(ids))
 
 
 class Scaled(nn.Module):

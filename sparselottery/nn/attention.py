@@ -127,7 +127,7 @@ class MaskedMultiheadAttention(OpenedModule, nn.MultiheadAttention):
 
     def _bias(self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, added: int) -> Tensor | None:
         """What is added to scores (N, H, L, S): both masks, none of them for sources that were added; None for none."""
-        n = len(q)
+        n = q.shape[0]
         mask = _additive("attn_mask", attn_mask, q.dtype)
         if mask is not None and mask.dim() == 3:
             mask = mask.view(n, self.num_heads, *mask.shape[1:])
