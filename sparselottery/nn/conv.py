@@ -53,7 +53,7 @@ class MaskedConvolution(MaskedLayer):
             setattr(self, name, getattr(like, name))
         if min(in_channels, out_channels) < 1:
             raise ValueError(f"in_channels, out_channels: expected at least 1, got {in_channels}, {out_channels}")
-        dimensions = like.weight.dim() - 2
+        dimensions = 1 if issubclass(self.dense_type, nn.Conv1d) else 2  # a weight may have those of its kernel_size
         for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
             sizes = getattr(self, name)
             if not isinstance(sizes, str) and (len(sizes) != dimensions or min(sizes) < least):
