@@ -32,29 +32,35 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 class Trainer:
-    """Steps of one new optimiser on the mean cross-entropy of relu-connected layers; values and biases change in place.
+    """Steps of one optimiser on the mean cross-entropy of relu-connected layers; values and biases change in place.
 
     rule: "adam" with constants (beta1, beta2, eps, weight decay), as torch.optim.Adam, or "sgd" with (momentum, weight
     decay), as torch.optim.SGD. All tensors have one dtype, float32 or float64, and are contiguous; patterns are valid.
     Results do not depend on the number of threads, which is torch's when the trainer is made.
+    moments: of an optimiser that has done `steps` steps, two of the values and two of the bias for each layer, which
+    change in place, too; None: it is a new one. The second ones of "sgd" are None.
     """
 
-    def __init__(self, layers: Sequence[Layer], rule: str, constants: Sequence[float]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        rule: str,
+        constants: Sequence[float],
+        moments: Sequence[Sequence[Tensor | None]] | None = None,
+        steps: int = 0,
+    ) -> None:
         self._dtype, self._features = layers[0].values.dtype, layers[0].in_features
         self._classes = len(layers[-1].crow_indices) - 1
-        self._threads, self._rule, self._steps = torch.get_num_threads(), _RULES.index(rule), 0
+        self._threads, self._rule, self._steps = torch.get_num_threads(), _RULES.index(rule), steps
         self._constants = torch.tensor(constants, dtype=torch.float64, device="cpu")
-        self._kept = [self._tensors(layer) for layer in layers]
+        moments = map(_zeros, layers) if moments is None else moments
+        self._kept = [self._tensors(*each) for each in zip(layers, moments, strict=True)]
         self._words = [0 if tensor is None else tensor.data_ptr() for tensors in self._kept for tensor in tensors]
 
-    def _tensors(self, layer: Layer) -> list[Tensor | None]:
+    def _tensors(self, layer: Layer, moments: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The fields of TrainedLayer in csrc/train.cpp."""
         strips = [self._strip(rows) for rows in (len(layer.crow_indices) - 1, layer.in_features)]
         plan = cpu.plan(layer.crow_indices, layer.col_indices, layer.in_features, strips=strips)
-        moments = [
-            None if parameter is None else torch.zeros_like(parameter)
-            for parameter in (layer.values, layer.values, layer.bias, layer.bias)
-        ]
         return [plan, layer.values, *moments[:2], layer.bias, *moments[2:]]
 
     def _strip(self, rows: int) -> int:
@@ -83,6 +89,11 @@ class Trainer:
         if order.numel():
             native.LIBRARY.train([*sizes, *data, *rule, *self._words])
         self._steps += len(order)
+
+
+def _zeros(layer: Layer) -> list[Tensor | None]:
+    tensors = layer.values, layer.values, layer.bias, layer.bias
+    return [None if each is None else torch.zeros_like(each) for each in tensors]
 
 
 def _check(name: str, index: Tensor, size: int) -> None:

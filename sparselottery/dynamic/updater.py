@@ -136,9 +136,27 @@ class MaskUpdater:
         self._update(start=True)
         self._look_ahead()
 
-    def step(self) -> bool:
-        """Count a step of the optimiser, and update the masks if it is time; returns whether it was."""
-        self.steps += 1
+    @property
+    def unwatched(self) -> int | None:
+        """How many of the next steps need no gradient, up to and with the first one that moves masks; None: all.
+
+        Somebody who takes them otherwise than by autograd counts them at once.
+        """
+        update = self.steps + 1 if self._late else self._next_update()
+        if update is None:
+            return None
+        if self._score is not magnitude:  # it may ask for the gradient of the values
+            return update - self.steps - 1
+        return 0 if self._watch.on else update - self.steps - (self._window if self._wants(update) else 0)
+
+    def step(self, count: int = 1) -> bool:
+        """Count a step of the optimiser, and update the masks if it is time; returns whether it was.
+
+        count: of steps, as many as are `unwatched` at most. Raises ValueError for more.
+        """
+        if count != 1 and not 1 <= count <= (count if self.unwatched is None else self.unwatched):
+            raise ValueError(f"count: expected 1 step, or at most {self.unwatched} that are unwatched, got {count}")
+        self.steps += count
         if self._watched is not None:
             self._sum_up()
         updated = (self._late or self._due(self.steps)) and self._update()
@@ -248,10 +266,9 @@ class MaskUpdater:
     def _look_ahead(self) -> None:
         """Catch gradients in the next step if an update wants them."""
         update = self.steps + 1 if self._late else self._next_update()
-        wanted = self._window and update is not None and update - self.steps <= self._window
-        plan = self._plan(update) if wanted else []
-        comes = [come if stay + come < pool.total else 0 for (stay, come), pool in zip(plan, self._pools, strict=False)]
-        if not any(comes):
+        near = update is not None and update - self.steps <= self._window
+        comes = self._wants(update) if near else []
+        if not comes:
             self._watch.stop()
             return
         self._watch.start()
@@ -259,6 +276,12 @@ class MaskUpdater:
             pools = list(zip(self._pools, comes, strict=True))
             self._watched = [self._draw(pool, pool.places(), come) for pool, come in pools]
             self._momentum = [places.new_zeros(len(places), dtype=torch.float32) for places in self._watched]
+
+    def _wants(self, update: int) -> list[int]:
+        """Of each pool how many weights come by their gradient at this update; [] if nobody asks for one."""
+        plan = zip(self._plan(update), self._pools, strict=True) if self._window else ()
+        comes = [come if stay + come < pool.total else 0 for (stay, come), pool in plan]
+        return comes if any(comes) else []
 
     def _next_update(self) -> int | None:
         update = (self.steps // self.every + 1) * self.every

@@ -14,7 +14,7 @@ from ..convert import masked_layers
 if TYPE_CHECKING:
     from .settings import Settings
 
-UPDATES = 500  # of a training, at most: every 100 iterations of the paper's 50,000
+EVERY, UPDATES = 100, 50  # iterations from one update to the next, as RigL has them, and fewer where they would be few
 
 # Each is given model, optimiser, the density of the end, the iterations of the training, and what all take.
 METHODS: dict[str, Callable[..., dynamic.MaskUpdater]] = {
@@ -37,7 +37,7 @@ def updater(
     sizes = {name: layer.mask.numel() for name, layer in masked_layers(model).items()}
     density = sum(densities[name] * size for name, size in sizes.items()) / sum(sizes.values())
     how = {"distribution": dynamic.toward(densities), "seed": settings.seed}
-    how["every"] = max(1, settings.iterations // UPDATES)
+    how["every"] = max(1, min(EVERY, settings.iterations // UPDATES))
     return METHODS[settings.method](model, optimizer, density, settings.iterations, **how)
 
 

@@ -6,21 +6,29 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..kernels import cpu_train
 from ..nn import NATIVE, MaskedLinear, MaskedSequential
 from ..nn.fuse import Group, Rules, groups, is_observed
 
 ADAM = 0.9, 0.999, 1e-8  # beta1, beta2, eps: torch's defaults
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}  # torch's names of what both kinds keep
 
 
 def native_trainer(
-    model: nn.Module, x: Tensor, optimizer: str = "adam", weight_decay: float = 0.0, momentum: float = 0.9
+    model: nn.Module,
+    x: Tensor,
+    optimizer: str = "adam",
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    begun: Optimizer | None = None,
 ) -> cpu_train.Trainer | None:
     """What trains ``model`` in place on images like ``x`` (any, I) in place of autograd; None where it cannot.
 
     It can if the model is a MaskedSequential of MaskedLinear, ReLU, ..., MaskedLinear, all parameters are trained, and
-    there are neither hooks nor executions set to a dense one. ``optimizer``, "adam" or "sgd", is a new one.
+    there are neither hooks nor executions set to a dense one. ``optimizer``, "adam" or "sgd", is a new one, or shares
+    the state of one that has ``begun``, torch's of that kind: `count_steps` tells it of the steps.
     """
     layers = _layers(model)
     constants = {"adam": (*ADAM, weight_decay), "sgd": (momentum, weight_decay)}
@@ -38,7 +46,31 @@ def native_trainer(
     )
     if not runs:
         return None
-    return cpu_train.Trainer([_raw(layer) for layer in layers], optimizer, constants[optimizer])
+    chain, rule = [_raw(layer) for layer in layers], (optimizer, constants[optimizer])
+    if begun is None:
+        return cpu_train.Trainer(chain, *rule)
+    moments = [_moments(begun, layer.values, optimizer) + _moments(begun, layer.bias, optimizer) for layer in layers]
+    return cpu_train.Trainer(chain, *rule, moments, int(begun.state[layers[0].values].get("step", 0)))
+
+
+def count_steps(optimizer: Optimizer, steps: int) -> None:
+    """After native steps that share the state of an optimiser."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] += steps
+
+
+def _moments(optimizer: Optimizer, parameter: nn.Parameter | None, kind: str) -> list[Tensor | None]:
+    """Two, those of a step to come if there was none."""
+    if parameter is None:
+        return [None, None]
+    state = optimizer.state[parameter]
+    if kind == "adam" and "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+    for name in MOMENTS[kind]:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(parameter)
+    return [*(state[name] for name in MOMENTS[kind]), None][:2]
 
 
 def _layers(model: nn.Module) -> list[MaskedLinear]:

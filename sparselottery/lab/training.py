@@ -24,6 +24,7 @@ from .analyses import early_stop
 from .augment import flip_and_crop, random_moves
 from .data import Dataset
 from .graph import GraphedStep
+from .moving import MovingTrainer
 from .native import native_trainer
 from .pause import Pause, Paused, Training
 
@@ -170,10 +171,14 @@ class Runner:
         batch, seed, start, augment, _ = drawn
         self._data = data.train_x, data.train_y
         self._moves = follows is not None
-        self._trainer = None if augment or self._moves else native_trainer(model, data.train_x, *how[1:])
+        self._trainer = None if augment else native_trainer(model, data.train_x, *how[1:])
+        if self._trainer is None or self._moves:
+            self._step = stepper(model, *how, follows)
         if self._trainer is None:
-            self._step, self._stream = stepper(model, *how, follows), batches(*self._data, *drawn)
+            self._stream = batches(*self._data, *drawn)
         else:
+            if self._moves:
+                self._trainer = MovingTrainer(model, self._step, how[1:])
             self._orders = (order for order, _ in islice(_draws(len(data.train_x), batch, seed), start, None))
 
     @property
@@ -212,7 +217,7 @@ def stepper(
         chosen = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     else:
         raise ValueError(f"optimizer: expected adam or sgd, got {optimizer!r}")
-    step = Step(model, parameters, chosen, lr, None if follows is None else follows(chosen).step)
+    step = Step(model, parameters, chosen, lr, None if follows is None else follows(chosen))
     return GraphedStep(step, parameters[0].device, lr) if graphed else step
 
 
@@ -225,10 +230,10 @@ class Step:
         parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         lr: float,
-        then: Callable[[], object] | None = None,
+        moves: MaskUpdater | None = None,
     ) -> None:
         self._model, self._parameters, self._lr, self.optimizer = model, parameters, lr, optimizer
-        self._then = then
+        self.moves = moves
 
     def __call__(self, x: Tensor, y: Tensor, lr: float | Tensor | None = None) -> None:
         for parameter in self._parameters:  # zero_grad without its 5 us of profiling hooks
@@ -236,8 +241,8 @@ class Step:
         F.cross_entropy(self._model(x), y).backward()
         self.optimizer.param_groups[0]["lr"] = self._lr if lr is None else lr
         self.optimizer.step()
-        if self._then is not None:
-            self._then()
+        if self.moves is not None:
+            self.moves.step()
 
 
 def _on_gpu(parameters: Sequence[nn.Parameter]) -> bool:
