@@ -25,6 +25,11 @@ def lowest(scores: Tensor, k: int) -> Tensor:
 
 def _lowest(scores: np.ndarray, k: int) -> np.ndarray:
     """As `lowest`, in one pass: the k-th is looked for only between two scores that a sample puts around it."""
+    if len(scores) <= SAMPLE:
+        threshold = np.partition(scores, k - 1)[k - 1]
+        chosen = scores < threshold
+        chosen[np.flatnonzero(scores == threshold)[: k - np.count_nonzero(chosen)]] = True
+        return chosen
     sample = np.sort(scores[:: -(-len(scores) // SAMPLE)])
     rank, margin = k / len(scores) * len(sample), 4 * len(sample) ** 0.5  # eight standard deviations or more
     low = sample[int(rank - margin)] if rank >= margin else -np.inf

@@ -200,6 +200,10 @@ class Pattern:
 
     def positions(self) -> Tensor:
         """Of each value in the matrix when flattened: int64 (nnz,)."""
+        if divisible(*self.indices):
+            starts = np.arange(0, self.shape[0] * self.shape[1], self.shape[1]) if self.shape[1] else 0
+            of_rows = np.repeat(starts, np.diff(self.crow_indices.numpy()))
+            return torch.from_numpy(of_rows.astype(np.int64, copy=False)).add_(self.col_indices)
         return self.row_indices().mul_(self.shape[1]).add_(self.col_indices)
 
     def indices_in(self, other: Pattern) -> Tensor:

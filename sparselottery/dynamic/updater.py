@@ -15,7 +15,7 @@ from .. import ranks
 from ..convert import masked_layers
 from ..moves import set_masks
 from ..nn import MaskedLayer
-from .choices import Pool, at_random, by_gradient, gradients_at, highest, kept, merged
+from .choices import Pool, at_random, by_gradient, finite, gradients_at, highest, kept, merged
 from .distributions import DISTRIBUTIONS, Distribution
 from .gradients import Watch
 from .schedules import Schedule, constant
@@ -246,7 +246,7 @@ class MaskUpdater:
         else:
             free = ~torch.isin(self._watched[number], places)
             drawn, scores = self._watched[number][free], self._momentum[number][free].abs()
-        if not bool(scores.isfinite().all()):
+        if not finite(scores):
             return None
         grown = drawn[highest(scores, min(come, len(drawn)))]
         rest = come - len(grown)
