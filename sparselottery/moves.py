@@ -74,7 +74,8 @@ def set_masks(
 
     A backward through calls before this one raises RuntimeError, and CUDA graphs have to be captured anew. An average
     of the model (`AveragedModel`) is a model of its own: give it the same masks. DistributedDataParallel goes on where
-    all processes give the same masks at the same time; its buckets are made anew if the number of survivors changes.
+    all processes give the same masks at the same time; its buckets are made anew if the number of survivors changes,
+    and its communication hooks go on, unless they have a state.
     Raises ValueError if a name is not that of a masked layer's weight, a mask does not fit, layers that share their
     values would differ, an optimiser has state of a layer and is not given, or is given and has no parameter of the
     model or state of another kind; TypeError if a mask is not boolean or an optimiser is none.
@@ -89,7 +90,7 @@ def set_masks(
         data = {values: move(values, fill) for values, move in moves.items()}
         reducers = _reducers({values for values, after in data.items() if after.shape != values.shape})
         for reducer, state in reducers:  # undone in the opposite order
-            undo.callback(reducer.__setstate__, state)
+            undo.callback(_renew, reducer, state)
         for values in moves:
             undo.callback(_exchange, values, values.data, values.grad)
             _exchange(values, data[values], grads.get(values))
@@ -100,7 +101,7 @@ def set_masks(
             undo.callback(_restore, layer, dict(vars(layer)), dict(layer._buffers))
             layer.take(moves[layer.values].after)
         for reducer, state in reducers:
-            reducer.__setstate__(state)
+            _renew(reducer, state)
         undo.pop_all()
 
 
@@ -231,6 +232,17 @@ def _reducers(resized: set[nn.Parameter]) -> list[tuple[DistributedDataParallel,
         return []
     found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     found = [each for each in found if not resized.isdisjoint(each.parameters())]
-    if any(each._comm_hooks for each in found):
-        raise ValueError("model: expected a DistributedDataParallel without hooks where nnz changes, got one with them")
+    states = [state for each in found for _, state in each._comm_hooks]
+    if strange := [state for state in states if not isinstance(state, distributed.ProcessGroup | None)]:
+        got = type(strange[0]).__name__  # as PowerSGD's, which is of the size of the buckets
+        raise ValueError(
+            f"model: expected a DistributedDataParallel whose hooks have no state where nnz changes, got {got}"
+        )
     return [(each, each.__getstate__()) for each in found]  # refuses a group of its own
+
+
+def _renew(module: DistributedDataParallel, state: dict[str, Any]) -> None:
+    """Another reducer, with the hooks of the last one."""
+    module.__setstate__(state)
+    for hook, of_hook in module._comm_hooks:
+        distributed._register_comm_hook(module.reducer, of_hook, hook)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 
-from sparselottery import prune, ranks
+from sparselottery import dynamic, prune, ranks
 from sparselottery.cli import main
 from sparselottery.convert import convert, dense_state, to_dense
 from sparselottery.lab import distributed
@@ -70,6 +70,11 @@ CASES = {
     "without survivors": (without_survivors, (12,), HOW),
     "batchnorm": (resnet, (2, 8, 8), {**HOW, "augment": True}),
 }
+MOVING = {
+    "gmp": lambda m, o: dynamic.gmp(m, o, 0.3, end=20, every=4),
+    "rigl": lambda m, o: dynamic.rigl(m, o, 0.3, end=20, every=4),
+}
+CASES |= {name: (partial(lenet, 1.0), (12,), {**HOW, "moves": moves}) for name, moves in MOVING.items()}
 
 
 def on_clouds(model) -> dict:
@@ -124,7 +129,7 @@ def test_all_processes_end_with_the_same_net(trained, name):
         assert torch.equal(tensor, others[key]), key
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd", "whole"])
+@pytest.mark.parametrize("name", ["adam", "sgd", "whole", *MOVING])
 def test_it_is_the_net_of_one_process(trained, name):
     make, shape, how = CASES[name]
     model = make()
@@ -140,7 +145,7 @@ def test_it_is_the_net_of_one_process(trained, name):
     assert "allreduce_bytes" not in alone
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in MOVING])
 def test_the_bytes_of_a_step_are_those_of_the_survivors_and_biases(trained, name):
     torch.manual_seed(0)
     model, (record, _) = CASES[name][0](), outcome(trained, name)
@@ -148,6 +153,18 @@ def test_the_bytes_of_a_step_are_those_of_the_survivors_and_biases(trained, name
     dense = 4 * sum(parameter.numel() for parameter in to_dense(model).parameters())
     assert record["dense_allreduce_bytes"] == dense
     assert (record["allreduce_bytes"] < dense) == (name != "whole")
+
+
+def test_fewer_bytes_are_sent_as_masks_are_pruned(trained):
+    _, weights = outcome(trained, "gmp")
+    whole = 4 * sum(tensor.numel() for tensor in weights.values())
+    for name in MOVING:
+        assert outcome(trained, name)[0]["allreduce_bytes"] < 0.8 * whole
+        assert outcome(trained, name)[0]["dense_allreduce_bytes"] == whole
+        survivors = sum(
+            int(tensor.count_nonzero()) for tensor in outcome(trained, name)[1].values() if tensor.dim() > 1
+        )
+        assert survivors <= sum(round(0.3 * tensor.numel()) for tensor in weights.values() if tensor.dim() > 1) + 1
 
 
 def test_batchnorm_statistics_are_learnt_from_all_images(trained):

@@ -238,8 +238,14 @@ def test_data_parallel_goes_on(masks, tmp_path):
         replica.register_comm_hook(None, lambda _, bucket: sent.append(bucket.buffer().numel()) or done(bucket))
         train(replica, optimizer, 2)
         assert sum(sent) == 2 * sum(parameter.numel() for parameter in model.parameters())
-        with pytest.raises(ValueError, match="DistributedDataParallel without hooks where nnz changes"):
-            set_masks(model, random_masks(7), optimizer)
+        for number in range(2):
+            sent.clear()
+            set_masks(model, random_masks(7 + number), optimizer)
+            train(replica, optimizer, 2)
+            assert sum(sent) == 2 * sum(parameter.numel() for parameter in model.parameters())
+        replica._comm_hooks[0] = replica._comm_hooks[0][0], {"errors": torch.zeros(3)}
+        with pytest.raises(ValueError, match="whose hooks have no state where nnz changes, got dict"):
+            set_masks(model, random_masks(2), optimizer)
         set_masks(model, {name: mask.roll(1) for name, mask in masks_of(model).items()}, optimizer)
     finally:
         distributed.destroy_process_group()

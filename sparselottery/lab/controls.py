@@ -17,7 +17,7 @@ from ..convert import dense_state
 from ..masks import Masks, Pool, Score, granularities, pools, prune_pools, rearrange, to_counts
 from ..scores import at_random, by_magnitude, by_score
 from ..ticket import Ticket
-from . import at_init
+from . import at_init, permuted
 
 MASK_ONLY = "mask_only"  # in the recipe of a round whose trained weights were not kept: it has those of theta
 
@@ -34,6 +34,8 @@ class Round(NamedTuple):
     images: Tensor  # (N, *shape), a batch of the training data, on the device of the net
     labels: Tensor  # (N,) int64
     pruning: Mapping[str, Any]  # how the ladder prunes: keyword arguments of `prune`
+    fit: Callable[[nn.Module, int | None], object]  # trains a net of its own as the ladder does, to a step or the last
+    rewind_step: int = 0
 
 
 class Control(NamedTuple):
@@ -98,6 +100,19 @@ def _noise(sigmas: float, of: Round, generator: torch.Generator) -> Ticket:
         weight = weights[name]
         weights[name] = weight + sigmas * weight[start].std() * torch.randn(weight.shape, generator=generator)
     return _ticket(of, weights)
+
+
+def _permuted(of: Round, generator: torch.Generator) -> Ticket:
+    """The other net is trained once, dense, so that its units can be matched with those of round 0."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    start, trained, first = (reinit(of.factory, seed) for _ in range(3))
+    if of.rewind_step:
+        of.fit(start, of.rewind_step)
+    weights = dense_state(start)
+    of.fit(trained, None)
+    first.load_state_dict(_trained(of.dense))
+    orders = permuted.matched(trained, first, of.images)
+    return _ticket(of, weights, permuted.carried(of.masks, orders, trained))
 
 
 def _rearranged(of: Round, generator: torch.Generator) -> Ticket:
@@ -170,6 +185,11 @@ CONTROLS: dict[str, Control] = {
     "rearranged": Control(_rearranged, "the mask rearranged within each layer (App. E)", random=True),
     "signs": Control(
         _signs, "the ticket's mask and signs, other magnitudes (Zhou et al. 2019, arXiv 1905.01067)", random=True
+    ),
+    "permuted": Control(
+        _permuted,
+        "other initial weights, the mask in the order of their units (arXiv 2505.05143); trains that net first",
+        random=True,
     ),
     "survivors": Control(
         _survivors, "initial weights drawn from those of the layer's survivors (App. F.3)", random=True

@@ -131,6 +131,8 @@ def compare(
         images=data.train_x[:SCORED_IMAGES],
         labels=data.train_y[:SCORED_IMAGES],
         pruning=pruning(settings, _net(settings, data)),
+        fit=lambda net, stop: train(net, data, **_recipe(settings), stop=stop),
+        rewind_step=settings.rewind_step,
     )
     with random_state_kept(), deterministic(settings.device):
         began = perf_counter()
