@@ -50,6 +50,8 @@ class Gpt(nn.Module):
     def __init__(self, layers: int = LAYERS, width: int = WIDTH, heads: int = HEADS, context: int = CONTEXT) -> None:
         super().__init__()
         self.characters, self.places = nn.Embedding(len(CHARACTERS), width), nn.Embedding(context, width)
+        for embedding in (self.characters, self.places):
+            nn.init.normal_(embedding.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CHARACTERS))
 

@@ -60,7 +60,7 @@ def test_units_in_another_order_are_found_and_the_mask_does_the_same(factory, sh
 
 
 def test_layers_without_a_mask_and_nets_with_branches():
-    factory, shape = NETS["lenet"]
+    factory, _ = NETS["lenet"]
     net, orders = reinit(factory, 0), {"fc1.weight": torch.arange(15, -1, -1)}
     ((name, mask),) = list(prune(net, 0.5).items())[1:2]
     carried = permuted.carried({name: mask}, orders, net)

@@ -57,6 +57,7 @@ STYLES = {
     "rearranged": Style("rearranged mask", "#b07d00", "D"),
     "one-shot": Style("one-shot", "#007a5a", "^"),
     "signs": Style("signs alone", "#cf4a0a", "P", "--"),
+    "permuted": Style("permuted mask", "#b07d00", "s", "--"),
     "survivors": Style("survivors' values", "#a8408a", "v"),
     "noise-0.5": Style("noise 0.5 sigma", "#a3263f", "P", "-"),
     "noise-1": Style("noise 1 sigma", "#a3263f", "P", "--"),
