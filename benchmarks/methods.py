@@ -185,7 +185,8 @@ def main() -> None:
     if args.what == "time":
         time_all(args.net, args.runs)
     found, told = rows(args.net, args.runs)
-    results.write(args.out / f"methods-{args.net}.csv", found, head=results.header() | told)
+    if found:
+        results.write(args.out / f"methods-{args.net}.csv", found, head=results.header() | told)
 
 
 if __name__ == "__main__":
