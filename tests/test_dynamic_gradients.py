@@ -40,7 +40,7 @@ def test_strips_and_chosen_ones_are_parts_of_the_dense_gradient(kind, strip, mon
     layer = convert(nn.Sequential(dense), {"0.weight": mask})[0]
     with torch.no_grad():
         dense.weight.mul_(mask)
-    watch = Watch({"weight": [layer]})
+    watch = Watch({"weight": [layer]}, {"weight": 1})
     watch.start()
     for number in range(2):  # as in gradients accumulated over two backwards
         x = torch.randn(shape, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_strips_and_chosen_ones_are_parts_of_the_dense_gradient(kind, strip, mon
 
 def test_nothing_is_hooked_or_held_after_a_stop():
     layer = convert(nn.Sequential(nn.Linear(3, 2)), {"0.weight": torch.ones(2, 3).bool()})[0]
-    watch = Watch({"weight": [layer]})
+    watch = Watch({"weight": [layer]}, {"weight": 1})
     watch.start()
     layer(torch.ones(1, 3)).sum().backward()
     assert len(layer._forward_hooks) == 1
@@ -76,7 +76,7 @@ def test_layers_that_share_values_are_summed():
     mask = torch.eye(3, dtype=torch.bool)
     one, two = (convert(nn.Sequential(nn.Linear(3, 3).double()), {"0.weight": mask})[0] for _ in range(2))
     two.values = one.values
-    watch = Watch({"weight": [one, two]})
+    watch = Watch({"weight": [one, two]}, {"weight": 1})
     watch.start()
     two(one(torch.arange(6.0, dtype=torch.float64).view(2, 3))).square().sum().backward()
     torch.testing.assert_close(watch.at("weight", one.pattern), one.values.grad)

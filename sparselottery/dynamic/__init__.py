@@ -14,9 +14,10 @@ a rule for what is dropped and grown (`updater`). No dense gradient of the net i
 """
 
 from .distributions import erk, toward, uniform
+from .drops import magnitude, saliency
 from .methods import dsd, gmp, iht, rigl, set_training, single_cycle, topk
 from .schedules import alternating, constant, cosine, cubic, exponential, linear, phases
-from .updater import MaskUpdater, magnitude, saliency
+from .updater import MaskUpdater
 
 __all__ = [
     "MaskUpdater",

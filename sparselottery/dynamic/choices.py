@@ -1,4 +1,4 @@
-"""Which weights go and which come, in a pool of layers: places in it are int64, as if its weights lay end to end."""
+"""Which weights or blocks go and which come, in a pool of layers: places in it are int64 (`pools`)."""
 
 from __future__ import annotations
 
@@ -11,42 +11,8 @@ from torch import Tensor
 
 from ..masks import lowest
 from ..nn import MaskedLayer
-from ..pattern import Pattern, matrix_shape
 from .gradients import Watch
-
-
-class Pool:
-    """Layers whose weights compete, by name. `begins` says where the places of each begin, and last where they end."""
-
-    def __init__(self, layers: dict[str, MaskedLayer]) -> None:
-        self.layers = layers
-        self.begins = [0]
-        for layer in layers.values():
-            self.begins.append(self.begins[-1] + math.prod(layer.shape))
-
-    @property
-    def total(self) -> int:
-        return self.begins[-1]
-
-    @property
-    def nnz(self) -> int:
-        return sum(layer.nnz for layer in self.layers.values())
-
-    def places(self) -> Tensor:
-        """Of all weights that survive, ascending."""
-        return torch.cat([
-            layer.pattern.positions() + begin for layer, begin in zip(self.layers.values(), self.begins, strict=False)
-        ])  # fmt: skip
-
-    def patterns(self, places: Tensor) -> dict[str, Pattern]:
-        """Of each layer, given the ascending places of all."""
-        bounds = torch.searchsorted(places, torch.tensor(self.begins, dtype=torch.int64, device=places.device)).tolist()
-        return {
-            name: Pattern.from_positions(places[start:stop] - begin, matrix_shape(layer.shape))
-            for (name, layer), begin, start, stop in zip(
-                self.layers.items(), self.begins, bounds, bounds[1:], strict=False
-            )
-        }
+from .pools import Pool
 
 
 def highest(scores: Tensor, k: int) -> Tensor:
@@ -56,15 +22,16 @@ def highest(scores: Tensor, k: int) -> Tensor:
 
 def kept(pool: Pool, k: int, score: Callable[[str, MaskedLayer], Tensor]) -> Tensor | None:
     """The places of the k survivors with the highest scores; None if a score is not finite."""
-    places = pool.places()
+    of_values = pool.of_values()
+    places = pool.distinct(of_values)
     if k == len(places):
         return places
     scores = torch.cat([score(name, layer) for name, layer in pool.layers.items()])
-    if scores.shape != places.shape:
-        raise ValueError(f"drop: expected a score for each of {len(places)} weights, got {tuple(scores.shape)}")
+    if scores.shape != of_values.shape:
+        raise ValueError(f"drop: expected a score for each of {len(of_values)} weights, got {tuple(scores.shape)}")
     if not finite(scores):
         return None
-    return places[~lowest(scores, len(places) - k)]
+    return places[~lowest(pool.means(scores, of_values, places), len(places) - k)]
 
 
 def at_random(pool: Pool, without: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -99,10 +66,11 @@ def by_gradient(pool: Pool, without: Tensor, k: int, watch: Watch) -> Tensor | N
     best, places, worst = without.new_empty(0, dtype=torch.float64), without.new_empty(0), -1.0
     for name, begin in zip(pool.layers, pool.begins, strict=False):
         for start, strip in watch.strips(name):
-            start += begin
             scores = strip.abs_()
             if not finite(scores):
                 return None
+            start, scores = pool.of_strip(name, start, scores)
+            start += begin
             first, last = torch.searchsorted(
                 without, torch.tensor([start, start + len(scores)], dtype=torch.int64, device=without.device)
             )
@@ -118,8 +86,12 @@ def by_gradient(pool: Pool, without: Tensor, k: int, watch: Watch) -> Tensor | N
 
 
 def gradients_at(pool: Pool, places: Tensor, watch: Watch) -> Tensor:
-    """Of the weights at ascending places: (n,)."""
-    return torch.cat([watch.at(name, pattern) for name, pattern in pool.patterns(places).items()])
+    """Of the weights at ascending places: (n,). Of blocks the means of their absolute values."""
+    patterns = pool.patterns(places)
+    gradients = torch.cat([watch.at(name, pattern) for name, pattern in patterns.items()])
+    if pool.block == (1, 1):
+        return gradients
+    return pool.means(gradients.abs_(), pool.of_weights(patterns), places)
 
 
 def merged(one: Tensor, other: Tensor) -> Tensor:

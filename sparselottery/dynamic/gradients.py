@@ -8,6 +8,7 @@ more, and no gradient of a whole dense weight is ever held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -24,12 +25,13 @@ STRIP = 2**20  # weights of a strip
 class Watch:
     """What layers read and the gradients of what they gave, kept between `start` and `stop`. Nothing else is hooked.
 
+    rows: by name, of which strips have multiples, but for the last one.
     layers: by name, those that share the weight of that name. Gradients are sums over all calls of all of them, and
     over all processes.
     """
 
-    def __init__(self, layers: Mapping[str, Sequence[MaskedLayer]]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, Sequence[MaskedLayer]], rows: Mapping[str, int]) -> None:
+        self._layers, self._rows = layers, rows
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._caught: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -69,7 +71,7 @@ class Watch:
         """Of a weight the gradient, flattened: where each strip begins in it, and the strip."""
         layer = self._layers[name][0]
         pairs, columns = self._pairs(name), matrix_shape(layer.shape)[1]
-        for start, stop in _strips(layer):
+        for start, stop in _strips(layer, self._rows[name]):
             strip = layer.values.new_zeros(stop - start, *layer.shape[1:])
             for x, gy in pairs:
                 strip += _strip(layer, x, gy, slice(start, stop))
@@ -102,10 +104,10 @@ def _prepared(layer: MaskedLayer, x: Tensor, gy: Tensor) -> tuple[Tensor, Tensor
     return F.pad(x, (sides.left, sides.right, sides.top, sides.bottom)), gy
 
 
-def _strips(layer: MaskedLayer) -> Iterator[tuple[int, int]]:
-    """Rows from, to. Of a convolution in groups, the rows of whole groups."""
+def _strips(layer: MaskedLayer, multiple: int) -> Iterator[tuple[int, int]]:
+    """Rows from, to, those of whole blocks. Of a convolution in groups, the rows of whole groups."""
     rows, columns = matrix_shape(layer.shape)
-    unit = rows // layer.groups if layer.groups > 1 else 1
+    unit = math.lcm(multiple, rows // layer.groups if layer.groups > 1 else 1)
     step = max(unit, STRIP // max(columns, 1) // unit * unit)
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 

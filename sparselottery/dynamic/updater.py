@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,34 +13,19 @@ from torch.optim import Optimizer
 
 from .. import ranks
 from ..convert import masked_layers
+from ..masks import Granularity, granularities
 from ..moves import set_masks
+from ..n_of_m import NofM
 from ..nn import MaskedLayer
-from .choices import Pool, at_random, by_gradient, finite, gradients_at, highest, kept, merged
+from .choices import at_random, by_gradient, finite, gradients_at, highest, kept, merged
 from .distributions import DISTRIBUTIONS, Distribution
+from .drops import DROP, Score, magnitude
 from .gradients import Watch
+from .pools import Pool
 from .schedules import Schedule, constant
 
-Score = Callable[[str, MaskedLayer], Tensor]
 GROWTH = ("random", "gradient", "momentum")
 DECAY = 0.9  # of the gradients that "momentum" sums up
-
-
-def magnitude(name: str, layer: MaskedLayer) -> Tensor:
-    """|w| of the survivors: (nnz,)."""
-    return layer.values.detach().abs()
-
-
-def saliency(name: str, layer: MaskedLayer) -> Tensor:
-    """|w g|: how much the loss changes without the weight, to first order (Molchanov et al. 2017; SNIP's score).
-
-    Raises ValueError for a layer without gradients: those of the step must be there still.
-    """
-    if layer.values.grad is None:
-        raise ValueError(f"drop: expected {name} to have a gradient after the optimiser's step, got None")
-    return (layer.values.detach() * layer.values.grad).abs()
-
-
-DROP: dict[str, Score] = {"magnitude": magnitude, "saliency": saliency}
 
 
 class MaskUpdater:
@@ -72,6 +57,8 @@ class MaskUpdater:
             last `window` steps summed up with a decay of 0.9. Where all that is pruned grows, nobody is asked.
         candidates: how many places are drawn for each weight that is to grow by gradient, which alone are scored. None:
             all are, a strip of rows after another. "momentum" takes 10 for None.
+        granularity: (rows, columns) of blocks that go and come whole, by the means of their scores, or by layer as in
+            `prune`. Densities are then shares of the blocks. With "global" all layers have the same; not "momentum".
         ignore: names or fnmatch patterns of layers that keep their masks.
         seed: of all that is drawn, the same for all processes.
 
@@ -96,6 +83,7 @@ class MaskUpdater:
         grow: str = "random",
         candidates: float | None = None,
         window: int = 10,
+        granularity: Granularity = (1, 1),
         ignore: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
@@ -123,8 +111,11 @@ class MaskUpdater:
         layers = {name: together[0] for name, together in sharing.items()}
         self._shapes = {name: layer.shape for name, layer in layers.items()}
         together = [layers] if self._distribution is None else [{name: layer} for name, layer in layers.items()]
-        self._pools = [Pool(each) for each in together]
-        self._watch = Watch(sharing)
+        blocks = _blocks(layers, granularity, grow)
+        if self._distribution is None and len(set(blocks.values())) > 1:
+            raise ValueError(f"granularity: expected the same of all layers that compete, got {blocks}")
+        self._pools = [Pool(each, blocks[next(iter(each))]) for each in together]
+        self._watch = Watch(sharing, {name: rows for name, (rows, _) in blocks.items()})
         self._generator = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._late = False  # an update was put off
@@ -195,7 +186,7 @@ class MaskUpdater:
             if not 0 <= share <= 1:
                 raise ValueError(f"distribution: expected densities in [0, 1], got {shares}")
             target = round(share * pool.total)
-            stay = min(pool.nnz, target)
+            stay = min(pool.count, target)
             stay -= round(fraction * stay)
             plan.append((stay, 0 if start else target - stay))
         return plan
@@ -204,7 +195,7 @@ class MaskUpdater:
     def _update(self, start: bool = False) -> bool:
         """Move the masks to what the plan of this step asks for. start: drop at random, and grow nothing."""
         plan = self._plan(self.steps, start)
-        moved = [(n, *each) for n, each in enumerate(plan) if each != (self._pools[n].nnz, 0)]
+        moved = [(n, *each) for n, each in enumerate(plan) if each != (self._pools[n].count, 0)]
         chosen = [self._choose(n, stay, come, start) for n, stay, come in moved]
         self._late = any(places is None for places in chosen)
         if self._late:
@@ -316,3 +307,14 @@ def _sharing(model: nn.Module, ignore: Sequence[str]) -> dict[str, list[MaskedLa
     if not taking_part:
         raise ValueError("model: expected masked layers that may move, got none: convert(model, masks) makes them")
     return taking_part
+
+
+def _blocks(layers: Mapping[str, MaskedLayer], granularity: Granularity, grow: str) -> dict[str, tuple[int, int]]:
+    """Of each layer. Those of one weight are the same for all that is done."""
+    blocks = granularities(layers, granularity)
+    for name, block in blocks.items():
+        if isinstance(block, NofM):
+            raise ValueError(f"granularity: expected blocks (rows, columns), got {block} for {name}")
+        if block != (1, 1) and grow == "momentum":
+            raise ValueError(f"grow: expected random or gradient with blocks, as {block} of {name}, got {grow!r}")
+    return blocks
