@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..masks import Block, block_sums
+from ..convert import masked_layers
+from ..masks import Block, Granularity, block_sums, granularities
+from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from ..pattern import Pattern, has_blocks, matrix_shape
 
@@ -112,3 +115,35 @@ class Pool:
         inside = (row < layer.shape[0]) & (channel < layer.shape[1])
         positions = (row * layer.shape[1] + channel) * taps + tap[:, None, None]
         return positions[inside].sort().values
+
+
+def sharing(model: nn.Module, ignore: Sequence[str]) -> dict[str, list[MaskedLayer]]:
+    """The layers that take part, by the first name of their values: one, or all that share them."""
+    layers = masked_layers(model)
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"ignore: expected names or patterns among {list(layers)}, got {pattern!r}")
+    found: dict[int, list[tuple[str, MaskedLayer]]] = {}
+    for name, layer in layers.items():
+        found.setdefault(id(layer.values), []).append((name, layer))
+    taking_part = {
+        together[0][0]: [layer for _, layer in together]
+        for together in found.values()
+        if not any(fnmatchcase(name, pattern) for name, _ in together for pattern in ignore)
+    }
+    if not taking_part:
+        raise ValueError("model: expected masked layers that may move, got none: convert(model, masks) makes them")
+    return taking_part
+
+
+def blocks_of(layers: Mapping[str, MaskedLayer], granularity: Granularity, grow: str) -> dict[str, tuple[int, int]]:
+    """Of each layer. Those of one weight are the same for all that is done."""
+    blocks = granularities(layers, granularity)
+    for name, block in blocks.items():
+        if isinstance(block, NofM):
+            raise ValueError(f"granularity: expected blocks (rows, columns), got {block} for {name}")
+        if block != (1, 1) and grow == "momentum":
+            raise ValueError(f"grow: expected random or gradient with blocks, as {block} of {name}, got {grow!r}")
+    return blocks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,16 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ranks
-from ..convert import masked_layers
-from ..masks import Granularity, granularities
+from ..masks import Granularity
 from ..moves import set_masks
-from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from .choices import at_random, by_gradient, finite, gradients_at, highest, kept, merged
 from .distributions import DISTRIBUTIONS, Distribution
 from .drops import DROP, Score, magnitude
 from .gradients import Watch
-from .pools import Pool
+from .pools import Pool, blocks_of, sharing
 from .schedules import Schedule, constant
 
 GROWTH = ("random", "gradient", "momentum")
@@ -107,15 +104,15 @@ class MaskUpdater:
         self.every, self.end, self.grow = every, end, grow
         self._candidates = 10.0 if candidates is None and grow == "momentum" else candidates
         self._window = {"random": 0, "gradient": 1, "momentum": min(window, every)}[grow]
-        sharing = _sharing(model, ignore)
-        layers = {name: together[0] for name, together in sharing.items()}
+        shared = sharing(model, ignore)
+        layers = {name: together[0] for name, together in shared.items()}
         self._shapes = {name: layer.shape for name, layer in layers.items()}
         together = [layers] if self._distribution is None else [{name: layer} for name, layer in layers.items()]
-        blocks = _blocks(layers, granularity, grow)
+        blocks = blocks_of(layers, granularity, grow)
         if self._distribution is None and len(set(blocks.values())) > 1:
             raise ValueError(f"granularity: expected the same of all layers that compete, got {blocks}")
         self._pools = [Pool(each, blocks[next(iter(each))]) for each in together]
-        self._watch = Watch(sharing, {name: rows for name, (rows, _) in blocks.items()})
+        self._watch = Watch(shared, {name: rows for name, (rows, _) in blocks.items()})
         self._generator = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._late = False  # an update was put off
@@ -286,35 +283,3 @@ class MaskUpdater:
             gradient = gradients_at(pool, places, self._watch)
             if bool(gradient.isfinite().all()):  # else the optimiser has left out this step as well
                 momentum.mul_(DECAY).add_(gradient)
-
-
-def _sharing(model: nn.Module, ignore: Sequence[str]) -> dict[str, list[MaskedLayer]]:
-    """The layers that take part, by the first name of their values: one, or all that share them."""
-    layers = masked_layers(model)
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
-    for pattern in ignore:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(f"ignore: expected names or patterns among {list(layers)}, got {pattern!r}")
-    sharing: dict[int, list[tuple[str, MaskedLayer]]] = {}
-    for name, layer in layers.items():
-        sharing.setdefault(id(layer.values), []).append((name, layer))
-    taking_part = {
-        together[0][0]: [layer for _, layer in together]
-        for together in sharing.values()
-        if not any(fnmatchcase(name, pattern) for name, _ in together for pattern in ignore)
-    }
-    if not taking_part:
-        raise ValueError("model: expected masked layers that may move, got none: convert(model, masks) makes them")
-    return taking_part
-
-
-def _blocks(layers: Mapping[str, MaskedLayer], granularity: Granularity, grow: str) -> dict[str, tuple[int, int]]:
-    """Of each layer. Those of one weight are the same for all that is done."""
-    blocks = granularities(layers, granularity)
-    for name, block in blocks.items():
-        if isinstance(block, NofM):
-            raise ValueError(f"granularity: expected blocks (rows, columns), got {block} for {name}")
-        if block != (1, 1) and grow == "momentum":
-            raise ValueError(f"grow: expected random or gradient with blocks, as {block} of {name}, got {grow!r}")
-    return blocks
