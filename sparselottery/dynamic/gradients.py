@@ -35,10 +35,6 @@ class Watch:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._caught: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    @property
-    def on(self) -> bool:
-        return bool(self._hooks)
-
     def start(self) -> None:
         """From the next forward on."""
         self.stop()

@@ -135,7 +135,7 @@ class MaskUpdater:
             return None
         if self._score is not magnitude:  # it may ask for the gradient of the values
             return update - self.steps - 1
-        return 0 if self._watch.on else update - self.steps - (self._window if self._wants(update) else 0)
+        return max(0, update - self.steps - (self._window if self._wants(update) else 0))
 
     def step(self, count: int = 1) -> bool:
         """Count a step of the optimiser, and update the masks if it is time; returns whether it was.
