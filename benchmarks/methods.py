@@ -2,11 +2,12 @@
 
     SPARSELOTTERY_DATA=... python -m benchmarks.methods train            # 3 seeds; the next call goes on
     SPARSELOTTERY_DATA=... python -m benchmarks.methods time             # on a quiet machine
-    SPARSELOTTERY_DATA=... python -m benchmarks.methods train --net conv-2
+    SPARSELOTTERY_DATA=... python -m benchmarks.methods train --net conv-2      # on a quiet machine
 
 Each writes methods-NET.csv, a row for each method, of all that is there by then. Trainings are runs of `sparselottery
-lab` in the folder `--runs`. Seconds are those of one seed, evaluations included, in all trainings that the method
-needs, taken by `time` alone. There RigL is trained as w * mask as well, with dense gradients, by `MaskedRigl`.
+lab` in the folder `--runs`; none begins after `--minutes`. Seconds are those of one seed, evaluations included, in all
+trainings that the method needs: taken by `time`, where RigL is trained as w * mask as well, with dense gradients
+(`MaskedRigl`), or, of Conv-2, those of `train`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MASKED = {"w-times-mask": True, "masked-after-steps": False}  # RigL on dense we
 
 
 LENET = {"data": "mnist", "rounds": 16, "iterations": 5000, "eval_every": 100}
-CONV = {"data": "cifar10", "rounds": 4, "iterations": 600, "eval_every": 200}
+CONV = {"data": "cifar10", "rounds": 4, "iterations": 600, "eval_every": 300}
 
 
 class Case(NamedTuple):
@@ -52,12 +53,13 @@ class Case(NamedTuple):
     pruned: tuple[float, ...]
     methods: tuple[str, ...]
     seeds: int
+    threads: int  # of a training
     settings: dict
 
 
 CASES = {
-    "lenet-300-100": Case((0.95, 0.98), (*LADDERS, *METHODS), 3, LENET),
-    "conv-2": Case((0.9375,), ("imp", "gmp", "rigl"), 1, CONV),
+    "lenet-300-100": Case((0.95, 0.98), (*LADDERS, *METHODS), 3, 1, LENET),
+    "conv-2": Case((0.9375,), ("imp", "gmp", "rigl"), 1, results.THREADS, CONV),
 }
 
 
@@ -72,7 +74,7 @@ def cases(net: str) -> Iterator[tuple[float, str, grid.Grid]]:
     case = CASES[net]
     for pruned in case.pruned:
         for method in case.methods:
-            yield pruned, method, grid.Grid(settings(net, pruned, method), trials=case.seeds)
+            yield pruned, method, grid.Grid(settings(net, pruned, method), trials=case.seeds, threads=case.threads)
 
 
 def train_all(net: str, runs: Path, until: float) -> None:
@@ -86,11 +88,12 @@ def train_all(net: str, runs: Path, until: float) -> None:
                 print(method, pruned, event.job.name, event.payload, flush=True)
 
 
-def trained(wanted: grid.Grid, folder: Path) -> list[dict]:
-    """The record of the last training of each seed that is there."""
-    last = f"round-{wanted.settings.prunings:02d}.json"
-    paths = [folder / wanted.name / grid.Job(trial).name / last for trial in range(wanted.trials)]
-    return [read_json(path) for path in paths if path.exists()]
+def trained(wanted: grid.Grid, folder: Path) -> list[list[dict]]:
+    """Of each seed that is there to its end the records of all its trainings."""
+    last = wanted.settings.prunings
+    found = [folder / wanted.name / grid.Job(trial).name for trial in range(wanted.trials)]
+    done = [each for each in found if (each / f"round-{last:02d}.json").exists()]
+    return [[read_json(each / f"round-{number:02d}.json") for number in range(last + 1)] for each in done]
 
 
 def seconds_of(records: list[dict]) -> dict:
@@ -144,7 +147,10 @@ def rows(net: str, runs: Path) -> tuple[list[dict], dict[str, str]]:
     path, found, told = runs / f"seconds-{net}.json", [], {}
     seconds = read_json(path) if path.exists() else {}
     for pruned, method, wanted in cases(net):
-        records = trained(wanted, runs)
+        all_records = trained(wanted, runs)
+        records = [each[-1] for each in all_records]
+        if records and wanted.threads == results.THREADS:
+            seconds.setdefault(f"{pruned} {method}", seconds_of(all_records[0]))
         if records:
             told = about(read_json(runs / wanted.name / "grid.json"))
         ways = {"": results.OURS} | {f" {way}": way for way in MASKED}

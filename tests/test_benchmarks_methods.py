@@ -17,7 +17,7 @@ from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import lenet_300_100
 
 SMALL = methods.Case(
-    (0.7,), ("imp", "one-shot", "rigl"), 2, {"data": "digits", "rounds": 2, "iterations": 20, "eval_every": 10}
+    (0.7,), ("imp", "one-shot", "rigl"), 2, 1, {"data": "digits", "rounds": 2, "iterations": 20, "eval_every": 10}
 )
 
 
@@ -125,3 +125,16 @@ def test_sums_are_right():
     for line in lines:
         left, _, total = line.partition("=")
         assert sum(map(int, left.split("+"))) == int(total)
+
+
+def test_trainings_with_all_threads_are_timed_as_they_are_trained(small, monkeypatch, tmp_path):
+    monkeypatch.setitem(methods.grid.EXECUTORS, "processes", in_this_process)
+    case = SMALL._replace(methods=("imp",), seeds=1, threads=results.THREADS)
+    monkeypatch.setitem(methods.CASES, "lenet-300-100", case)
+    methods.train_all("lenet-300-100", tmp_path, time.time() + 60)
+    ((row,), _) = methods.rows("lenet-300-100", tmp_path)
+    ((_, _, wanted),) = methods.cases("lenet-300-100")
+    (records,) = methods.trained(wanted, tmp_path)
+    assert len(records) == 3
+    assert float(row["train_seconds"]) == pytest.approx(sum(each["train_seconds"] for each in records), rel=0.01)
+    assert float(row["seconds"]) > float(row["train_seconds"]) > records[-1]["train_seconds"]
