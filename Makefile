@@ -44,6 +44,7 @@ bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.find_overhead
 	$(BIN)/python -m benchmarks.moves
+	$(BIN)/python -m benchmarks.sparse_gpt
 	$(BIN)/python -m benchmarks.busy
 	$(BIN)/python -m benchmarks.build
 	$(BIN)/python -m benchmarks.plot

@@ -127,6 +127,12 @@ class Pattern:
             int(positions[0]) >= 0 and int(positions[-1]) < total and bool((positions[1:] > positions[:-1]).all())
         ):
             raise ValueError(f"positions: expected strictly ascending positions in [0, {total}), got others")
+        if divisible(positions):  # NumPy repeats faster than torch divides
+            starts = np.arange(shape[0] + 1, dtype=np.int64) * shape[1]
+            bounds = np.searchsorted(positions.numpy(), starts)
+            columns = positions.numpy() - np.repeat(starts[:-1], np.diff(bounds))
+            indices = (torch.from_numpy(each.astype(np.int32)) for each in (bounds, columns))
+            return cls(*indices, (shape[0], shape[1]))
         starts = torch.arange(shape[0] + 1, dtype=torch.int64, device=positions.device).mul_(shape[1])
         crow_indices = torch.searchsorted(positions, starts, out_int32=True)
         return cls(crow_indices, (positions % max(shape[1], 1)).to(torch.int32), (shape[0], shape[1]))
@@ -201,9 +207,8 @@ class Pattern:
     def positions(self) -> Tensor:
         """Of each value in the matrix when flattened: int64 (nnz,)."""
         if divisible(*self.indices):
-            starts = np.arange(0, self.shape[0] * self.shape[1], self.shape[1]) if self.shape[1] else 0
-            of_rows = np.repeat(starts, np.diff(self.crow_indices.numpy()))
-            return torch.from_numpy(of_rows.astype(np.int64, copy=False)).add_(self.col_indices)
+            starts = np.arange(self.shape[0], dtype=np.int64) * self.shape[1]
+            return torch.from_numpy(np.repeat(starts, np.diff(self.crow_indices.numpy()))).add_(self.col_indices)
         return self.row_indices().mul_(self.shape[1]).add_(self.col_indices)
 
     def indices_in(self, other: Pattern) -> Tensor:

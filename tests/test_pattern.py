@@ -246,3 +246,20 @@ def test_a_mask_of_one_false_for_all_is_not_written_out():
     assert pattern.validate().shape == (2**15, 2**15)
     whole = Pattern.from_mask(torch.ones(1, dtype=torch.bool).expand(3, 4))
     assert whole.nnz == 12
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (0, 3), (3, 0), (1, 1)])
+def test_positions_by_torch_are_those_by_numpy(shape, monkeypatch):
+    mask = torch.rand(shape) < 0.4
+    positions = mask.flatten().nonzero().squeeze(1)
+    here = Pattern.from_positions(positions, shape)
+    monkeypatch.setattr("sparselottery.pattern.divisible", lambda *_: False)
+    elsewhere = Pattern.from_positions(positions, shape)
+    for one, other in zip(here.indices, elsewhere.indices, strict=True):
+        assert one.dtype == other.dtype == torch.int32
+        assert torch.equal(one, other)
+    expected = elsewhere.positions()
+    assert torch.equal(expected, positions)
+    monkeypatch.undo()
+    assert torch.equal(here.positions(), expected)
+    assert here.positions().dtype == torch.int64
