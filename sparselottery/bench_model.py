@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calls import Arguments, ExampleInput, arguments, outputs
 from .convert import to_dense
 from .files import atomic
 from .runtime import load_sparse
@@ -29,7 +30,7 @@ TURN = 0.05  # seconds that a candidate runs before the next one's turn
 TOLERANCE = 1e-3  # relative to the norm of what dense torch computes
 
 Call = Callable[[], Any]
-Maker = Callable[[nn.Module, Tensor], Call]
+Maker = Callable[[nn.Module, ExampleInput], Call]  # an example is as of `calls.arguments`
 
 
 def bench_model(
@@ -37,24 +38,34 @@ def bench_model(
     batches: Sequence[int] = (1, 64),
     shape: Sequence[int] | None = None,
     seconds: float = 3.0,
+    *,
+    model: nn.Module | None = None,
+    example_input: ExampleInput | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each batch size and way to run the file's net in fp32, with torch's number of threads.
 
     shape: of one input; None for that of the recipe or, of nets that begin with a linear layer, its in_features.
+    model: for a file that knows no architecture, a model of it; on the meta device too.
+    example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments, in place of `shape`: what
+    the net is called with, its samples repeated to each batch size.
     seconds: of calls for each way and batch. A row has batch, impl, median_ms, p99_ms, items_per_s and speedup (that
     of `sparselottery` over it: above 1 where sparse is faster); of what is not installed here, a `note` and no times.
-    Raises OSError or ValueError as `load_sparse`, ValueError for a shape that is not known, RuntimeError if ways differ
-    in what they compute.
+    Raises OSError or ValueError as `load_sparse`, ValueError for a shape that is not known or given twice, RuntimeError
+    if ways differ in what they compute.
     """
+    if shape and example_input is not None:
+        raise ValueError("shape: expected none beside an example_input, got both")
     ticket = Ticket.load(path)
-    dense = to_dense(ticket.apply()).float().eval().requires_grad_(False)
-    shape = tuple(shape or _input_shape(ticket, dense))
-    sparse, rows = load_sparse(path), []
+    dense = to_dense(ticket.apply(model)).float().eval().requires_grad_(False)
+    if example_input is None:
+        example_input = torch.randn(1, *(shape or _input_shape(ticket, dense)))
+    example = arguments(example_input).map(lambda each: each.float() if each.is_floating_point() else each)
+    sparse, rows = load_sparse(path, model), []
     for batch in batches:
-        x = torch.randn(batch, *shape)
-        calls, notes = {OURS: partial(sparse, x)}, {}
+        given = example.with_batch(batch)
+        calls, notes = {OURS: _call(sparse, given)}, {}
         for name, make in MAKERS.items():
-            made = _made(make, dense, x)
+            made = _made(make, dense, given)
             (notes if isinstance(made, str) else calls)[name] = made
         check(calls)
         times = latencies(calls, seconds)
@@ -95,54 +106,77 @@ def latencies(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
 
 
 def check(calls: dict[str, Call]) -> None:
-    """Raise RuntimeError unless all compute the same, to TOLERANCE."""
-    results = {name: torch.as_tensor(call()).double() for name, call in calls.items()}
+    """Raise RuntimeError unless all compute the same, to TOLERANCE of each output."""
+    results = {name: [each.double() for each in _outputs(call())] for name, call in calls.items()}
     expected = results["torch"]
     for name, result in results.items():
-        error = float((result - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not error <= TOLERANCE:
-            raise RuntimeError(f"{name}: expected the result of torch, got one that differs by {error:.3g} of its norm")
+        if len(result) != len(expected):
+            raise RuntimeError(f"{name}: expected {len(expected)} outputs, as torch has, got {len(result)}")
+        for ours, theirs in zip(result, expected, strict=True):
+            error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)) if theirs.numel() else 0.0
+            if not error <= TOLERANCE:
+                raise RuntimeError(
+                    f"{name}: expected the result of torch, got one that differs by {error:.3g} of its norm"
+                )
 
 
-def torch_dense(model: nn.Module, x: Tensor) -> Call:
-    return torch.no_grad()(partial(model, x))
+def _outputs(result: Any) -> list[Tensor]:
+    """The tensors of a result, of torch or of NumPy."""
+    if isinstance(result, np.ndarray):
+        return [torch.from_numpy(result)]
+    if isinstance(result, list):
+        return [each for part in result for each in _outputs(part)]
+    return outputs(result)
 
 
-def torch_compile(model: nn.Module, x: Tensor) -> Call:
+def _call(model: nn.Module, given: Arguments) -> Call:
+    return partial(model, *given.args, **given.kwargs)
+
+
+def torch_dense(model: nn.Module, example: ExampleInput) -> Call:
+    return torch.no_grad()(_call(model, arguments(example)))
+
+
+def torch_compile(model: nn.Module, example: ExampleInput) -> Call:
     """Inductor, its weights packed as constants, max-autotune."""
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False)
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True, max_autotune=True), _quiet():
-        compiled(x)
-    return torch.no_grad()(partial(compiled, x))
+    call = torch.no_grad()(_call(compiled, arguments(example)))
+    with torch._inductor.config.patch(freezing=True, max_autotune=True), _quiet():
+        call()
+    return call
 
 
-def onnxruntime_dense(model: nn.Module, x: Tensor) -> Call:
-    """ONNX Runtime on the dense weights, its input and output bound once."""
+def onnxruntime_dense(model: nn.Module, example: ExampleInput) -> Call:
+    """ONNX Runtime on the dense weights, its inputs and outputs bound once."""
     import onnxruntime
 
+    given = arguments(example)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    with onnx_file(model, x) as file:
+    with onnx_file(model, example) as file:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    binding.bind_cpu_input("x", x.numpy())
-    y = model(x).numpy()
-    binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+    results = [each.contiguous().numpy() for each in outputs(given(model))]
+    for x, taken in zip(given.tensors(), session.get_inputs(), strict=True):
+        binding.bind_cpu_input(taken.name, x.contiguous().numpy())
+    for y, made in zip(results, session.get_outputs(), strict=True):
+        binding.bind_output(made.name, "cpu", 0, y.dtype, y.shape, y.ctypes.data)
 
-    def run() -> np.ndarray:
+    def run() -> list[np.ndarray]:
         session.run_with_iobinding(binding)
-        return y
+        return results
 
     return run
 
 
 @contextlib.contextmanager
-def onnx_file(model: nn.Module, x: Tensor):
-    """The path of the model in ONNX, for inputs of this shape, with the names x and y; gone afterwards."""
+def onnx_file(model: nn.Module, example: ExampleInput):
+    """The path of the model in ONNX, for inputs of these shapes; gone afterwards."""
+    given = arguments(example)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         file = str(Path(folder) / "model.onnx")
-        torch.onnx.export(model, (x,), file, dynamo=True, input_names=["x"], output_names=["y"], verbose=False)
+        torch.onnx.export(model, given.args, file, kwargs=given.kwargs, dynamo=True, verbose=False)
         yield file
 
 
@@ -154,15 +188,15 @@ MAKERS: dict[str, Maker] = {
 NEEDS = {"ONNX Runtime": ("onnx", "onnxscript", "onnxruntime")}
 
 
-def _made(make: Maker, model: nn.Module, x: Tensor) -> Call | str:
+def _made(make: Maker, model: nn.Module, example: ExampleInput) -> Call | str:
     """The call, or why there is none here."""
     name = next(name for name, each in MAKERS.items() if each is make)
     if missing := [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]:
         return f"not installed: {', '.join(missing)}"
     if make is not torch_compile:
-        return make(model, x)
+        return make(model, example)
     try:
-        return make(model, x)
+        return make(model, example)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # no C++ compiler, first of all
         return f"does not compile here: {' '.join(str(error).split())[:80]}"
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import ExampleInput
 from .copying import copied
 from .execution import choose_execution
 from .masks import as_mask
@@ -25,7 +26,7 @@ from .weight_decay import SparseLotteryWarning, known_optimizers
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDataParallel never sends
 
 
-def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor | tuple | None = None) -> nn.Module:
+def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: ExampleInput | None = None) -> nn.Module:
     """A copy of `model` that stores and multiplies only the surviving weights.
 
     `model` and the random state are left as they are.
@@ -37,8 +38,9 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor
     DistributedDataParallel(converted) sends no indices of the
     survivors, which every process must have of the same masks; of a module that holds the converted one it does at each
     call, unless given `broadcast_buffers=False`.
-    example_input: a tensor, or a tuple of the model's positional arguments, like those it will be given: every masked
-    layer then runs in the way that a measurement finds fastest (`choose_execution`). None: sparse, or by blocks.
+    example_input: a tensor, a tuple of the model's positional arguments or a dict of its keyword arguments, like those
+    it will be given: every masked layer then runs in the way that a measurement finds fastest (`choose_execution`).
+    None: sparse, or by blocks.
     Warns (`SparseLotteryWarning`) where an optimiser trains masked layers that are masked anew in the copy: it goes on
     with those of `model`; `set_masks` gives them other masks in place. Warns, once for a model, where more than a tenth
     of its weights cannot be masked.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .calls import Arguments, ExampleInput, arguments
 from .graphs import WARM_UP, BrokenCaptureError, captured, on_another_stream
 from .nn import MaskedLayer, MaskedSequential, Measured, native_runs
 from .nn.compact import live_shape
@@ -25,13 +26,14 @@ REPLAYED_ON = ("cuda",)  # types of devices
 _CACHE: dict[tuple, list[tuple[dict[str, float], str]]] = {}  # what `_times` found, in this process
 
 
-def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
+def choose_execution(model: nn.Module, example_input: ExampleInput) -> None:
     """Set every masked layer of `model` to the execution that is fastest on its device, and its `measured`.
 
-    A copy of the model is run once on `example_input`, a tensor or a tuple of the positional arguments, to see what
-    each masked layer is given at its first call. Then each layer is timed on such an input, in all of its `executions`
-    in turns: forward and backward if the model is in training mode, with the gradients that its training takes, else
-    forward. On a GPU replays of CUDA graphs are timed: the Python of a call would outlast the kernels of a small layer.
+    A copy of the model is run once on `example_input` (a tensor, a tuple of the positional arguments or a dict of the
+    keyword arguments) to see what each masked layer is given at its first call. Then each layer is timed on such an
+    input, in all of its `executions` in turns: forward and backward if the model is in training mode, with the
+    gradients that its training takes, else forward. On a GPU replays of CUDA graphs are timed: the Python of a call
+    would outlast the kernels of a small layer.
     What cannot be captured is called instead, and `why` says so. The layer is timed alone or, where a MaskedSequential
     makes one native call of it and others (a chain of linear layers, a convolution with its ReLU and pooling), in that
     call, the others in their default execution, the one of a layer for which none is set: a dense layer would break it
@@ -43,12 +45,10 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
     What masked layers with other elementwise modules between them save by leaving activations batch-minor is not
     measured. Layers that the run does not call, or calls on no numbers, are left as they are. So is everything else:
     random state, buffers, gradients.
-    Raises TypeError if `example_input` is neither a tensor nor a tuple, whatever the model raises on it, and
+    Raises TypeError if `example_input` is none of these, whatever the model raises on it, and
     BrokenCaptureError (graphs.py) if a capture that failed took the device from this process.
     """
-    if not isinstance(example_input, (Tensor, tuple)):
-        raise TypeError(f"example_input: expected a tensor or a tuple, got {type(example_input).__name__}")
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    given = arguments(example_input)
     with random_state_kept(), torch.set_grad_enabled(model.training):
         work = copy.deepcopy(model)
         layers = {
@@ -58,7 +58,7 @@ def choose_execution(model: nn.Module, example_input: Tensor | tuple) -> None:
         }
         for twin in layers:
             twin.execution = None
-        inputs = _first_inputs(work, list(layers), args)
+        inputs = _first_inputs(work, list(layers), given)
         left = dict(inputs)
         for run in (*native_runs(work), *([twin] for twin in inputs)):
             timed = [twin for twin in dict.fromkeys(run) if twin in left]
@@ -95,7 +95,7 @@ class _Like(NamedTuple):
         return numbers.as_strided(self.shape, self.strides).requires_grad_(self.requires_grad)
 
 
-def _first_inputs(model: nn.Module, layers: list[MaskedLayer], args: tuple) -> dict[MaskedLayer, _Like]:
+def _first_inputs(model: nn.Module, layers: list[MaskedLayer], given: Arguments) -> dict[MaskedLayer, _Like]:
     """What the layers get at their first calls, in the order of these; without those that get no numbers."""
     found: dict[MaskedLayer, _Like] = {}
 
@@ -104,15 +104,15 @@ def _first_inputs(model: nn.Module, layers: list[MaskedLayer], args: tuple) -> d
         found.setdefault(layer, _Like.of(x))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    model(*map(_fresh, args))
+    given.map(_fresh)(model)
     for handle in handles:
         handle.remove()
     return {layer: like for layer, like in found.items() if all(like.shape)}
 
 
-def _fresh(arg: Any) -> Any:
+def _fresh(tensor: Tensor) -> Tensor:
     """A copy, for a model that may write to its arguments."""
-    return arg.detach().clone().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else copy.deepcopy(arg)
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _times(run: list[nn.Module], layers: list[MaskedLayer], like: _Like) -> list[tuple[dict[str, float], str]]:

@@ -45,7 +45,7 @@ def test_rows(ways, ticket):
 
 
 def test_wrong_results_are_not_timed(ways, ticket, monkeypatch):
-    wrong = {"torch": bench_model.torch_dense, "wrong": lambda model, x: lambda: model(x) + 0.1}
+    wrong = {"torch": bench_model.torch_dense, "wrong": lambda model, given: lambda: given(model) + 0.1}
     monkeypatch.setattr(bench_model, "MAKERS", wrong)
     with pytest.raises(RuntimeError, match="wrong: expected the result of torch"):
         bench_model.bench_model(ticket, [2], seconds=0.01)
@@ -62,7 +62,7 @@ def test_onnxruntime_and_openvino_agree(ticket):
     pytest.importorskip("onnxscript")
     dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)).eval().requires_grad_(False)
     x = torch.randn(2, 20)
-    assert np.allclose(bench_model.onnxruntime_dense(dense, x)(), dense(x), atol=1e-5)
+    assert np.allclose(bench_model.onnxruntime_dense(dense, x)()[0], dense(x), atol=1e-5)
 
 
 def test_the_shape_of_images_must_be_said(ways, tmp_path):
@@ -101,3 +101,56 @@ def test_a_plot_that_cannot_be_written_leaves_the_one_before(ways, ticket, tmp_p
         bench_model.write_bench(rows, out)
     assert (out / "plot.svg").read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == ["plot.svg", "table.csv"]
+
+
+class TwoInputs(nn.Module):
+    """Two outputs of two inputs: of a batch, and of a vector that has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(20, 30)
+
+    def forward(self, x, *, scale):
+        y = self.fc(x) * scale
+        return {"y": y, "sum": y.sum(1)}
+
+
+@pytest.fixture
+def two_inputs(tmp_path):
+    model = TwoInputs()
+    path = tmp_path / "net.safetensors"
+    Ticket.from_model(convert(model, prune(model, 0.8, method="random"))).save(path)
+    return model, path
+
+
+def test_a_net_of_several_inputs_and_outputs(ways, two_inputs):
+    model, path = two_inputs
+    example = {"x": torch.randn(2, 20), "scale": torch.randn(30)}
+    rows = bench_model.bench_model(path, [1, 3], seconds=0.01, model=model, example_input=example)
+    assert [row["batch"] for row in rows if row["median_ms"]] == [1, 1, 3, 3]
+    with pytest.raises(ValueError, match="shape: expected none beside an example_input"):
+        bench_model.bench_model(path, [1], (20,), model=model, example_input=example)
+
+
+def test_every_output_is_compared(ways, two_inputs, monkeypatch):
+    def wrong(model, example):
+        call = bench_model.torch_dense(model, example)
+        return lambda: call() | {"sum": torch.ones(1)}
+
+    monkeypatch.setattr(bench_model, "MAKERS", {"torch": bench_model.torch_dense, "wrong": wrong})
+    model, path = two_inputs
+    example = {"x": torch.randn(1, 20), "scale": torch.randn(30)}
+    with pytest.raises(RuntimeError, match="wrong: expected the result of torch"):
+        bench_model.bench_model(path, [1], seconds=0.01, model=model, example_input=example)
+    with pytest.raises(RuntimeError, match="expected 2 outputs"):
+        bench_model.check({"torch": lambda: (torch.ones(1), torch.ones(1)), "one": lambda: torch.ones(1)})
+
+
+def test_onnxruntime_of_several_inputs_and_outputs(two_inputs):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = two_inputs[0].eval().requires_grad_(False)
+    example = {"x": torch.randn(2, 20), "scale": torch.randn(30)}
+    y, total = bench_model.onnxruntime_dense(model, example)()
+    assert np.allclose(y, model(**example)["y"], atol=1e-5)
+    assert np.allclose(total, model(**example)["sum"], atol=1e-5)

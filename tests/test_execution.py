@@ -297,10 +297,12 @@ def test_a_layer_that_is_shared_between_a_chain_and_others(clock):
     assert [layer.why.split(":")[0] for layer in layers(model)] == ["not measured", "measured"]
 
 
-@pytest.mark.parametrize("example", [[torch.ones(4, 5)], {"x": torch.ones(4, 5)}, 3])
-def test_an_example_is_a_tensor_or_a_tuple(example):
+@pytest.mark.parametrize(
+    ("example", "got"), [([torch.ones(4, 5)], "tuple of .* got list"), ({0: torch.ones(4, 5)}, "got 0"), (3, "got int")]
+)
+def test_an_example_is_a_tensor_a_tuple_or_a_dict(example, got):
     model = linears(5, 6)
-    with pytest.raises(TypeError, match=f"example_input: expected a tensor or a tuple, got {type(example).__name__}"):
+    with pytest.raises(TypeError, match=f"example_input: expected .*{got}"):
         convert(model, halves(model), example)
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..calls import ExampleInput, outputs
 from ..files import atomic
 from ..ticket import Ticket
 from . import dense, onnx, pt2, torch_sparse
 from .dead import remove_dead as remove_dead_units
-from .job import OTHER_TENSORS, Job, close, difference, outputs
+from .job import OTHER_TENSORS, Job, close, difference
 from .npz import load_npz, save_npz
 from .simplify import fold_batchnorm as fold_batchnorms
 from .torch_sparse import load_torch_sparse
@@ -62,7 +63,7 @@ def export(
     *,
     fold_batchnorm: bool = False,
     remove_dead: bool = False,
-    example_input: Tensor | tuple | None = None,
+    example_input: ExampleInput | None = None,
     sparse_initializer: bool = False,
 ) -> ExportReport:
     """Write a converted model or a ticket for other tools to read: its sparse layers and the dense rest.
@@ -73,9 +74,10 @@ def export(
     remove_dead: remove units with no way in or out, with the same outputs to rounding (see `dead`).
         Both change the architecture, so they only apply to models that are trees of plain torch.nn modules in
         Sequentials; others are left alone, and the report says so.
-    example_input: a tensor, or a tuple of the model's positional arguments: what "onnx" and "pt2" trace, the first
-        dimension being the batch, and what outputs are compared on. It may be left out if the model begins with
-        nn.Linear.
+    example_input: a tensor, a tuple of the model's positional arguments or a dict of its keyword arguments: what
+        "onnx" and "pt2" trace, and what outputs are compared on. The first dimension of the first tensor is the batch,
+        of whatever size later, and of every tensor whose first dimension is as long. It may be left out if the model
+        begins with nn.Linear.
     sparse_initializer: "onnx" only: store masked weights in ONNX's sparse format.
 
     Returns the ExportReport.
@@ -115,7 +117,7 @@ def _simplified(job: Job, fold: bool, remove: bool) -> tuple[Job, tuple[str, ...
     simplified = Job(ticket, None, job.example_input, job.sparse_initializer)
     if job.example_input is not None:
         with torch.no_grad():
-            before, after = (outputs(each.model(*each.example)) for each in (job, simplified))
+            before, after = (outputs(each.example(each.model)) for each in (job, simplified))
         if not close(before, after):
             wrong = difference(before, after)
             raise OSError(f"the simplified model does not compute what the source does: {wrong}; nothing is written")

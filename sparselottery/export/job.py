@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ..calls import Arguments, ExampleInput, arguments
 from ..ticket import Ticket
 from .simplify import leaves
 
@@ -24,7 +27,7 @@ class Job:
 
     ticket: Ticket
     source: nn.Module | None = None
-    example_input: Tensor | tuple | None = None
+    example_input: ExampleInput | None = None
     sparse_initializer: bool = False
 
     @cached_property
@@ -34,12 +37,11 @@ class Job:
         return model.cpu().eval().requires_grad_(False)
 
     @cached_property
-    def example(self) -> tuple[Any, ...]:
-        """Positional arguments of the model, with a batch of at least 2, which is what programs are traced with."""
-        if self.example_input is None:
-            return (self._random_rows(),)
-        given = self.example_input if isinstance(self.example_input, tuple) else (self.example_input,)
-        return tuple(_widened(each.cpu()) if isinstance(each, Tensor) else each for each in given)
+    def example(self) -> Arguments:
+        """Arguments of the model, with a batch of at least 2, which is what programs are traced with."""
+        given = arguments(self._random_rows() if self.example_input is None else self.example_input)
+        on_cpu = given.map(lambda tensor: tensor.cpu())
+        return on_cpu.with_batch(2) if on_cpu.batch == 1 else on_cpu
 
     def _random_rows(self) -> Tensor:
         found = leaves(self.ticket.architecture) if self.ticket.architecture else []
@@ -53,14 +55,21 @@ class Job:
         ).to(dtype)
 
 
-def batches(example: tuple[Any, ...], dynamic: Any) -> tuple[Any, ...]:
-    """The dynamic shapes of an example: its first dimension, the batch, is `dynamic`."""
-    return tuple({0: dynamic} if isinstance(each, Tensor) and each.dim() else None for each in example)
+def dynamic_batches(model: nn.Module, example: Arguments) -> dict[str, Any]:
+    """The dynamic shapes of an example, by parameter of the model's forward: of each tensor of the batch the first.
 
+    Raises ValueError for a keyword that forward takes by `**kwargs`, for which torch.export finds no shapes.
+    """
 
-def outputs(result: Any) -> list[Tensor]:
-    """The tensors in what a model returns, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    def dynamic(leaf: Any) -> dict[int, Any] | None:
+        return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and example.is_batched(leaf) else None
+
+    signature = inspect.signature(model.forward)
+    named = {each.name for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD}
+    if unnamed := [name for name in example.kwargs if name not in named]:
+        raise ValueError(f"example_input: expected arguments that the model's forward names, got {unnamed[0]!r}")
+    bound = signature.bind(*example.args, **example.kwargs).arguments
+    return {name: tree_map(dynamic, each) for name, each in bound.items()}
 
 
 def close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
@@ -86,8 +95,3 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     rounding = 16 * torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
     tolerance = max(TOLERANCE, rounding) * float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(ours.double(), theirs.double(), rtol=0, atol=tolerance, equal_nan=True)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """With a batch of 2 if it is 1, which tracing takes for a constant."""
-    return tensor.expand(2, *tensor.shape[1:]).contiguous() if tensor.dim() and len(tensor) == 1 else tensor

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import outputs
 from ..convert import to_dense
-from .job import Job, batches, close, difference, outputs
+from .job import Job, close, difference, dynamic_batches
 
 
 def write(job: Job, path: Path) -> tuple[str, ...]:
     """Write the file; returns what of `sparse_initializer` was not possible."""
     import onnx
 
-    dynamic = batches(job.example, torch.export.Dim.DYNAMIC)
+    dense, (args, kwargs) = to_dense(job.model), job.example
+    dynamic = dynamic_batches(dense, job.example)
     with _quiet():
-        program = torch.onnx.export(
-            to_dense(job.model), job.example, dynamo=True, dynamic_shapes=dynamic, verbose=False
-        )
+        program = torch.onnx.export(dense, args, kwargs=kwargs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
     model = program.model_proto
     onnx.checker.check_model(model, full_check=True)
     left = _sparsify(model, job.ticket.masks) if job.sparse_initializer else []
@@ -44,11 +44,11 @@ def fault(job: Job, path: Path) -> str:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    given = [each for each in job.example if isinstance(each, Tensor)]
     names = [each.name for each in session.get_inputs()]
-    theirs = session.run(None, {name: each.numpy() for name, each in zip(names, given, strict=True)})
+    given = dict(zip(names, job.example.tensors(), strict=True))
+    theirs = session.run(None, {name: each.numpy() for name, each in given.items()})
     with torch.no_grad():
-        ours = outputs(job.model(*job.example))
+        ours = outputs(job.example(job.model))
     theirs = [torch.from_numpy(each) for each in theirs]
     return "" if close(ours, theirs) else difference(ours, theirs)
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from .job import Job, batches, difference, outputs
+from ..calls import outputs
+from .job import Job, difference, dynamic_batches
 
 
 def write(job: Job, path: Path) -> None:
-    dynamic = batches(job.example, torch.export.Dim.DYNAMIC)
+    dynamic = dynamic_batches(job.model, job.example)
     with torch.no_grad(), _without_fast_path():
-        program = torch.export.export(job.model, job.example, dynamic_shapes=dynamic)
+        program = torch.export.export(job.model, *job.example, dynamic_shapes=dynamic)
     whole = io.BytesIO()  # torch's own writer ends the process where a disk is full
     torch.export.save(program, whole)
     path.write_bytes(whole.getbuffer())
@@ -29,7 +30,7 @@ def fault(job: Job, path: Path) -> str:
     """What is wrong with the program that was written: it must compute what the model computes, to the bit."""
     with path.open("rb") as file, torch.no_grad(), _without_fast_path():
         loaded = torch.export.load(file).module()
-        ours, theirs = outputs(job.model(*job.example)), outputs(loaded(*job.example))
+        ours, theirs = outputs(job.example(job.model)), outputs(job.example(loaded))
     same = len(ours) == len(theirs) and all(map(_same, ours, theirs))
     return "" if same else difference(ours, theirs)
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .. import ops
 from ..architecture import build
+from ..calls import ExampleInput, arguments
 from ..copying import copied
 from ..files import Contents, read, refusals_name
 from ..kernels import native
@@ -96,7 +97,7 @@ def load_sparse(
     model: nn.Module | None = None,
     *,
     device: torch.device | str = "cpu",
-    example_input: Tensor | tuple | None = None,
+    example_input: ExampleInput | None = None,
 ) -> SparseModel:
     """The model of a ticket or export in safetensors, frozen for inference on a device.
 
@@ -104,8 +105,8 @@ def load_sparse(
     evaluation mode, the file's tensors, and the model's own values only of buffers that no file holds (those that are
     not persistent); otherwise the model may be on the meta device. Wherever the model refers to a layer, in a list
     or by a bound method too, the copy refers to the frozen one; what cannot follow is refused (`copying.copied`).
-    example_input: a tensor or a tuple of positional arguments like those to come: layers that are faster dense on it
-    run so. Without it those of a density above 0.5 do.
+    example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments, like those to come: layers
+    that are faster dense on it run so. Without it those of a density above 0.5 do.
     No weight of a sparse layer is ever made dense. Kernels pack what they need at their first call, for its sizes.
     Raises OSError if the file cannot be read, ValueError naming it if it is foreign, truncated, altered or not well
     formed, knows no architecture and no model is given, the model's names or shapes are not the file's, or it has
@@ -118,9 +119,7 @@ def load_sparse(
         net = _filled(build(contents.architecture) if model is None else model, contents).to(device)
     _prepare(net)
     if example_input is not None:
-        net = choose_dense(
-            net.requires_grad_(False), example_input if isinstance(example_input, tuple) else (example_input,)
-        )
+        net = choose_dense(net.requires_grad_(False), arguments(example_input))
     return SparseModel(net)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..calls import Arguments
 from ..copying import copied
 from ..execution import MARGIN
 from ..timing import interleaved_ms
@@ -16,18 +17,18 @@ LIKELY = 0.1  # density below which dense has never been faster, and making it w
 LIMITS = {"bursts": 5, "burst_ms": 2.0, "limit_ms": 200.0}
 
 
-def choose_dense(net: nn.Module, args: tuple) -> nn.Module:
-    """The net with the frozen layers dense that have a density of at least 0.1 and are faster so on `net(*args)`."""
+def choose_dense(net: nn.Module, given: Arguments) -> nn.Module:
+    """The net with the frozen layers dense that have a density of at least 0.1 and are faster so on these arguments."""
     inputs: dict[FrozenLayer, Tensor] = {}
 
-    def note(layer: FrozenLayer, given: tuple) -> None:
-        inputs.setdefault(layer, torch.randn_like(given[0]))
+    def note(layer: FrozenLayer, args: tuple) -> None:
+        inputs.setdefault(layer, torch.randn_like(args[0]))
 
     layers = [module for module in net.modules() if isinstance(module, FrozenLayer) and module.density >= LIKELY]
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         with torch.no_grad():
-            net(*args)  # layers with hooks are called on their own
+            given(net)  # layers with hooks are called on their own
     finally:
         for handle in handles:
             handle.remove()
