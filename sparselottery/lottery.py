@@ -7,13 +7,11 @@ The ticket is (theta_k, m).
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,7 +22,7 @@ from .files import Contents, json_copy, read_json, write, write_json
 from .masks import Granularity, Masks, Score, as_mask, check, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
-from .random_state import random_state_kept
+from .random_state import random_state_kept, seed_all
 from .scores import Scores, at_random, by_given, by_magnitude, by_magnitude_of_survivors
 from .storable import check_storable
 from .survey import survey
@@ -265,7 +263,7 @@ def _train(
     with random_state_kept():
         current = start.apply(model)
         seen = {name: Seen(layer) for name, layer in masked_weights(current).items()}
-        _seed(start.recipe["seed"])
+        seed_all(start.recipe["seed"])
         began = perf_counter()
         returned = train(current, **steps)
         seconds = perf_counter() - began
@@ -304,11 +302,6 @@ def _check_count(what: str, value: int, least: int) -> None:
         raise TypeError(f"{what}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{what}: expected at least {least}, got {value}")
-
-
-def _seed(seed: int) -> None:
-    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
-        seed_one(seed)
 
 
 class _Files:

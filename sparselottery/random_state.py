@@ -29,3 +29,9 @@ def random_state_kept() -> Iterator[None]:
             torch_kept.__exit__(None, None, None)
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every global generator."""
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+        seed_one(seed)

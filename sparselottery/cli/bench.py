@@ -11,7 +11,9 @@ import torch
 from ..bench_model import bench_model, write_bench
 from ..lab.timing import linear_ms
 from .options import positive, sizes, three_sizes
+from .runs import add_own_net
 from .tables import print_rows, progress
+from .user_code import load_example, load_net
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -23,7 +25,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     text = "Time a ticket's or an export's net against dense torch, torch.compile and ONNX Runtime."
     sub = command("bench-model", bench_net, text)
-    sub.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file that knows its architecture")
+    sub.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file; of a net of your own with --model")
+    add_own_net(sub)
     sub.add_argument("--batch", type=sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
     sub.add_argument("--shape", type=sizes, metavar="C,H,W", help="of one input; default: what the file tells")
     sub.add_argument("--seconds", type=float, default=3.0, help="of calls for each row; default: %(default)s")
@@ -49,7 +52,9 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def bench_net(args: argparse.Namespace) -> None:
-    rows = bench_model(args.file, args.batch, args.shape, args.seconds)
+    model = load_net(args.model) if args.model else None
+    example = load_example(args.example) if args.example else None
+    rows = bench_model(args.file, args.batch, args.shape, args.seconds, model=model, example_input=example)
     print(f"{args.file}: float32, {torch.get_num_threads()} threads; speedup: that of sparselottery over the row")
     print_rows(rows)
     for path in write_bench(rows, args.out) if args.out else ():

@@ -6,13 +6,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from ..export import FORMATS
 from ..export import export as write_export
 from ..info import info as versions
 from ..ticket import Ticket
-from .runs import RUN_TEXT, net, round_file
+from .runs import RUN_TEXT, add_own_net, example_of, net, round_file
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -25,6 +23,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--round", type=int, help="default: the last one")
     sub.add_argument("--fold-batchnorm", action="store_true", help="into the layers before them")
     sub.add_argument("--remove-dead", action="store_true", help="units that nothing goes into or comes out of")
+    add_own_net(sub)
     sub.add_argument("--sparse-initializer", action="store_true", help="onnx: smaller in the file, executed densely")
 
 
@@ -37,18 +36,15 @@ def info(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     source = round_file(args.run, args.round)
     ticket = Ticket.load(source)
-    if ticket.architecture is None and "model" in (ticket.recipe.get("settings") or {}):
-        exported = ticket.apply(net(ticket))
-    else:
-        exported = ticket
-    shape = (ticket.recipe.get("settings") or {}).get("shape")
+    known = ticket.architecture is not None or "model" not in (ticket.recipe.get("settings") or {})
+    exported = ticket if known and args.model is None else ticket.apply(net(ticket, args.model))
     report = write_export(
         exported,
         args.out,
         format=args.format,
         fold_batchnorm=args.fold_batchnorm,
         remove_dead=args.remove_dead,
-        example_input=torch.randn(2, *shape) if shape else None,
+        example_input=example_of(ticket, args.example, batch=2),
         sparse_initializer=args.sparse_initializer,
     )
     print(f"{source} -> {report.path} ({report.format}, {report.bytes:,} bytes)")

@@ -1,4 +1,4 @@
-"""``find``, ``explain``: one ticket of the paper's nets, and how its layers run."""
+"""``find``, ``explain``: one ticket of one of the paper's nets or of your own, and how its layers run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from ..lab.experiment import run
 from ..lab.settings import PRESETS, Settings, preset, scaled
 from ..ticket import Ticket
 from .options import add_out, add_settings, given, positive
-from .runs import RUN_TEXT, kept, net, round_file, trainings
+from .own import TEXT as OWN_TEXT
+from .own import find_own
+from .runs import RUN_TEXT, add_example, add_own_net, example_of, kept, net, round_file, trainings
 from .tables import Columns, header, print_rows, progress, row
+from .user_code import is_own
 
 EXPLAIN_NOTE = (
     "ms: forward and backward of the native call that the layer is part of, with the layer run so; -: cannot be.\n"
@@ -40,8 +43,13 @@ ROUND_COLUMNS: Columns = (
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    sub = command("find", find, "Find a ticket of one of the paper's nets by iterative magnitude pruning.")
-    sub.add_argument("--model", choices=PRESETS, help="default: lenet-300-100")
+    text = "Find a ticket by iterative magnitude pruning: of one of the paper's nets, or of a net of your own."
+    sub = command("find", find, text)
+    sub.epilog, sub.formatter_class = OWN_TEXT, argparse.RawDescriptionHelpFormatter
+    own = f"one of {', '.join(PRESETS)}, or MODULE:FUNCTION, which makes a net of your own; default: lenet-300-100"
+    sub.add_argument("--model", type=_model, metavar="NET", help=own)
+    sub.add_argument("--train", metavar="MODULE:FUNCTION", help="what trains the net of your own")
+    add_example(sub)
     presets = [vars(settings) for settings in (preset(), *PRESETS.values())]
     common = {name: value for name, value in presets[0].items() if all(each[name] == value for each in presets)}
     add_settings(sub, Settings, common, leave_out=["model"])
@@ -54,6 +62,14 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Measure how each layer of a run's last round runs best; show that, and its bytes."
     sub = command("explain", explain, text)
     sub.add_argument("run", type=Path, metavar="RUN", help=RUN_TEXT)
+    add_own_net(sub)
+
+
+def _model(text: str) -> str:
+    if not is_own(text) and text not in PRESETS:
+        expected = f"expected one of {', '.join(PRESETS)}, or MODULE:FUNCTION"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+    return text
 
 
 def find(args: argparse.Namespace) -> None:
@@ -63,10 +79,14 @@ def find(args: argparse.Namespace) -> None:
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere if rank else sys.stdout),
     ):
-        _find(args)
+        (find_own if is_own(args.model) else _find)(args)
 
 
 def _find(args: argparse.Namespace) -> None:
+    if wrong := next((name for name in ("train", "example") if getattr(args, name)), None):
+        raise ValueError(
+            f"--{wrong}: expected with --model MODULE:FUNCTION only, got {args.model or 'the default net'}"
+        )
     settings = scaled(preset(**given(args, Settings)), args.scale)
     out = args.out / settings.name
     rounds = settings.prunings
@@ -94,8 +114,11 @@ def _find(args: argparse.Namespace) -> None:
 def explain(args: argparse.Namespace) -> None:
     path = round_file(args.run, None)
     ticket = Ticket.load(path)
-    model, settings = ticket.apply(net(ticket)), ticket.recipe["settings"]
-    choose_execution(model, torch.randn(settings["batch"], *settings["shape"]))
+    model, example = net(ticket, args.model), example_of(ticket, args.example)
+    if example is None:
+        raise ValueError("--example: expected an input of the net, or what returns one, as MODULE:NAME, got none")
+    model = ticket.apply(model)
+    choose_execution(model, example)
     print(f"{path}: {ticket.density:.1%} of the weights; measured with {torch.get_num_threads()} threads")
     print_rows(explain_layers(model))
     print(EXPLAIN_NOTE)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..calls import ExampleInput
 from ..convert import masks_of
 from ..execution import choose_execution
 from ..files import digest, read_json, write_json
 from ..nn import MaskedLayer
 
 
-def settle(model: nn.Module, example_input: Tensor, folder: Path) -> dict[str, str]:
+def settle(model: nn.Module, example_input: ExampleInput, folder: Path) -> dict[str, str]:
     """Set the execution of every masked layer of ``model``, and return them by the layers' names.
 
     They are those that a file of ``folder`` has for these masks; if none does, those that `choose_execution` finds, and

@@ -7,7 +7,7 @@ import math
 from matplotlib.figure import Figure
 
 from ...ticket import Ticket
-from . import draw, figures, page, tickets
+from . import draw, figures, page, tables, tickets
 from .figures import Drawing, Picture, file_name
 from .folder import TICKET, Run
 from .tables import Row, grouped, spread
@@ -42,6 +42,8 @@ def drawings(rows: Rows) -> list[Drawing]:
     add("tickets", "accuracy", "Test accuracy at early stop", f"Test accuracy {against}", figure)
     figure = figures.against_weights(rounds, "early_stop_iteration", "iteration of early stop")
     add("tickets", "early-stop", "Early stop, in iterations", f"Iteration of early stop {against}", figure)
+    for key in tables.own(rows["trainings"]):
+        add("tickets", file_name("own", key), key, f"{key} {against}", figures.against_weights(rounds, key, key))
     if any(row["control"] == TICKET for row in rows["curves"]):
         limits = figures.accuracy_limits([row for row in rows["curves"] if row["control"] == TICKET])
         for control in CURVED:
@@ -141,7 +143,7 @@ def sections(run: Run, rows: Rows, drawn: list[Drawing], pictured: list[Picture]
             "Round by round",
             "Means over trials (of milliseconds, medians), and ranges where they differ. Seconds to early stop are its "
             "iterations times the measured time per step of that training; seconds to the end are measured.",
-            page.round_table(rounds),
+            page.round_table(rounds, tables.own(rows["trainings"])),
             page.details("Test accuracy at early stop of all controls, %", by_control) if controls else "",
             page.details("Iteration of early stop of all controls", by_stop) if controls else "",
         ),

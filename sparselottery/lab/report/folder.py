@@ -28,11 +28,15 @@ NUMBERS = (
     "sparse_bytes",
     "dense_bytes",
 )
+COLUMNS = ("trial", "control", "draw", "round", "layer", "shape", "side")  # of the tables, which are no numbers
 CURVES = ("iteration", "val_loss", "val_accuracy", "test_accuracy")
 
 
 class Training(NamedTuple):
-    """One training: its numbers (None where not measured), its curves, and its trained weights, if they were kept."""
+    """One training: its numbers (None where not measured), its curves, and its trained weights, if they were kept.
+
+    Numbers are those of `NUMBERS`, then others that the training returned, of a net of the user's own.
+    """
 
     trial: int
     control: str
@@ -117,7 +121,8 @@ def _records(folder: Path) -> list[Path]:
 
 def _training(path: Path, trial: int, control: str, draw: int) -> Training:
     record = read_json(path)
-    numbers = {key: _finite(path, key, record.get(key)) for key in NUMBERS}
+    own = [key for key, value in record.items() if key not in (*NUMBERS, *COLUMNS) and _is_finite(value)]
+    numbers = {key: _finite(path, key, record.get(key)) for key in (*NUMBERS, *own)}
     for key in ("density", "nnz", "total"):
         if numbers[key] is None:
             raise ValueError(f"{path}: expected a number {key!r}, found none")
@@ -139,10 +144,14 @@ def _number(path: Path) -> int:
     return int(digits)
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
 def _finite(path: Path, key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_finite(value):
         raise ValueError(f"{path}: {key}: expected a finite number, got {value!r}")
     return value
 

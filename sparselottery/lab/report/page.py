@@ -116,14 +116,18 @@ def round_key(densities: Mapping[int, float], colored: Mapping[int, float]) -> s
     return f'<ul class="key">{items}</ul>'
 
 
-def round_table(rounds: Sequence[Row]) -> str:
-    """Of the ticket: accuracy, iterations, milliseconds per step, seconds and bytes of each round."""
-    groups = {group: sum(each == group for each, _, _ in COLUMNS) for group, _, _ in COLUMNS}
+def round_table(rounds: Sequence[Row], own: Sequence[str]) -> str:
+    """Of the ticket: accuracy, iterations, milliseconds per step, seconds and bytes of each round, where known.
+
+    own: further numbers, which a training of the user's own returned.
+    """
+    further = [("returned by the training", key, lambda row, key=key: _ranged(row, key, 1, ",.6g")) for key in own]
+    tickets = [row for row in rounds if row["control"] == TICKET]
+    columns = [each for each in (*COLUMNS, *further) if any(each[2](row) != draw.DASH for row in tickets)]
+    groups = {group: sum(each == group for each, _, _ in columns) for group, _, _ in columns}
     head = "".join(f'<th class="group" colspan="{count}">{text(group)}</th>' for group, count in groups.items())
-    names = "".join(f"<th>{text(name)}</th>" for _, name, _ in COLUMNS)
-    body = ""
-    for row in (row for row in rounds if row["control"] == TICKET):
-        body += f"<tr>{''.join(f'<td>{cell(row)}</td>' for _, _, cell in COLUMNS)}</tr>"
+    names = "".join(f"<th>{text(name)}</th>" for _, name, _ in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{cell(row)}</td>' for _, _, cell in columns)}</tr>" for row in tickets)
     return _table(f"<tr>{head}</tr><tr>{names}</tr>", body)
 
 

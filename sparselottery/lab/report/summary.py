@@ -29,6 +29,8 @@ def title(run: Run) -> str:
     """The net and the data."""
     settings = run.settings
     model, images = (str(settings.get(key, "")) for key in ("model", "data"))
+    if ":" in model:  # a net of the user's own
+        return f"{model}, trained by {settings.get('train')}"
     if not model or not images:
         return f"Run {run.folder.resolve().name}"
     return f"{MODELS.get(model, model.capitalize())} on {DATA.get(images, images)}"

@@ -13,6 +13,7 @@ from ...files import atomic
 from .folder import NUMBERS, TICKET, Run
 
 Row = dict[str, Any]
+STEPS = ("first_iteration", "iterations")
 AVERAGED = tuple(key for key in NUMBERS if key not in ("nnz", "total"))
 
 
@@ -43,12 +44,19 @@ def _value(key: str, cell: str) -> Any:
 
 def trainings(run: Run) -> list[Row]:
     """One row for each training."""
+    numbers = dict.fromkeys(key for each in run.trainings for key in each.numbers)
     return [
         {"trial": each.trial, "control": each.control, "draw": each.draw, "round": each.round}
         | _steps(each.curves["iteration"])
+        | numbers
         | each.numbers
         for each in run.trainings
     ]
+
+
+def own(rows: Sequence[Row]) -> list[str]:
+    """The numbers of trainings that only the user's own training returned."""
+    return [key for key in rows[0] if key not in ("trial", "control", "draw", "round", *STEPS, *NUMBERS)]
 
 
 def _steps(iterations: Sequence[float]) -> Row:
@@ -72,10 +80,10 @@ def rounds(rows: Iterable[Row]) -> list[Row]:
 
     Of milliseconds it is the median, which a stalled machine does not move.
     """
-    found = []
+    found, rows = [], list(rows)
     for (control, number), group in grouped(rows, "control", "round").items():
         row: Row = {"control": control, "round": number, "trainings": len(group)}
-        for key in ("first_iteration", "iterations", *AVERAGED):
+        for key in (*STEPS, *AVERAGED, *own(rows)):
             values = [each[key] for each in group if each[key] is not None]
             average = median if key.endswith("_ms") else fmean
             row |= (
