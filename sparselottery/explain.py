@@ -18,6 +18,8 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
     layer: its name; of a parameter that is not its module's `weight`, the parameter's. shape, density, nnz: of the
     weight. bytes: of values and indices. dense_bytes: of the weight if it were dense. execution: as of
     `MaskedLayer.execution`, "dense" of what is not masked.
+    plan_bytes: of what the kernels made of the indices, kept beside them. flops: of the survivors forward, 2 for each
+    at each row or output pixel of one sample; of nn.Linear and nn.Conv2d that were measured, else None.
     packs: how often in a training step a whole activation or gradient is rewritten for the layer's kernels, forward and
     backward (0 for a convolution, whose kernels rewrite what they read in blocks that fit a cache).
     sparse_ms, block_ms, compact_ms, dense_ms: of the native call that the layer can be part of, with the layer executed
@@ -33,6 +35,7 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
         if isinstance(module, MaskedLayer):
             stored = module.values, module.crow_indices, module.col_indices
             row = _row(layer, weight.shape, stored, module.execution, module.why, packs[module], module.measured)
+            row |= {"plan_bytes": module.plan.nbytes, "flops": _flops(module)}
         elif is_lazy(weight.parameter):
             continue
         else:
@@ -42,6 +45,14 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
             row["why"] += f"; also {tied}"
         rows.append({**row, "prunable": weight.why is None})
     return rows
+
+
+def _flops(layer: MaskedLayer) -> int | None:
+    """Of one sample, of the shape that the layer was measured on."""
+    shape = layer.measured.input_shape if layer.measured else ()
+    if layer.dense_type is nn.Conv2d and len(shape) == 4:
+        return 2 * layer.nnz * math.prod(layer.geometry.output_size(*shape[2:]))
+    return 2 * layer.nnz * math.prod(shape[1:-1]) if layer.dense_type is nn.Linear and len(shape) > 1 else None
 
 
 def _row(
@@ -63,6 +74,8 @@ def _row(
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
         "dense_bytes": total * values.element_size(),
         "execution": execution,
+        "plan_bytes": 0,
+        "flops": None,
         "packs": packs,
         **{f"{each}_ms": measured and measured.ms.get(each) for each in EXECUTIONS},
         "why": why,

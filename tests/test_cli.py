@@ -174,7 +174,8 @@ def test_explain(run_folder, capsys):
     assert cli.main(["explain", str(run_folder)]) == 0
     title, header, *layers, ms, packs, _ = capsys.readouterr().out.splitlines()
     assert "round-02.safetensors: 64.3% of the weights; measured with 2 threads" in title
-    columns = "layer shape density nnz bytes dense_bytes execution packs sparse_ms block_ms compact_ms dense_ms why"
+    columns = "layer shape density nnz bytes dense_bytes execution plan_bytes flops packs "
+    columns += "sparse_ms block_ms compact_ms dense_ms why"
     assert header.split() == columns.split()
     assert [layer.split()[:2] for layer in layers] == [["fc1", "300x64"], ["fc2", "100x300"], ["fc3", "10x100"]]
     assert all(layer.split()[6] in ("sparse", "dense") for layer in layers)

@@ -31,6 +31,8 @@ KEYS = [
     "bytes",
     "dense_bytes",
     "execution",
+    "plan_bytes",
+    "flops",
     "packs",
     "sparse_ms",
     "block_ms",

@@ -18,6 +18,7 @@ from .common import as_one_module, check_layout, in_torch, takes_block, too_old,
 from .conv import call_conv, compile_conv_plan, conv2d, takes_norm
 from .conv_transpose import conv_transpose2d
 from .embedding import rows
+from .flops import count_when_imported
 from .linear import call_chain, chain, compile_plan
 
 __all__ = [
@@ -38,3 +39,5 @@ __all__ = [
     "unrecorded",
     "untraced",
 ]
+
+count_when_imported()

@@ -1,0 +1,90 @@
+"""What `torch.utils.flop_counter` counts of the ops: 2 nnz for each row or output pixel, and the same of each gradient.
+
+Registered when that module is imported, as it imports Triton: most programs never count.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from itertools import accumulate
+from math import prod
+from operator import or_
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..kernels.reference import Geometry
+
+Shape = Sequence[int]
+
+
+def chain_flops(x: Shape, values: Sequence[Shape], *_: Any, **__: Any) -> int:
+    """Of `chain`: (N, I) by all layers."""
+    return 2 * x[0] * sum(prod(each) for each in values)
+
+
+def chain_backward_flops(gy: Shape, x: Shape, saved: Shape, values: Sequence[Shape], *rest: Any, **_: Any) -> int:
+    """Of `chain_backward`: those of the values, and of the inputs of layers that something is below of."""
+    *_, need_x, need_values, need_bias = rest
+    trained = [weight or bias for weight, bias in zip(need_values, need_bias, strict=True)]
+    need_input = list(accumulate([need_x, *trained], or_))
+    gradients = [int(gx) + int(gw) for gx, gw in zip(need_input, need_values, strict=False)]
+    return 2 * x[0] * sum(prod(each) * count for each, count in zip(values, gradients, strict=True))
+
+
+def conv2d_flops(x: Shape, values: Shape, *rest: Any, **_: Any) -> int:
+    """Of `conv2d`: every survivor at every output pixel, as torch counts convolutions, those in the padding too."""
+    *_, geometry, _, _ = rest
+    return 2 * x[0] * prod(values) * prod(Geometry(*geometry).output_size(*x[2:]))
+
+
+def conv2d_backward_flops(gy: Shape, x: Shape, y: Shape, winners: Shape, values: Shape, *rest: Any, **_: Any) -> int:
+    """Of `conv2d_backward`: as much for x as for the values."""
+    *_, geometry, _, _, need_x, need_values, _ = rest
+    return (int(need_x) + int(need_values)) * conv2d_flops(x, values, geometry, None, None)
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "chain": chain_flops,
+    "chain_backward": chain_backward_flops,
+    "conv2d": conv2d_flops,
+    "conv2d_backward": conv2d_backward_flops,
+}
+
+
+def _register(flop_counter: ModuleType) -> None:
+    for name, formula in FORMULAS.items():
+        flop_counter.register_flop_formula(getattr(torch.ops.sparselottery, name))(formula)
+
+
+class _WhenImported:
+    """A finder that lets the others find one module, and calls a function with it when it has been imported."""
+
+    def __init__(self, name: str, call: Callable[[ModuleType], None]) -> None:
+        self.name, self.call = name, call
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.call(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def count_when_imported(name: str = "torch.utils.flop_counter") -> None:
+    """Register the formulas: now, if the module is there, else when somebody imports it."""
+    if name in sys.modules:
+        _register(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _WhenImported(name, _register))
