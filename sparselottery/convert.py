@@ -20,6 +20,7 @@ from .execution import choose_execution
 from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential, OpenedModule, keep_from_fast_path, masked_type_of, opened_type_of
 from .nn.weight import plain
+from .pretrained import saved_sparse
 from .survey import TORCH_PRUNED, Survey, Use, survey
 from .weight_decay import SparseLotteryWarning, known_optimizers
 
@@ -277,6 +278,7 @@ def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
             masked = any(isinstance(child, MaskedLayer) for child in module)
             module.__class__ = MaskedSequential if masked else nn.Sequential
     keep_from_fast_path(model)
+    saved_sparse(model)
     indices = [
         f"{name}.{buffer}" if name else buffer
         for name, module in model.named_modules()

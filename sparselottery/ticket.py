@@ -9,7 +9,8 @@ import copy
 import io
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from . import hub
 from .architecture import build, describe
 from .convert import (
     converted_with,
@@ -203,6 +205,33 @@ class Ticket:
         contents = read(path)
         with refusals_name(Path(path)):
             return cls.from_contents(contents)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, measured: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write a folder as the Hub has them: ticket.safetensors, and README.md, its model card.
+
+        measured: rows of `explain`, whose milliseconds the card then shows. Raises as `save`.
+        """
+        folder, contents = Path(folder), self.contents()
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / hub.FILE, contents)
+        hub.write_card(folder, hub.card(contents, measured))
+
+    def push_to_hub(self, repo_id: str, *, measured: Sequence[Mapping[str, Any]] = (), **options: Any) -> str:
+        """Upload the ticket with its model card to the Hugging Face Hub; returns the address. Needs the extra "hub".
+
+        measured: as of `save_pretrained`. options: private, token, commit_message, revision, create_pr.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, measured=measured)
+            return hub.push(Path(folder), repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Ticket:
+        """The ticket of a folder of `save_pretrained`, or of a repository of the Hub, which needs the extra "hub".
+
+        options: revision, token, cache_dir, local_files_only. Raises as `load`, and what huggingface_hub raises.
+        """
+        return cls.load(hub.find(name, **options))
 
     def __repr__(self) -> str:
         return f"Ticket({len(self.masks)} masked layers, {self.nnz} weights survive, density {self.density:.4g})"

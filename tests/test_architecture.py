@@ -22,8 +22,11 @@ LAYERS = [
     {"ops", "info"},
     {"nn"},
     {"architecture", "execution", "storable", "weight_decay"},
+    {"huggingface"},
+    {"pretrained"},
     {"survey"},
     {"convert", "explain", "files"},
+    {"hub"},
     {"moves", "saliency", "ticket"},
     {"dynamic", "export", "interop", "lottery", "runtime"},
     {"bench_model"},
@@ -35,7 +38,10 @@ LAYERS = [
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 OPTIONAL = {
     "PIL",
+    "huggingface_hub",
+    "lightning",
     "matplotlib",
+    "peft",
     "pooch",
     "pytest",
     "ray",

@@ -14,6 +14,8 @@ class CheckpointedLayer(WeightedLayer):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Loads values with their indices (which may differ from ours), or a dense `weight`, read at our mask."""
         dense = state_dict.pop(prefix + "weight", None)
+        if dense is not None and dense.dim() == 1 and prefix + "crow_indices" in state_dict:  # as of `huggingface`
+            state_dict[prefix + "values"], dense = dense, None
         if dense is not None:
             if tuple(dense.shape) != self.dense_shape:
                 errors.append(
