@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from .files import Contents, atomic, digest
 
 FILE, CARD = "ticket.safetensors", "README.md"
+PARTS = "crow_indices", "col_indices", "values"
 TIMES = ("sparse_ms", "dense_ms")
 
 
@@ -19,7 +21,7 @@ def card(contents: Contents, measured: Sequence[Mapping[str, Any]] = ()) -> str:
 
     measured: rows of `explain`, whose milliseconds are shown where they are known.
     """
-    total = sum(map(_size, contents.shapes.values()))
+    total = sum(map(prod, contents.shapes.values()))
     nnz = sum(pattern.nnz for pattern, _ in contents.layers.values())
     ms = {row["layer"]: row for row in measured}
     timed = any(row.get(key) is not None for row in measured for key in TIMES)
@@ -27,12 +29,14 @@ def card(contents: Contents, measured: Sequence[Mapping[str, Any]] = ()) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
     for name, (pattern, _) in contents.layers.items():
         shape, row = contents.shapes[name], ms.get(name.removesuffix(".weight"), {})
-        cells = [f"`{name}`", "x".join(map(str, shape)), f"{pattern.nnz:,}", f"{pattern.nnz / (_size(shape) or 1):.2%}"]
+        cells = [f"`{name}`", "x".join(map(str, shape)), f"{pattern.nnz:,}", f"{pattern.nnz / (prod(shape) or 1):.2%}"]
         cells += ["-" if row.get(key) is None else f"{row[key]:.3g}" for key in TIMES] if timed else []
         lines.append(f"| {' | '.join(cells)} |")
-    weights = {f"{name}.{part}": tensor for name, (pattern, values) in contents.layers.items()
-               for part, tensor in zip(("crow_indices", "col_indices", "values"), (*pattern.indices, values), strict=True)}  # fmt: skip
-    found = digest(contents.recipe, {**weights, **contents.dense})
+    tensors = dict(contents.dense)
+    for name, (pattern, values) in contents.layers.items():
+        parts = (*pattern.indices, values)
+        tensors |= {f"{name}.{part}": each for part, each in zip(PARTS, parts, strict=True)}
+    found = digest(contents.recipe, tensors)
     return "\n".join(
         [
             "---\nlibrary_name: sparselottery\ntags: [lottery-ticket, pruning, sparse]\n---\n",
@@ -45,13 +49,6 @@ def card(contents: Contents, measured: Sequence[Mapping[str, Any]] = ()) -> str:
             f"recipe:\n\n```json\n{json.dumps(contents.recipe, indent=2, ensure_ascii=False)}\n```\n",
         ]
     )
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
 
 
 def write_card(folder: Path, text: str) -> None:

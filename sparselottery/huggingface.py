@@ -12,6 +12,7 @@ the weights' shapes are wrong, and `from_pretrained` raises.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, count in self.quantization_config.survivors.items():
-            name = _name_in(model, name)
-            model.set_submodule(name, _Stored(model.get_submodule(name), count))
+            if (name := _name_in(model, name)) is not None:
+                model.set_submodule(name, _Stored(model.get_submodule(name), count))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, module in list(model.named_modules()):
@@ -106,8 +107,11 @@ class _Stored(nn.Module):
         return masked_type_of(dense).from_dense(dense, pattern.mask().view(shape)).train(self.training)
 
 
-def _name_in(model: PreTrainedModel, name: str) -> str:
-    """The layer's name in a model that may be the base of the one that was saved, or hold it as its base."""
+def _name_in(model: PreTrainedModel, name: str) -> str | None:
+    """The layer's name in a model that may be the base of the one that was saved, or hold it as its base.
+
+    None of a head that a base does not have. Raises ValueError for other layers that the model lacks.
+    """
     prefix = f"{model.base_model_prefix}."
     for each in (name, name.removeprefix(prefix), prefix + name):
         try:
@@ -117,6 +121,8 @@ def _name_in(model: PreTrainedModel, name: str) -> str:
         if masked_type_of(found) is None:
             raise ValueError(f"{each}: expected a layer that can be masked, got {type(found).__name__}")
         return each
+    if model.base_model is model and not name.startswith(prefix):
+        return None
     raise ValueError(f"model: expected the layers of the folder, got a {type(model).__name__} without {name!r}")
 
 
@@ -144,6 +150,11 @@ def allow_lora(config: Any) -> Any:
 
     class MaskedLora(Linear):
         """LoRA beside a MaskedLinear."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Unsupported layer type")  # peft's word for layers of others
+                super().__init__(*args, **kwargs)
 
         def merge(self, *_: Any, **__: Any) -> None:
             raise ValueError(

@@ -208,6 +208,7 @@ def test_accelerate():
     assert not accelerator.unwrap_model(model).model.layers[0].mlp.up_proj.values.equal(before)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_lora(tmp_path):
     peft = pytest.importorskip("peft")
     from sparselottery.huggingface import allow_lora
