@@ -104,7 +104,7 @@ class _Stored(nn.Module):
             raise ValueError(f"{name}: {error}") from None
         dense.weight = nn.Parameter(pattern.scatter(self.weight.detach()).view(shape))
         dense.bias = self.bias
-        return masked_type_of(dense).from_dense(dense, pattern.mask().view(shape)).train(self.training)
+        return masked_type_of(dense)[0].from_dense(dense, pattern.mask().view(shape)).train(self.training)
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str | None:
@@ -118,7 +118,7 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
             found = model.get_submodule(each)
         except AttributeError:
             continue
-        if masked_type_of(found) is None:
+        if masked_type_of(found)[0] is None:
             raise ValueError(f"{each}: expected a layer that can be masked, got {type(found).__name__}")
         return each
     if model.base_model is model and not name.startswith(prefix):

@@ -29,7 +29,7 @@ LAYERS = [
     {"hub"},
     {"moves", "saliency", "ticket"},
     {"dynamic", "export", "interop", "lottery", "runtime"},
-    {"bench_model"},
+    {"bench_model", "callbacks"},
     {"__init__"},
     {"lab"},
     {"cli"},

@@ -69,6 +69,16 @@ def test_convolutions(arguments):
     assert counted(y.backward) == 2 * dense * nnz(sparse)[0] / model[0].weight.numel()
 
 
+def test_transposed_convolutions():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3, stride=2))
+    sparse = convert(model, prune(model, 0.5))
+    x = torch.randn(3, 4, 6, 5, requires_grad=True)
+    dense = counted(lambda: model(x))
+    assert counted(lambda: sparse(x)) == dense / 2
+    y = sparse(x).sum()
+    assert counted(y.backward) == dense
+
+
 def test_dense_execution_is_counted_as_dense(chain):
     masked_layers(chain)["0.weight"].execution = "dense"
     with torch.no_grad():

@@ -48,11 +48,24 @@ def conv2d_backward_flops(gy: Shape, x: Shape, y: Shape, winners: Shape, values:
     return (int(need_x) + int(need_values)) * conv2d_flops(x, values, geometry, None, None)
 
 
+def conv_transpose2d_flops(x: Shape, values: Shape, *_: Any, **__: Any) -> int:
+    """Of `conv_transpose2d`: every survivor at every pixel of x."""
+    return 2 * x[0] * prod(values) * prod(x[2:])
+
+
+def conv_transpose2d_backward_flops(gy: Shape, x: Shape, values: Shape, *rest: Any, **_: Any) -> int:
+    """Of `conv_transpose2d_backward`: as much for x as for the values."""
+    *_, need_x, need_values = rest
+    return (int(need_x) + int(need_values)) * conv_transpose2d_flops(x, values)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "chain": chain_flops,
     "chain_backward": chain_backward_flops,
     "conv2d": conv2d_flops,
     "conv2d_backward": conv2d_backward_flops,
+    "conv_transpose2d": conv_transpose2d_flops,
+    "conv_transpose2d_backward": conv_transpose2d_backward_flops,
 }
 
 
