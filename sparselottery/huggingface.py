@@ -57,8 +57,18 @@ class SparseQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is saved; the model's config, which is saved next, gets its entry."""
+        """What is saved; the model's config, which is saved next, gets its entry.
+
+        Raises ValueError for masked layers that share their weight, as transformers would save it but once.
+        """
         masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+        first: dict[int, str] = {}
+        for name, layer in masked.items():
+            if (other := first.setdefault(id(layer.values), name)) != name:
+                raise ValueError(
+                    f"model: expected masked layers with weights of their own, got {other!r} and {name!r}, which share "
+                    "one: convert without masks for them, or keep the model by Ticket.from_model(model).save"
+                )
         model.config.quantization_config = SparseConfig({name: layer.nnz for name, layer in masked.items()})
         renamed = {f"{name}.values": f"{name}.weight" for name in masked}
         return {renamed.get(name, name): tensor for name, tensor in model.state_dict().items()}, {}
@@ -87,24 +97,30 @@ class _Stored(nn.Module):
 
     def __init__(self, dense: nn.Module, count: int) -> None:
         super().__init__()
-        rows, _ = matrix_shape(tuple(dense.weight.shape))
+        self._kind, _ = masked_type_of(dense)
+        shape = tuple(dense.weight.shape)
+        self._matrix = shape[::-1] if self._kind.transposed else matrix_shape(shape)
         self.weight = nn.Parameter(dense.weight.new_empty(count))
-        self.register_parameter("bias", dense.bias)
-        self.register_buffer("crow_indices", torch.empty(rows + 1, dtype=torch.int32, device=dense.weight.device))
+        self.register_parameter("bias", getattr(dense, "bias", None))
+        self.register_buffer(
+            "crow_indices", torch.empty(self._matrix[0] + 1, dtype=torch.int32, device=dense.weight.device)
+        )
         self.register_buffer("col_indices", torch.empty(count, dtype=torch.int32, device=dense.weight.device))
         self._dense = [dense]  # in a list: no child
 
     def masked(self, name: str) -> MaskedLayer:
         """The masked layer of these tensors; ValueError naming it if they are none."""
         (dense,) = self._dense
-        shape = tuple(dense.weight.shape)
         try:
-            pattern = Pattern(self.crow_indices, self.col_indices, matrix_shape(shape)).validate()
+            pattern = Pattern(self.crow_indices, self.col_indices, self._matrix).validate()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        dense.weight = nn.Parameter(pattern.scatter(self.weight.detach()).view(shape))
-        dense.bias = self.bias
-        return masked_type_of(dense)[0].from_dense(dense, pattern.mask().view(shape)).train(self.training)
+        parts = pattern.scatter(self.weight.detach()), pattern.mask()
+        weight, mask = (part.t() if self._kind.transposed else part.view(dense.weight.shape) for part in parts)
+        dense.weight = nn.Parameter(weight.contiguous())
+        if self.bias is not None:
+            dense.bias = self.bias
+        return self._kind.from_dense(dense, mask).train(self.training)
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str | None:

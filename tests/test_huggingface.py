@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 LM = {**SMALL, "vocab_size": 50, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 HEADS = ("lm_head", "embed_out")
+EMBEDDING = "model.embed_tokens"
 IDS = torch.randint(3, 50, (2, 6))
 
 
@@ -32,9 +33,9 @@ def bert():
     return transformers.BertForSequenceClassification(transformers.BertConfig(**LM)).eval()
 
 
-def pruned(model, fraction=0.7):
+def pruned(model, fraction=0.7, ignore=HEADS):
     masks = prune(model, fraction)
-    return convert(model, {name: mask for name, mask in masks.items() if not name.startswith(HEADS)})
+    return convert(model, {name: mask for name, mask in masks.items() if not name.startswith(ignore)})
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,23 @@ def load(model, folder, **options):
     return type(model).from_pretrained(folder, **options).eval()
 
 
-@pytest.mark.parametrize("make", [llama, neox, bert])
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32,
+                                     tie_word_embeddings=False)  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_tied_weights_are_refused(tmp_path):
+    config = transformers.LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **LM)
+    sparse = pruned(transformers.LlamaForCausalLM(config), ignore=("nothing",))
+    with pytest.raises(ValueError, match=r"got 'model.embed_tokens' and 'lm_head', which share one"):
+        sparse.save_pretrained(tmp_path)
+    part = pruned(transformers.LlamaForCausalLM(config).eval(), ignore=(*HEADS, EMBEDDING))
+    part.save_pretrained(tmp_path)
+    assert load(part, tmp_path)(IDS).logits.equal(part(IDS).logits)
+
+
+@pytest.mark.parametrize("make", [llama, neox, bert, gpt2])
 def test_a_round_trip_is_sparse_and_exact(make, tmp_path):
     sparse = pruned(make())
     sparse.save_pretrained(tmp_path)
@@ -143,7 +160,9 @@ def test_generate(make, options):
 
 
 def test_resize_token_embeddings(tmp_path):
-    sparse = pruned(llama())
+    with pytest.raises(TypeError, match="MaskedEmbedding"):
+        pruned(llama()).resize_token_embeddings(60)
+    sparse = pruned(llama(), ignore=(*HEADS, EMBEDDING))
     before = sparse(IDS).logits
     sparse.resize_token_embeddings(60)
     torch.testing.assert_close(sparse(IDS).logits[..., :50], before)
