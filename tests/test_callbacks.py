@@ -57,9 +57,16 @@ def test_it_counts_steps_of_the_optimiser(tmp_path):
     assert masks.updater.steps == 3
 
 
-@pytest.mark.parametrize("method", [dynamic.gmp, dynamic.rigl])
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(dynamic.gmp, density=0.2),
+        partial(dynamic.rigl, density=0.2),
+        partial(dynamic.single_cycle, density=0.9, initial=0.3),  # which begins sparser than it goes on
+    ],
+)
 def test_it_goes_on_from_a_checkpoint(tmp_path, method):
-    method = partial(method, density=0.2, end=8, every=2)
+    method = partial(method, end=8, every=2)
     straight = Module()
     fit(straight, tmp_path, 8, method=method)
     trainer, _ = fit(Module(), tmp_path, 5, method=method)
@@ -67,6 +74,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path, method):
     resumed = Module()
     _, masks = fit(resumed, tmp_path, 8, ckpt_path=tmp_path / "half.ckpt", method=method)
     assert masks.updater.steps == 8
+    assert resumed.densities == straight.densities[5:]
     for name, layer in masked_layers(straight.net).items():
         again = masked_layers(resumed.net)[name]
         assert torch.equal(again.mask, layer.mask)

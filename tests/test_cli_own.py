@@ -183,7 +183,7 @@ MISUSES = [
     ({"net": "text"}, "--model: expected NET:text to return an nn.Module, got str"),
     ({"net": "two"}, "--model: expected NET:two to take no arguments: missing a required argument: 'a'"),
     ({"net": "bad"}, "NET:bad raised KeyError: 'no data here'"),
-    ({"net": "nn.ReLU"}, "expected at least one nn.Linear or nn.Conv2d layer"),
+    ({"net": "nn.ReLU"}, "expected at least one layer that can be masked"),
     ({"train": "two"}, "--train: expected NET:two to take the model alone: missing a required argument: 'b'"),
     ({"train": "x"}, "--train: expected a function that trains a model, got Tensor NET:x"),
     ({"train": "plain"}, "train: expected None or a mapping .*got 3"),
