@@ -4,12 +4,14 @@ from . import started  # noqa: F401 - first: what follows takes seconds to impor
 from .convert import convert, to_dense
 from .explain import explain
 from .export import export
+from .fold import fold
 from .info import info
 from .interop import masks_from_scipy, masks_from_torch_prune, masks_from_zeros
 from .lottery import find_ticket, prune
 from .moves import set_masks
 from .nn import MaskedConv2d, MaskedLinear, MaskedSequential, ScatteredLayer, register
 from .pattern import Pattern
+from .regroup import regroup
 from .runtime import SparseModel, load_sparse
 from .ticket import Ticket
 from .weight_decay import SparseLotteryWarning, param_groups
@@ -28,6 +30,7 @@ __all__ = [
     "explain",
     "export",
     "find_ticket",
+    "fold",
     "info",
     "load_sparse",
     "masks_from_scipy",
@@ -36,6 +39,7 @@ __all__ = [
     "param_groups",
     "prune",
     "register",
+    "regroup",
     "set_masks",
     "to_dense",
 ]

@@ -22,8 +22,8 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
     at each row or output pixel of one sample; of nn.Linear and nn.Conv2d that were measured, else None.
     packs: how often in a training step a whole activation or gradient is rewritten for the layer's kernels, forward and
     backward (0 for a convolution, whose kernels rewrite what they read in blocks that fit a cache).
-    sparse_ms, block_ms, compact_ms, dense_ms: of the native call that the layer can be part of, with the layer executed
-    so, as measured by `convert` with an example input; None for what was not measured, or is not possible.
+    sparse_ms, block_ms, permuted_ms, compact_ms, dense_ms: of the native call that the layer can be part of, with the
+    layer executed so, as measured by `convert` with an example input; None for what was not, or is not possible.
     why: why that execution; of what is not masked "kept dense: " and the reason; where it is used too, if it is tied.
     prunable: is it masked, or can it be? What share of the model can be pruned is
     `sum(math.prod(row["shape"]) for row in rows if row["prunable"]) / sum(math.prod(row["shape"]) for row in rows)`.

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from . import ranks
 from .convert import dense_entries, masked_weights, masks_of, prunable
 from .files import Contents, json_copy, read_json, write, write_json
+from .links import links
 from .masks import Granularity, Masks, Score, as_mask, check, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
@@ -44,6 +45,7 @@ def prune(
     output_fraction: float | None = None,
     ignore: Sequence[str] = (),
     granularity: Granularity = (1, 1),
+    permute: bool = False,
     generator: torch.Generator | None = None,
 ) -> Masks:
     """Masks with `fraction` of the surviving weights gone; the model and the given masks are left as they are.
@@ -66,16 +68,21 @@ def prune(
         ignore: names or patterns of layers to leave as they are.
         granularity: (R, C) removes whole blocks of R rows x C columns, of a convolution R filters x C channels at one
             tap; the border of the weight may cut blocks off. "N:M" leaves N of each M weights that follow each other in
-            a row, of a convolution at consecutive channels: `fraction` says the same. A mapping gives it by name or
-            pattern as `rates` does; layers not named are (1, 1), single weights. The output layer is usually left so.
+            a row, of a convolution at consecutive channels: `fraction` says the same. "rows" removes whole units, or
+            filters: `export.dead.remove_dead` makes a smaller net of the ticket. A mapping gives it by name or pattern
+            as `rates` does; layers not named are (1, 1), single weights. The output layer is usually left so.
+        permute: blocks (R, C) are those of each weight with its rows and columns in another order, looked for anew each
+            time so that those kept hold the most (see `orders`). It takes seconds for 4096 x 4096, and is a property of
+            the mask: nothing but that is to be kept. Layers of an nn.Sequential that follow each other (`links`) share
+            the order of the units between them, and weights of units that lead nowhere count as the lowest.
         generator: for "random"; None uses torch's.
     Returns a mask for every weight that `convert` can mask, in module order, embeddings among them; of a weight that
     several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
     all weights of two dimensions or more, and says why.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
-    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints or "N:M", a mask that
-    is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of another
-    shape, not finite or missing, and a fraction that does not leave N:M.
+    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, "rows" or "N:M", a
+    mask that is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of
+    another shape, not finite or missing, a fraction that does not leave N:M, and `permute` without blocks.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
@@ -83,7 +90,7 @@ def prune(
     weights = prunable(model, found)
     masks = _complete(weights, masks_of(model) if masks is None else masks)
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
-    chosen = pools(list(weights), fraction, **how, granularity=granularity)
+    chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
     if scores is not None:
         if method != "magnitude":
             raise ValueError(f"scores: expected none with method {method!r}, which does not read them")
@@ -91,7 +98,7 @@ def prune(
     else:
         score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
     found.tell(model, stacklevel=2)
-    return prune_pools(masks, chosen, score)
+    return prune_pools(masks, chosen, score, links(model))
 
 
 def find_ticket(
@@ -109,6 +116,7 @@ def find_ticket(
     output_fraction: float | None = None,
     ignore: Sequence[str] = (),
     granularity: Granularity = (1, 1),
+    permute: bool = False,
     out: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -142,7 +150,7 @@ def find_ticket(
         rounds: how often to prune. 0: train alone, which may then move the masks itself (`dynamic`); the ticket has the
             masks that it ends with.
         retrain: as `train`, in its place from round 1 on: with `reset=False` e.g. fine-tuning at a low learning rate.
-        fraction, scope, rates, output_fraction, ignore, granularity: how to prune, by magnitude: see `prune`.
+        fraction, scope, rates, output_fraction, ignore, granularity, permute: how to prune, by magnitude: see `prune`.
         scores: a function of the trained model, whose result takes the place of magnitudes. It gets a new model with
             the trained weights, converted, and with them alone: gradients it takes itself. Name it in `settings`.
         rewind_step: k, the step whose weights the survivors go back to; 0 is the initialisation.
@@ -171,8 +179,9 @@ def find_ticket(
     weights = prunable(model, found)
     masks = _complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
-    chosen = pools(list(weights), fraction, **how, granularity=granularity)
+    chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
     check_blocks(masks, chosen)
+    linked = links(model)
     if rounds > 1 and (fixed := [pool for pool in chosen if pool.fraction and isinstance(pool.block, NofM)]):
         raise ValueError(f"rounds: expected 1, as one leaves {fixed[0].block} of {fixed[0].names[0]}, got {rounds}")
     recipe = {"fraction": fraction, **how, "rewind_step": rewind_step, "reset": reset, "settings": settings}
@@ -181,7 +190,7 @@ def find_ticket(
     if blocked:  # else left out, so that runs begun before there were blocks go on
         grains = {name: pool.block for pool in blocked for name in pool.names}
         recipe["granularity"] = {
-            name: str(grain) if isinstance(grain, NofM) else grain for name, grain in grains.items()
+            name: grain if isinstance(grain, tuple) else str(grain) for name, grain in grains.items()
         }
     state = dict(dense_entries(model))
     if lazy := [name for name, entry in state.items() if is_lazy(entry)]:
@@ -225,7 +234,7 @@ def find_ticket(
                 weights = theta.weights if reset else Ticket.from_contents(trained).weights
                 score = _score(scores, model, trained, masks)
                 del done, trained  # a model's bytes or two
-                masks = prune_pools(masks, chosen, score)
+                masks = prune_pools(masks, chosen, score, linked)
                 # Read at the masks only: nothing need be set to zero.
                 start = Ticket.of_parts(weights, masks, recipe, theta.architecture)
                 del weights, score

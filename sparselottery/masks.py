@@ -3,10 +3,8 @@
 A mask is a bool tensor, True where a weight survives; `Masks` keys them by parameter name ("fc1.weight"). Masks are
 data: they are never read off the values of weights, and here they only ever lose True entries. Every function is pure.
 
-What is pruned are blocks (R, C) of a weight (O, C', ...): R rows (filters) x C columns (channels) at one place of the
-other dimensions (a convolution's taps). Blocks begin at multiples of R and C and are cut off at the border; with (1, 1)
-they are single weights. The grid of a mask is the bool tensor (ceil(O / R), ceil(C' / C), ...), True where a block
-survives; block order is index order in it.
+What is pruned are the blocks of a grid (see `grids`), with (1, 1) single weights. Where they are `Permuted`, the order
+of rows and columns is found anew whenever blocks go.
 """
 
 from __future__ import annotations
@@ -19,16 +17,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .arrange import Sought, find_orders
+from .grids import Block, Grain, Links, Rows, block_sums, connected, grid_of, mask_of, order_in, orders_in
 from .lowest import lowest
 from .n_of_m import NofM, fraction_of, n_of_m
+from .orders import Permuted
 from .pieces import count, put
 
 Masks = dict[str, Tensor]
-Block = tuple[int, int]
-Grain = Block | NofM
 Granularity = Block | str | Mapping[str, Block | str]  # of all layers, or by name or pattern, the others being (1, 1)
 Score = Callable[[str, Block], Tensor]  # layer -> scores (n,) of its n surviving blocks, in order; the lowest go first
 SCOPES = ("layer", "global")
@@ -72,21 +70,6 @@ def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"masks[{name!r}]: expected shape {expected}, got {got}")
 
 
-def grid_of(masks: Mapping[str, Tensor], name: str, block: Grain) -> Tensor:
-    """Which blocks of a layer survive; for (1, 1) and N:M its mask. ValueError if of any block only a part does."""
-    mask = masks[name]
-    if block == (1, 1) or isinstance(block, NofM):
-        return mask
-    counts = block_sums(mask, block)
-    grid = counts > 0
-    if partial := int((grid & (counts < block_sums(torch.ones_like(mask), block))).sum()):
-        height, width = block
-        raise ValueError(
-            f"masks[{name!r}]: expected whole {height}x{width} blocks, got {partial} that are partly pruned"
-        )
-    return grid
-
-
 def check_blocks(masks: Mapping[str, Tensor], chosen: Iterable[Pool]) -> None:
     """Raise ValueError unless the mask of each layer that is to be pruned has whole blocks, or leads to N:M."""
     for pool in chosen:
@@ -94,24 +77,6 @@ def check_blocks(masks: Mapping[str, Tensor], chosen: Iterable[Pool]) -> None:
             grid_of(masks, name, pool.block)
             if isinstance(pool.block, NofM):
                 _check_leads_to(name, masks[name], pool)
-
-
-def mask_of(grid: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
-    """The mask of `shape` whose surviving blocks are those of the grid; the inverse of `grid_of`."""
-    if block == (1, 1):
-        return grid
-    rows, cols = (torch.arange(size, device=grid.device) // step for size, step in zip(shape[:2], block, strict=True))
-    return grid[rows][:, cols]
-
-
-def block_sums(tensor: Tensor, block: Block) -> Tensor:
-    """Sums (ceil(O / R), ceil(C' / C), ...) of an (O, C', ...) tensor over its blocks; int64 of a bool one."""
-    sizes = tensor.shape[:2]
-    height, width = (max(1, min(step, size)) for step, size in zip(block, sizes, strict=True))
-    padding = [0, 0] * (tensor.dim() - 2) + [0, -sizes[1] % width, 0, -sizes[0] % height]  # the last dimension first
-    padded = F.pad(tensor, padding)
-    by_column = padded.unflatten(1, (padded.shape[1] // width, width))
-    return by_column.unflatten(0, (padded.shape[0] // height, height)).sum((1, 3))
 
 
 def to_counts(masks: Mapping[str, Tensor], chosen: Iterable[Pool], like: Mapping[str, Tensor]) -> list[Pool]:
@@ -139,6 +104,7 @@ def pools(
     output_fraction: float | None = None,
     ignore: Sequence[str] = (),
     granularity: Granularity = (1, 1),
+    permute: bool = False,
 ) -> list[Pool]:
     """Who competes with whom, and at which fraction: the arguments of `prune`, validated, without its weights.
 
@@ -161,7 +127,7 @@ def pools(
         own[names[-1]] = float(output_fraction)
     for pattern in ignore:
         own.update(dict.fromkeys(_matching("ignore", pattern, names), 0.0))
-    grains = granularities(names, granularity)
+    grains = granularities(names, granularity, permute)
     groups: dict[object, list[str]] = {}
     for name in names:
         if name not in own:
@@ -171,28 +137,42 @@ def pools(
     return alone + [Pool(tuple(group), float(fraction), grains[group[0]]) for group in groups.values()]
 
 
-def granularities(names: Iterable[str], granularity: Granularity) -> dict[str, Grain]:
-    """The grain of each layer, by the first pattern that matches; raises for what is neither (R, C) nor "N:M"."""
-    if not isinstance(granularity, Mapping):
-        return dict.fromkeys(names, _checked_grain("granularity", granularity))
-    names, grains = list(names), {}
-    for pattern, grain in granularity.items():
-        grain = _checked_grain(f"granularity[{pattern!r}]", grain)
-        for name in _matching("granularity", pattern, names):
-            grains.setdefault(name, grain)
-    return {name: grains.get(name, (1, 1)) for name in names}
+def granularities(names: Iterable[str], granularity: Granularity, permute: bool = False) -> dict[str, Grain]:
+    """The grain of each layer, by the first pattern that matches; raises for what is neither (R, C) nor "N:M".
+
+    permute: are blocks those of permuted weights? Raises ValueError where there are none but single weights and N:M.
+    """
+    names = list(names)
+    if isinstance(granularity, Mapping):
+        grains = {}
+        for pattern, grain in granularity.items():
+            grain = _checked_grain(f"granularity[{pattern!r}]", grain)
+            for name in _matching("granularity", pattern, names):
+                grains.setdefault(name, grain)
+        grains = {name: grains.get(name, (1, 1)) for name in names}
+    else:
+        grains = dict.fromkeys(names, _checked_grain("granularity", granularity))
+    if permute:
+        blocks = {name: Permuted(*grain) for name, grain in grains.items() if isinstance(grain, tuple)}
+        blocks = {name: grain for name, grain in blocks.items() if grain.block != (1, 1)}
+        if names and not blocks:
+            raise ValueError(f"permute: expected a granularity with blocks to gather weights into, got {granularity!r}")
+        grains |= blocks
+    return grains
 
 
-def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Score) -> Masks:
+def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Score, links: Links = ()) -> Masks:
     """New masks, in which each pool has lost exactly round(fraction * n) of its n surviving blocks: the lowest scores.
 
     Ties go by index, layers in the order of the pool; only one pool's scores are held at a time. `masks` is left as
-    it is and nothing returned aliases it. Raises ValueError for a layer to be pruned whose mask has not whole blocks.
+    it is and nothing returned aliases it. links: layers of which the outputs of the first are the inputs of the second:
+    permuted blocks as high in the one as they are wide in the other share an order there. Raises ValueError for a layer
+    to be pruned whose mask has not whole blocks.
     """
-    pruned = {}
-    for pool in chosen:
-        if pool.fraction == 0:
-            continue
+    chosen = [pool for pool in chosen if pool.fraction]
+    permuted = [pool for pool in chosen if isinstance(pool.block, Permuted)]
+    pruned = _prune_permuted(masks, permuted, score, links)
+    for pool in (each for each in chosen if each not in permuted):
         if isinstance(pool.block, NofM):
             check_blocks(masks, [pool])
             pruned |= {name: n_of_m(masks[name], score(name, (1, 1)), pool.block) for name in pool.names}
@@ -207,6 +187,46 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
         for name, grid, part in zip(pool.names, before, removed.split(counts), strict=True):
             pruned[name] = mask_of(put(grid, part.logical_not_()), pool.block, masks[name].shape)
     return {name: pruned[name] if name in pruned else mask.clone() for name, mask in masks.items()}
+
+
+def _prune_permuted(masks: Mapping[str, Tensor], chosen: Sequence[Pool], score: Score, links: Links) -> Masks:
+    """As `prune_pools`, of pools with `Permuted` blocks: layers are put in order for the share that their pools keep.
+
+    Blocks of the new order are parts of several of the old one: those of which a part is gone already go first. What
+    leads to a unit without outputs, or away from one without inputs, counts as the lowest score of its layer: trainings
+    leave such weights where they began, and blocks of them would crowd out others.
+    """
+    pool_of = {name: pool for pool in chosen for name in pool.names}
+    alive = {name: count(grid_of(masks, name, pool.block)) for name, pool in pool_of.items()}
+    dense = {}
+    for name in pool_of:
+        like = torch.zeros(masks[name].shape, dtype=torch.float64, device=masks[name].device)
+        dense[name] = like.masked_scatter_(masks[name], score(name, (1, 1)).double())
+    for outputs, inputs, *_ in links:
+        for name, side, other in ((outputs, 0, inputs), (inputs, 1, outputs)):
+            if name in dense and alive[name] and other in masks:
+                dead = ~masks[other].transpose(0, 1 - side).flatten(1).any(1)
+                dense[name].index_fill_(side, dead.nonzero()[:, 0], float(dense[name][masks[name]].min()))
+    orders = {}
+    for names in connected(list(pool_of), links):
+        grains = {name: pool_of[name].block for name in names}
+        axes, start = orders_in(masks, grains, links)
+        kept = {name: alive[name] - int(pool_of[name].fraction * alive[name]) for name in names}
+        layers = [Sought(dense[name], masks[name], grains[name].block, kept[name]) for name in names]
+        orders |= zip(names, find_orders(layers, axes, start), strict=True)
+    pruned = {}
+    for pool in chosen:
+        block, grids, means = pool.block.block, [], []
+        for name in pool.names:
+            sizes = block_sums(torch.ones_like(masks[name]), block)
+            grids.append(block_sums(orders[name].permuted(masks[name]), block) == sizes)
+            means.append((block_sums(orders[name].permuted(dense[name]), block) / sizes)[grids[-1]])
+        counts, before = [len(each) for each in means], sum(alive[name] for name in pool.names)
+        removed = lowest(torch.cat(means), sum(counts) - before + round(pool.fraction * before))
+        for name, grid, part in zip(pool.names, grids, removed.split(counts), strict=True):
+            permuted = mask_of(put(grid, part.logical_not_()), block, masks[name].shape)
+            pruned[name] = orders[name].restored(permuted)
+    return pruned
 
 
 def _check_leads_to(name: str, mask: Tensor, pool: Pool) -> None:
@@ -226,14 +246,16 @@ def rearrange(
     """
     rearranged = {}
     for name, grain in granularities(masks, granularity).items():
-        block = (1, 1) if isinstance(grain, NofM) else grain
-        mask, grid = masks[name], grid_of(masks, name, block)
+        mask, grid = masks[name], grid_of(masks, name, grain)
+        block = grain.block if isinstance(grain, Permuted) else (1, 1) if isinstance(grain, NofM) else grain
         flat = grid.flatten()
         moved = flat.clone()
         for same in _places_by_size(mask, block):
             order = torch.randperm(len(same), generator=generator, device=generator_device(generator))
             moved[same] = flat[same[order.to(mask.device)]]
         rearranged[name] = mask_of(moved.view(grid.shape), block, mask.shape)
+        if isinstance(grain, Permuted):
+            rearranged[name] = order_in(masks, name, grain).restored(rearranged[name])
     return rearranged
 
 
@@ -257,12 +279,14 @@ def _check_fraction(what: str, value: float) -> None:
 
 
 def _checked_grain(what: str, block: Block | NofM | str) -> Grain:
-    if isinstance(block, NofM):
+    if isinstance(block, (NofM, Permuted, Rows)):
         return block
+    if block == "rows":
+        return Rows()
     if isinstance(block, str):
         return NofM.read(what, block)
     if not isinstance(block, Sequence) or len(block) != 2 or not all(isinstance(side, Integral) for side in block):
-        raise TypeError(f"{what}: expected two ints, rows and columns, or N:M, got {block!r}")
+        raise TypeError(f"{what}: expected two ints, rows and columns, 'rows' or N:M, got {block!r}")
     if min(block) < 1:
         raise ValueError(f"{what}: expected at least (1, 1), got {block!r}")
     return int(block[0]), int(block[1])

@@ -26,7 +26,7 @@ class NofM:
         """ValueError for what is not "N:M" with 1 <= N < M."""
         kept, _, group = text.partition(":")
         if not (kept.isdecimal() and group.isdecimal() and 1 <= int(kept) < int(group)):
-            raise ValueError(f"{what}: expected (rows, columns) or 'N:M' with 1 <= N < M, got {text!r}")
+            raise ValueError(f"{what}: expected (rows, columns), 'rows' or 'N:M' with 1 <= N < M, got {text!r}")
         return cls(int(kept), int(group))
 
 

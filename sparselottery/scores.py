@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .masks import Block, Score, block_sums, generator_device, grid_of
+from .grids import Block, block_sums, grid_of
+from .masks import Score, generator_device
 from .pieces import count, scratch, take
 
 Scores = Mapping[str, Tensor]  # by layer

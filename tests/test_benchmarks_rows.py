@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import busy, find_overhead, imp_mnist, lab, loading, moves, results
+from benchmarks import busy, find_overhead, granularity, imp_mnist, lab, loading, moves, results
 from sparselottery import convert, ops
-from sparselottery.lab import experiment, grid, xor
+from sparselottery.lab import data, experiment, grid, xor
 from sparselottery.lab.models import conv_net
 from sparselottery.lab.settings import preset
 
@@ -110,6 +110,29 @@ def test_a_ladder_has_a_row_for_each_round():
     assert rows[1]["density"] == pytest.approx((0.8 * sizes[0] + 0.9 * sizes[1]) / sum(sizes), abs=1e-4)
     assert "reinit_final_test_accuracy" not in rows[0]
     assert imp_mnist.median_seconds(rows, "sparse") > 0
+
+
+def test_a_granularity_has_a_row_for_each_round_that_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(granularity, "ROUNDS", (0, 2))
+    trial = granularity.Trial(data.load("digits"), seed=0, iterations=4, eval_every=2)
+    rows = {grain: trial.rows(grain, tmp_path) for grain in ("1x1", "16x16", "16x16-permuted", "16x16-regrouped")}
+    assert {grain: [row["round"] for row in found] for grain, found in rows.items()} == {
+        "1x1": [0, 2], "16x16": [0, 2], "16x16-permuted": [0, 2], "16x16-regrouped": [2],
+    }  # fmt: skip
+    dense, single = rows["1x1"]
+    assert (dense["density"], rows["16x16"][0]) == (1, dense | {"granularity": "16x16"})
+    assert all(abs(found[-1]["density"] - single["density"]) < 0.05 for found in rows.values())
+    assert len({found[-1]["accuracy"] for found in rows.values()}) > 1
+    assert rows["16x16-regrouped"] == trial.rows("16x16-regrouped", tmp_path)
+
+
+def test_permuted_blocks_hold_more():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(64, 1, generator=generator) * torch.rand(64, generator=generator)
+    rows = granularity.held("a", weight)
+    assert len(rows) == 20
+    assert all(row["plain"] <= row["permuted"] <= 1 for row in rows)
+    assert rows[2]["permuted"] > 1.2 * rows[2]["plain"]
 
 
 def test_convolutions_are_pruned_by_their_share():

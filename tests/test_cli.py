@@ -15,6 +15,7 @@ from sparselottery.lab import data, experiment
 from sparselottery.lab.data import ENVIRONMENT
 from sparselottery.lab.models import MODELS
 from sparselottery.lab.settings import preset
+from sparselottery.orders import order_of
 from sparselottery.ticket import Ticket
 
 FIND = ["find", "--rounds", "2", "--iterations", "60"]
@@ -102,6 +103,16 @@ def test_find_prunes_blocks(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, preset("digits", rounds=2, iterations=60).name}
 
 
+def test_find_prunes_permuted_blocks(tmp_path, capsys):
+    assert cli.main([*FIND, "--granularity", "16x8", "--permute", "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    ticket = Ticket.load(folder / "ticket.safetensors")
+    assert ticket.recipe["granularity"] == {"fc1.weight": "16x8 permuted", "fc2.weight": "16x8 permuted"}
+    pattern = ticket.csr()["fc1.weight"][0]
+    assert not order_of(pattern, pattern.shape, (16, 8)).is_natural
+    assert "permute: expected a granularity" in fails(capsys, *FIND, "--permute", "--out", tmp_path)
+
+
 @pytest.mark.parametrize("option", [["--rewind-step", "20"], ["--retrain", "continue"], ["--retrain", "fine-tune"]])
 def test_find_resets_otherwise(tmp_path, option):
     assert cli.main([*FIND, *option, "--out", str(tmp_path)]) == 0
@@ -175,7 +186,7 @@ def test_explain(run_folder, capsys):
     title, header, *layers, ms, packs, _ = capsys.readouterr().out.splitlines()
     assert "round-02.safetensors: 64.3% of the weights; measured with 2 threads" in title
     columns = "layer shape density nnz bytes dense_bytes execution plan_bytes flops packs "
-    columns += "sparse_ms block_ms compact_ms dense_ms why"
+    columns += "sparse_ms block_ms permuted_ms compact_ms dense_ms why"
     assert header.split() == columns.split()
     assert [layer.split()[:2] for layer in layers] == [["fc1", "300x64"], ["fc2", "100x300"], ["fc3", "10x100"]]
     assert all(layer.split()[6] in ("sparse", "dense") for layer in layers)

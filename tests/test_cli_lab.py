@@ -103,7 +103,7 @@ def test_lab_passes_every_option_on(capsys):
         **{"seed": 4, "rewind_step": 10, "one_shot": True, "retrain": "continue", "optimizer": "sgd", "momentum": 0.5},
         **{"weight_decay": 0.01, "dropout": 0.5, "drops": "1/2,0.75", "warmup": 40, "augment": True},
         **{"scope": "global", "prune_layers": "fc", "conv_share": 0.3, "fc_share": 0.4, "output_share": 0.6},
-        **{"granularity": "4x2", "device": "cpu", "execution": "measured", "method": "imp"},
+        **{"granularity": "4x2", "device": "cpu", "execution": "measured", "method": "imp", "permute": True},
     }
     given = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in options.items()]
     found = printed(capsys, "lenet", *given, "--control-rounds", "1", "--threads", "2")

@@ -131,7 +131,8 @@ def test_masks_with_other_dead_rows_are_timed_anew(clock):
 def test_blocks_are_timed_against_all_others(clock, monkeypatch):
     monkeypatch.setattr(ops, "takes_block", lambda block, device, geometry=None: True)
     model = linears(16, 16, 16, between=nn.ReLU)
-    masks = halves(model) | {"0.weight": torch.eye(2).bool().repeat_interleave(8, 0).repeat_interleave(8, 1)}
+    single = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    masks = {"0.weight": torch.eye(2).bool().repeat_interleave(8, 0).repeat_interleave(8, 1), "2.weight": single}
     clock.others_ms = [2.0, 0.5, 3.0]
     converted = convert(model, masks, torch.randn(4, 16))
     assert clock.counts == [4]  # one call of both, then the first sparse, the first dense, the second dense

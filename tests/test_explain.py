@@ -21,7 +21,7 @@ from sparselottery import (
     to_dense,
 )
 from sparselottery.kernels import cpu, reference
-from sparselottery.nn import Measured
+from sparselottery.nn import EXECUTIONS, Measured
 
 KEYS = [
     "layer",
@@ -36,6 +36,7 @@ KEYS = [
     "packs",
     "sparse_ms",
     "block_ms",
+    "permuted_ms",
     "compact_ms",
     "dense_ms",
     "why",
@@ -84,8 +85,8 @@ def test_why_an_execution():
     measured = "measured: sparse 1.23 ms, compact 2 ms, dense 3.4 ms for (128, 4), training"
     assert whys(converted) == {"0": "nothing is pruned", "2": "set by hand", "4": measured}
     assert [row["execution"] for row in explain(converted)] == ["dense", "dense", "sparse"]
-    times = [[row[f"{name}_ms"] for name in ("sparse", "block", "compact", "dense")] for row in explain(converted)]
-    assert times == [[None] * 4] * 2 + [[1.2345, None, 2.0, 3.4]]
+    times = [[row[f"{name}_ms"] for name in EXECUTIONS] for row in explain(converted)]
+    assert times == [[None] * 5] * 2 + [[1.2345, None, None, 2.0, 3.4]]
 
 
 class Own(nn.Conv2d):

@@ -15,9 +15,11 @@ from blocks import blocky, is_blocky
 from hypothesis import given, settings
 from torch import nn
 
-from sparselottery import Pattern, Ticket, find_ticket, prune
+from sparselottery import Pattern, Ticket, find_ticket, prune, to_dense
 from sparselottery.convert import convert
-from sparselottery.masks import mask_of, pools, prune_pools, rearrange, survivors
+from sparselottery.export.dead import remove_dead
+from sparselottery.grids import mask_of
+from sparselottery.masks import pools, prune_pools, rearrange, survivors
 from sparselottery.pattern import block_of
 from sparselottery.scores import at_random, by_magnitude
 
@@ -217,6 +219,60 @@ def test_rearrange_moves_blocks_everywhere():
 def test_mask_of_takes_apart_what_a_grid_put_together():
     grid = torch.tensor([[True, False], [False, True]])
     assert mask_of(grid, (2, 3), (3, 4)).int().tolist() == [[1, 1, 1, 0]] * 2 + [[0, 0, 0, 1]]
+
+
+# whole rows
+
+
+def test_whole_rows_go_by_their_mean():
+    weight = torch.full((4, 3, 2, 2), 2.0)
+    weight[1], weight[2], weight[3, 0, 0, 0] = 0.5, 1.0, 100.0
+    assert prune_one(weight, 0.5, "rows").flatten(1).all(1).tolist() == [True, False, False, True]
+    assert prune_one(weight, 0.5, "rows").sum() == 2 * 12
+    mask = prune_one(weight, 0.25, "rows")
+    assert prune_one(weight, 1 / 3, "rows", mask).flatten(1).any(1).tolist() == [True, False, False, True]
+
+
+def test_rows_of_all_layers_compete():
+    weights = {"a.weight": torch.full((4, 4), 0.1), "b.weight": torch.ones(4, 2, 3, 3)}
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    chosen = pools(list(weights), 0.5, scope="global", granularity="rows")
+    pruned = prune_pools(masks, chosen, by_magnitude(weights, masks))
+    assert [survivors({name: mask}) for name, mask in pruned.items()] == [0, 72]
+
+
+def test_rows_are_refused_where_a_part_is_gone():
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[2, 1] = False
+    with pytest.raises(ValueError, match=r"masks\['weight'\]: expected whole rows, got 1 that are partly pruned"):
+        prune_one(torch.rand(4, 4), 0.5, "rows", mask)
+
+
+def test_rearranged_rows_stay_rows():
+    mask = torch.zeros(6, 3, 2, dtype=torch.bool)
+    mask[:2] = True
+    moved = [rearrange({"w": mask}, torch.Generator().manual_seed(seed), "rows")["w"] for seed in range(9)]
+    assert all(each.flatten(1).all(1).sum() == each.flatten(1).any(1).sum() == 2 for each in moved)
+    assert len({tuple(each.flatten(1).any(1).tolist()) for each in moved}) > 1
+
+
+def test_a_ticket_of_rows_is_a_smaller_dense_net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                          nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 3))  # fmt: skip
+    ticket = find_ticket(model, no_training, rounds=2, fraction=0.5, granularity={"0.*": "rows", "5.*": "rows"},
+                         ignore=["7.*"])  # fmt: skip
+    assert ticket.recipe["granularity"] == {"0.weight": "rows", "5.weight": "rows"}
+    small, removed = remove_dead(ticket)
+    assert removed.units == {"0": 6, "5": 9}
+    assert small.shapes == {"0.weight": (2, 3, 3, 3), "5.weight": (3, 8), "7.weight": (3, 3)}
+    assert small.density == 1
+    x, net = torch.randn(4, 3, 6, 6), to_dense(small.apply()).train()
+    torch.testing.assert_close(net.eval()(x), ticket.apply(model).eval()(x))
+    optimizer = torch.optim.SGD(net.train().parameters(), lr=0.1)
+    net(x).square().sum().backward()
+    optimizer.step()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in net[5].parameters())
 
 
 # of a model

@@ -8,9 +8,10 @@ import torch
 
 from sparselottery import prune
 from sparselottery.convert import convert, dense_state
+from sparselottery.grids import block_sums, grid_of, order_in
 from sparselottery.lab.controls import CONTROLS, MASK_ONLY, Control, Round, reinit
 from sparselottery.lab.models import conv_net, lenet_300_100
-from sparselottery.masks import block_sums
+from sparselottery.orders import Permuted
 from sparselottery.ticket import Ticket
 
 lenet = partial(lenet_300_100, 40, 10, hidden=(48, 20))
@@ -158,6 +159,18 @@ def test_rearranged_masks_keep_their_counts_and_lose_their_places(of):
         expected = mask.float().mean().item() * int(mask.sum())  # hits of places by chance
         assert abs(int((moved & mask).sum()) - expected) < 0.3 * int(mask.sum())
         assert not torch.equal(moved, other.masks[name])
+
+
+def test_permuted_blocks_stay_permuted_blocks():
+    grains = {name: Permuted(*block) for name, block in BLOCKS["granularity"].items()}
+    of = a_round(pruning={"fraction": 0.5, "granularity": grains})
+    assert not order_in(of.masks, "fc1.weight", Permuted(4, 4)).is_natural
+    for name in ("rearranged", "one-shot", "random", "magnitude", "snip", "grasp", "synflow"):
+        masks = start(name, of).masks
+        left = [
+            sum(int(grid_of(each, layer, grain).sum()) for layer, grain in grains.items()) for each in (masks, of.masks)
+        ]
+        assert left[0] == left[1]
 
 
 def test_blocks_stay_blocks():

@@ -61,9 +61,15 @@ def test_names_tell_settings_apart_and_leave_defaults_out():
     changes |= {"batch": 6, "rewind_step": 1, "weight_decay": 1e-4, "drops": (0.5,), "warmup": 1, "augment": True}
     changes |= {"scope": "global", "prune_layers": "fc", "conv_share": 0.5, "fc_share": 0.5, "output_share": 1.0}
     changes |= {"device": "cuda", "execution": "measured", "method": "gmp"}
-    assert changes.keys() | {"data", "model"} == {field.name for field in fields(Settings)}
+    assert changes.keys() | {"data", "model", "permute"} == {field.name for field in fields(Settings)}
     names = {preset("digits", **{key: value}).name for key, value in changes.items()}
-    assert len(names | {preset("digits").name, preset("mnist").name}) == len(changes) + 2
+    names |= {preset("digits", granularity=(16, 16), permute=True).name}
+    assert len(names | {preset("digits").name, preset("mnist").name}) == len(changes) + 3
+
+
+def test_single_weights_are_not_permuted():
+    with pytest.raises(ValueError, match="permute: expected a granularity with blocks, got 1x1"):
+        preset("digits", permute=True)
 
 
 def test_the_device_names_a_run_only_if_it_is_not_the_cpu():

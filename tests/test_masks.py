@@ -151,7 +151,11 @@ def test_pools_of_their_own(scope):
         ({"ignore": ["head"]}, ValueError, "ignore: .*'head', which matches none"),
         ({"ignore": "head.weight"}, TypeError, "ignore: expected a sequence of names"),
         ({"scope": "block"}, ValueError, "scope: expected one of .*'block'"),
-        ({"granularity": "16x16"}, ValueError, r"granularity: expected \(rows, columns\) or 'N:M' with .* got '16x16'"),
+        (
+            {"granularity": "16x16"},
+            ValueError,
+            r"granularity: expected \(rows, columns\), 'rows' or 'N:M' with .* got '16x16'",
+        ),
         ({"granularity": 16}, TypeError, "granularity: expected"),
         ({"granularity": (16, 16, 1)}, TypeError, "granularity: expected"),
         ({"granularity": {"head*": (4, 1.5)}}, TypeError, r"granularity\['head\*'\]: expected .*got \(4, 1\.5\)"),

@@ -21,6 +21,8 @@ def use(model: nn.Module, x: Tensor) -> None:
     assert_type(masks, dict[str, Tensor])
     assert_type(sl.convert(model, masks, x), nn.Module)
     assert_type(sl.to_dense(model), nn.Module)
+    assert_type(sl.fold(model), nn.Module)
+    assert_type(sl.regroup(masks, (16, 16), refill=0.5).masks, dict[str, Tensor])
     assert_type(sl.explain(model), list[dict[str, Any]])
     assert_type(sl.info(), dict[str, str])
     ticket = sl.find_ticket(model, train, rounds=3, fraction=0.2, out="runs/mine")

@@ -15,6 +15,7 @@ from torch import nn
 from ..convert import masks_of, prunable
 from ..explain import explain
 from ..lottery import find_ticket
+from ..orders import Permuted
 from ..random_state import random_state_kept
 from ..ticket import Ticket
 from ..timing import interleaved_ms
@@ -217,12 +218,13 @@ def pruning(settings: Settings, model: nn.Module) -> dict:
     if settings.scope == "global":
         shares = {name: share and 1.0 for name, share in shares.items()}
     rates = {name: settings.rate(share) for name, share in shares.items()}
+    grain = Permuted(*settings.granularity) if settings.permute else settings.granularity
     competing = [name for name in weights if rates[name]] if settings.scope == "global" else []
     return {
         "fraction": settings.rate(1.0),
         "scope": settings.scope,
         "rates": {name: rate for name, rate in rates.items() if name not in competing},
-        "granularity": {name: (1, 1) if name == output else settings.granularity for name in weights},
+        "granularity": {name: (1, 1) if name == output else grain for name in weights},
     }
 
 

@@ -63,6 +63,9 @@ class Settings:
         "blocks of rows (filters) x columns (channels at one tap) that are pruned whole, but for the output layer; "
         f"GPUs have kernels for {', '.join(f'{rows}x{columns}' for rows, columns in BLOCKS)}",
     )
+    permute: bool = setting(
+        False, "put rows and columns in the order in which the blocks that are pruned hold the least"
+    )
     device: str = setting("cpu", "where to train", ("cpu", "cuda"))
     method: str = setting(
         "imp",
@@ -84,6 +87,8 @@ class Settings:
                 raise ValueError(f"{each.name}: expected one of {', '.join(choices)}, got {value!r}")
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.permute and tuple(self.granularity) == (1, 1):
+            raise ValueError("permute: expected a granularity with blocks, got 1x1")
         rounds = {"one_shot": False, "retrain": "rewind", "rewind_step": 0, "scope": "layer", "granularity": (1, 1)}
         if self.method != "imp" and (wrong := [name for name, only in rounds.items() if getattr(self, name) != only]):
             raise ValueError(f"{wrong[0]}: expected {rounds[wrong[0]]!r} with the method {self.method}")

@@ -50,6 +50,11 @@ def gather(x: Tensor, columns: Tensor, dim: int = -1, channels_last: bool = Fals
     return x.index_select(dim, columns)
 
 
+def put_back(y: Tensor, rows: Tensor | None) -> Tensor:
+    """y (N, O, ...) with its second dimension as it was before it was put into the order `rows`, None: the natural."""
+    return y if rows is None else torch.empty_like(y).index_copy(1, rows, y)
+
+
 def spread(
     y: Tensor, rows: Tensor, bias: Tensor | None, size: int, dim: int = -1, channels_last: bool = False
 ) -> Tensor:

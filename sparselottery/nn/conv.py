@@ -10,7 +10,7 @@ from .. import ops
 from ..kernels.reference import Geometry, Norm, image_format
 from ..pattern import Pattern
 from .base import MaskedLayer
-from .compact import gather, spread
+from .compact import gather, put_back, spread
 from .executions import NATIVE
 
 
@@ -83,10 +83,18 @@ class MaskedConvolution(MaskedLayer):
             return self._convolve(_padded(x, self), self._dense_weight(), self.bias)
         images = _padded(_images(x, self), self)  # first, as padding may change the format
         last = image_format(images) == torch.channels_last
+        if self.execution == "permuted":
+            y = self._permuted(images if self._columns is None else gather(images, self._columns, -3, last))
+            return y if x.dim() == 4 else y[0]
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
         y = self._convolve(gather(images, self._columns, -3, last), self._dense_weight(), bias)
         y = spread(y, self._rows, self.bias, self.out_channels, -3, last)
         return y if x.dim() == 4 else y[0]
+
+    def _permuted(self, images: Tensor) -> Tensor:
+        """Of images with their channels in the order of the blocks: multiplied by those, and put back."""
+        y = ops.conv2d(images, *self._permuted_operands(), geometry=self.geometry, block=self.block)
+        return put_back(y, self._rows)
 
     def _convolve(self, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Of images, by PyTorch."""

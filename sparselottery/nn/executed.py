@@ -9,10 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..orders import Order, permuted_block_of
 from ..pattern import Pattern, block_of
 from .checkpoint import CheckpointedLayer
 from .dense import DenseWeight, smallest
 from .executions import BY_NAME, EXECUTIONS, Measured, of
+
+# Buffers that are made of the indices, each by some executions.
+MADE = ("plan", "_positions", "_rows", "_columns", "_crow_indices", "_col_indices")
+
+GATHERS = {"_columns": "gathers its input", "_rows": "puts its output back"}  # what is not folded into other layers
 
 
 class ExecutedLayer(CheckpointedLayer):
@@ -34,24 +40,27 @@ class ExecutedLayer(CheckpointedLayer):
     def _build_execution(self) -> None:
         """Once the indices and values are there."""
         self.register_buffer("plan", self._no_plan(), persistent=False)
-        for name in ("_positions", "_rows", "_columns"):
+        for name in MADE[1:]:
             self.register_buffer(name, None, persistent=False)
         self._execution: str | None = None  # not chosen
         self.measured: Measured | None = None
         self.block = (1, 1)
         self._mask_block: tuple[int, int] | None = None  # not looked for
+        self._mask_order: tuple[tuple[int, int], Order | None] | None = None
 
     @property
     def execution(self) -> str:
         """How forward runs: one of `executions`.
 
         "sparse": by kernels for single weights. "block": by kernels for whole blocks of them, on tensor cores.
+        "permuted": so, where the mask has whole blocks only in another order of its rows and columns; the input is
+        gathered in that order, and the output put back.
         "dense": by PyTorch, the values scattered into a dense weight. "compact": so, without its rows and columns in
         which nothing survived. A layer with nothing pruned is "dense", its values being the dense weight as it stands.
-        Not set, or set to None, it is "block" where possible, else "sparse", else "dense"; so it is where what was set
-        is not possible, after a move or a load, or at another mask. It is not in the state_dict, and a `convert` that
-        masks the layer anew forgets it. Raises ValueError if set to anything else, or to what is not possible here, and
-        says why.
+        Not set, or set to None, it is the first of "block", "permuted", "sparse" and "dense" that is possible; so it is
+        where what was set is not possible, after a move or a load, or at another mask. It is not in the state_dict, and
+        a `convert` that masks the layer anew forgets it. Raises ValueError if set to anything else, or to what is not
+        possible here, and says why.
         """
         return self._present
 
@@ -77,6 +86,11 @@ class ExecutedLayer(CheckpointedLayer):
     @property
     def why(self) -> str:
         """Why the `execution` is what it is."""
+        gathers = " and ".join(text for name, text in GATHERS.items() if self._buffers[name] is not None)
+        return f"{self._why}; it {gathers}" if self._present == "permuted" else self._why
+
+    @property
+    def _why(self) -> str:
         if self._whole:
             return "nothing is pruned"
         if self.measured is not None and self._execution == self._present:
@@ -96,6 +110,17 @@ class ExecutedLayer(CheckpointedLayer):
             self._mask_block = block_of(self.pattern, self.shape)
         return self._mask_block
 
+    def _find_order(self) -> tuple[tuple[int, int], Order | None]:
+        """(R, C) of the blocks that the mask consists of in some order, and the order: looked for as `_find_block`."""
+        if self._mask_order is None:
+            self._mask_order = permuted_block_of(self.pattern, self.shape)
+        return self._mask_order
+
+    def _permuted_operands(self) -> tuple[Tensor | None, ...]:
+        """In the order of the blocks: values, bias, crow_indices, col_indices, plan."""
+        bias = self.bias if self.bias is None or self._rows is None else self.bias.index_select(0, self._rows)
+        return self.values.index_select(0, self._positions), bias, self._crow_indices, self._col_indices, self.plan
+
     def _no_plan(self) -> Tensor:
         return self.crow_indices.new_empty(0)
 
@@ -106,17 +131,16 @@ class ExecutedLayer(CheckpointedLayer):
         """
         execution = of(self, self._execution)
         vars(self).update(_present=execution.name, _dense=None)  # nn.Module's way takes ten times as long
-        self._buffers.update(_rows=None, _columns=None, _positions=None)
+        self._buffers.update(dict.fromkeys(MADE[1:]))
         if not execution.native:
             self.plan, self.block = self._no_plan(), (1, 1)
         execution.prepare(self)
-        made = "plan", "_positions", "_rows", "_columns"
-        self._remember("crow_indices", "col_indices", *(name for name in made if self._buffers[name] is not None))
+        self._remember("crow_indices", "col_indices", *(name for name in MADE if self._buffers[name] is not None))
 
-    def _use_plan(self, block: tuple[int, int]) -> None:
-        """For kernels that multiply blocks (R, C)."""
+    def _use_plan(self, block: tuple[int, int], pattern: Pattern | None = None) -> None:
+        """For kernels that multiply blocks (R, C) of this pattern, None: the layer's."""
         if not self.plan.numel() or block != self.block:
-            self._buffers["plan"], vars(self)["block"] = self._compile(self.pattern, block), block
+            self._buffers["plan"], vars(self)["block"] = self._compile(pattern or self.pattern, block), block
 
     def _use_dense_weight(self, positions: Tensor, shape: tuple[int, ...]) -> None:
         """For PyTorch's operators: a weight of this shape with the values at these positions of it, flattened."""
@@ -140,7 +164,8 @@ class ExecutedLayer(CheckpointedLayer):
         known, before = self._known, dict(self._buffers)
         if changed and self.measured:
             self._execution = self.measured = None
-        self._buffers["plan"], vars(self)["_mask_block"] = self._no_plan(), None
+        self._buffers["plan"] = self._no_plan()
+        vars(self).update(_mask_block=None, _mask_order=None)
         self._prepare()
         if all(before[name] is each and each._version != version for name, each, version in known) and not all(
             _equal(before[name], self._buffers[name]) for name, *_ in known[2:]

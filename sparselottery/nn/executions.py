@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 
 from .. import ops
+from ..orders import is_natural, permuted_pattern
 from ..pattern import BLOCKS
 from .compact import live_indices, live_shape
 
@@ -83,6 +84,37 @@ class Block(Execution):
         layer._use_plan(layer._find_block())
 
 
+class Permuted(Execution):
+    name = "permuted"
+
+    @staticmethod
+    def why_not(layer: nn.Module) -> str | None:
+        if layer._whole:
+            return "nothing is pruned"
+        if "block" in layer.lacks:
+            return layer.lacks["block"]
+        device = layer.values.device
+        taken = [block for block in BLOCKS if ops.takes_block(block, device, layer.geometry)]
+        if not taken:
+            return f"there are no kernels for blocks of such a layer on {device.type}"
+        if layer.groups > 1:
+            return "its channels are in groups"
+        plain, (block, order) = layer._find_block(), layer._find_order()
+        if order is None:
+            return "its mask has no whole blocks in any order of its rows and columns"
+        if plain in BLOCKS[: BLOCKS.index(block) + 1]:
+            return f"its mask has whole blocks {plain} as it is"
+        return None if block in taken else f"there are no kernels for its blocks, {block}, on {device.type}"
+
+    @staticmethod
+    def prepare(layer: nn.Module) -> None:
+        block, order = layer._find_order()
+        pattern, layer._positions = permuted_pattern(layer.pattern, layer.shape, order)
+        layer._crow_indices, layer._col_indices = pattern.indices
+        layer._rows, layer._columns = (None if is_natural(each) else each for each in order)
+        layer._use_plan(block, pattern)
+
+
 class Compact(Execution):
     name = "compact"
 
@@ -119,15 +151,15 @@ class Dense(Execution):
             layer._use_dense_weight(layer.pattern.positions(), layer.shape)
 
 
-BY_NAME = {execution.name: execution for execution in (Sparse, Block, Compact, Dense)}
+BY_NAME = {execution.name: execution for execution in (Sparse, Block, Permuted, Compact, Dense)}
 EXECUTIONS = tuple(BY_NAME)
 NATIVE = tuple(name for name, execution in BY_NAME.items() if execution.native)
 
 
 def of(layer: nn.Module, wish: str | None) -> type[Execution]:
-    """What a layer for which `wish` is set runs by: that if possible, else "block", "sparse" or "dense", in order."""
+    """What a layer for which `wish` is set runs by: that if possible, else blocks, "sparse" or "dense"."""
     if layer._whole:
         return Dense
     if wish and BY_NAME[wish].why_not(layer) is None:
         return BY_NAME[wish]
-    return next((each for each in (Block, Sparse) if each.why_not(layer) is None), Dense)
+    return next((each for each in (Block, Permuted, Sparse) if each.why_not(layer) is None), Dense)

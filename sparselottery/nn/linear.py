@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..pattern import Pattern
 from .base import MaskedLayer
-from .compact import gather, spread
+from .compact import gather, put_back, spread
 from .executions import NATIVE
 
 
@@ -72,9 +72,19 @@ class MaskedLinear(MaskedLayer):
         if self.execution == "dense":
             return self.multiply(self._dense_weight(), self.bias, x)
         _check_features(x, self)
+        if self.execution == "permuted":
+            return self._permuted(x)
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
         y = F.linear(gather(x, self._columns), self._dense_weight(), bias)
         return spread(y, self._rows, self.bias, self.out_features)
+
+    def _permuted(self, x: Tensor) -> Tensor:
+        """Gathered in the order of the blocks, multiplied by those, and put back."""
+        x = x if self._columns is None else gather(x, self._columns)
+        values, bias, *indices = self._permuted_operands()
+        indices = [[each] for each in indices]
+        y = ops.chain(x.reshape(-1, self.in_features), [values], [bias], *indices, blocks=[self.block])
+        return put_back(y, self._rows).reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16 and x.is_cpu:

@@ -39,7 +39,7 @@ def count_packs(model: nn.Module) -> Counter[nn.Module]:
     for parent in (nn.ModuleList([model]), *model.modules()):
         children = list(parent._modules.values())
         linears = [i for i, child in enumerate(children) if isinstance(child, MaskedLinear)]
-        linears = [i for i in linears if children[i].execution in NATIVE]
+        linears = [i for i in linears if children[i].execution in (*NATIVE, "permuted")]
         for i in linears:
             packs[children[i]] += 2 * children[i].batch_minor
         if type(parent) is MaskedSequential:
