@@ -30,7 +30,7 @@ class Link(NamedTuple):
 
 
 def links(model: nn.Module) -> list[Link]:
-    """Those between children of one nn.Sequential, which is called as a whole. No layer that is used twice is in any."""
+    """Those between children of one nn.Sequential, called as a whole. No layer that is used twice is in any."""
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     uses.update(each for module in model.modules() for each in module._parameters.values() if each is not None)
     found = []
