@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import masked_layers, prunable
+from .survey import survey
 
 
 def taylor(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]) -> dict[str, Tensor]:
@@ -46,8 +47,8 @@ def _by_mask(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    masked = {name: layer.values for name, layer in masked_layers(model).items()}
-    weights = {name: masked[name] if name in masked else model.get_parameter(name) for name in prunable(model)}
+    found = survey(model)
+    weights = {name: found.maskable[name].parameter for name in prunable(model, found)}
     if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
         raise ValueError(f"model: expected weights that require gradients, got {frozen[0]!r}, which does not")
     return weights

@@ -167,7 +167,8 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | Non
 
 def _opens(module: nn.Module) -> type[OpenedModule] | None:
     """What a dense module is opened as; None if it is not."""
-    kind = opened_type_of(module)
+    if (kind := opened_type_of(module)) is None:
+        return None
     whole = [module, *module.children()]
     altered = any("forward" in vars(each) or parametrize.is_parametrized(each) or _torch_pruned(each) for each in whole)
     return None if altered else kind
