@@ -20,10 +20,17 @@ _TRAITS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_
 class Matrices(nn.Module):
     """y = x W[e]ᵀ for each of the numbers e: the dense weight (E, O, I)."""
 
-    def __init__(self, number: int, out_features: int, in_features: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        out_features: int,
+        in_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.number, self.out_features, self.in_features = number, out_features, in_features
-        self.weight = nn.Parameter(torch.empty(number, out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(number, out_features, in_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, number: int, parts: Tensor | None = None) -> Tensor:
         """(N, I) -> (N, O)."""
