@@ -1,34 +1,19 @@
 // Training of a chain of sparse linear layers with a ReLU between them: whole steps, many in one call. A step is a batch of
 // images, forward, cross-entropy of the softmax, backward, and Adam or SGD.
 //
+// The first layer's input needs no gradient, so that its values and moments can stay in the order of tiles from the first
+// step to the last: each tile's gradient is followed by its update, and nothing but these three arrays leaves L1.
+//
 // Threads own strips of rows of each W: they compute these outputs, and alone write these values, biases and moments. So
 // the first layer, most of the work, needs nobody from its gradient to its next product. Gradients of hidden activations
 // are owned by strips of Wᵀ. Every sum is taken by one thread, in an order that does not depend on how many there are.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "layer.h"
+#include "update.h"
 
 namespace {
-
-enum Rule : int64_t { ADAM = 0, SGD = 1 };
-
-struct TrainedLayer {  // mirrored in cpu_train.py
-    const int32_t* plan;
-    void *values, *values_moments[2];  // SGD has but the first moment
-    void *bias, *bias_moments[2];      // null if none
-};
-
-struct Training {  // mirrored in cpu_train.py; its layers follow
-    int64_t is_double, threads, layers, batch;
-    const void* images;  // (any, in_features), row-major
-    const int64_t *labels, *order;  // order: (steps, batch), rows of images
-    const double* rates;            // of learning, one for each step
-    int64_t steps, first;           // first: steps that were done before these
-    int64_t rule;
-    const double* constants;  // ADAM: beta1, beta2, eps, weight decay. SGD: momentum, weight decay
-};
 
 constexpr int64_t kSteps = 4;  // that a team does before it may be told to leave processors to others
 
@@ -106,58 +91,13 @@ void cross_entropy_gradient(T* logits, int64_t classes, const int64_t* labels, c
     }
 }
 
-// One step's rule for parameters with gradients: both as in torch.
-template <class T>
-struct Update {
-    Update(const Training& a, int64_t step) : rule(a.rule) {
-        const double rate = a.rates[step], *c = a.constants;
-        if (rule == ADAM) {
-            const double t = double(a.first + step + 1);
-            beta1 = T(1 - c[0]), beta2 = T(c[1]), rest2 = T(1 - c[1]), eps = T(c[2]), decay = T(c[3]);
-            size = T(rate / (1 - std::pow(c[0], t))), root = T(std::sqrt(1 - std::pow(c[1], t)));
-        } else {
-            momentum = T(c[0]), decay = T(c[1]), size = T(rate);
-        }
-    }
-    INLINE void vector(Vec<T>& p, Vec<T>& m, Vec<T>& v, Vec<T> g) const {
-        g += decay * p;
-        if (rule == ADAM) {
-            m += beta1 * (g - m);
-            v = v * beta2 + rest2 * g * g;
-            p -= size * m / (square_roots<T>(v) / root + eps);
-        } else {
-            m = momentum * m + g;
-            p -= size * m;
-        }
-    }
-    void operator()(void* params, void* const* moments, const T* gradient, Range range) const {
-        constexpr int W = kWidth<T>;
-        T *p = static_cast<T*>(params), *m = static_cast<T*>(moments[0]);
-        T* v = static_cast<T*>(moments[rule == ADAM]);  // SGD: not used
-        int64_t i = range.begin;
-        for (; i + W <= range.end; i += W) {
-            Vec<T> each = load<T>(p + i), first = load<T>(m + i), second = load<T>(v + i);
-            vector(each, first, second, load<T>(gradient + i));
-            store<T>(p + i, each), store<T>(m + i, first);
-            if (rule == ADAM) store<T>(v + i, second);
-        }
-        for (; i < range.end; ++i) {
-            Vec<T> each = Vec<T>{} + p[i], first = Vec<T>{} + m[i], second = Vec<T>{} + v[i];
-            vector(each, first, second, Vec<T>{} + gradient[i]);
-            p[i] = each[0], m[i] = first[0];
-            if (rule == ADAM) v[i] = second[0];
-        }
-    }
-    int64_t rule;
-    T beta1 = 0, beta2 = 0, rest2 = 0, eps = 0, decay = 0, size = 0, root = 0, momentum = 0;
-};
-
 template <class T>
 struct Layer {
     const TrainedLayer* params;
     Schedule rows, columns;  // of W and Wᵀ
     T *output, *goutput;     // packed; of the last layer the same
     T *gvalues, *gbias;
+    T* ordered[3];           // of the first layer: values and moments in the order of tiles; else null
     Range strips, strips_back, owned_rows, owned_values;  // this thread's
     void divide(int64_t part, int64_t parts) {
         strips = owned_strips(rows, part, parts), strips_back = owned_strips(columns, part, parts);
@@ -169,16 +109,16 @@ struct Layer {
     const T* bias() const { return static_cast<const T*>(params->bias); }
     // output = W input + b of my rows, with a ReLU if `relu`.
     void forward(const BatchTiles<T>& tiles, const T* input, bool relu) const {
-        const bool in_csr = tiles.count == 1;  // values are read but once
-        const T* ordered = values();
-        if (!in_csr) {
-            T* own = scratch.get<T>(entries(rows, strips));
-            to_order<false>(rows, strips, values(), own);
-            ordered = own;
+        const bool in_csr = !ordered[0] && tiles.count == 1;  // values are read but once
+        const T* own = ordered[0] ? ordered[0] + first_entry(rows, strips.begin) : values();
+        if (!ordered[0] && !in_csr) {
+            T* copy = scratch.get<T>(entries(rows, strips));
+            to_order<false>(rows, strips, values(), copy);
+            own = copy;
         }
         for (int64_t i = 0; i < tiles.count; ++i)
             for (int64_t strip = strips.begin; strip < strips.end; ++strip)
-                forward_strip<T>(rows, strip, in_csr ? ordered : ordered + before(rows, strips, strip), in_csr, bias(),
+                forward_strip<T>(rows, strip, in_csr ? own : own + before(rows, strips, strip), in_csr, bias(),
                                  tiles.of(input, rows.cols, i),
                                  tiles.of(output, rows.rows, i) + first_row(rows, strip) * tiles.width(i), tiles.width(i), relu);
     }
@@ -198,24 +138,46 @@ struct Layer {
             }
         if (!in_csr) from_order<true>(columns, strips_back, gown, gvalues);
     }
-    // The gradient of my rows' values, of a layer whose input needs none.
-    void values_gradient(const BatchTiles<T>& tiles, const T* input) const {
-        T* gown = scratch.get<T>(entries(rows, strips));
-        for (int64_t i = 0; i < tiles.count; ++i)
-            for (int64_t strip = strips.begin; strip < strips.end; ++strip)
-                values_gradient_strip<T>(rows, strip,
-                                         tiles.of(goutput, rows.rows, i) + first_row(rows, strip) * tiles.width(i),
-                                         tiles.of(input, rows.cols, i), gown + before(rows, strips, strip), i > 0,
-                                         tiles.width(i));
-        from_order<false>(rows, strips, gown, gvalues);
+    // Brings values and moments of my rows into the order of tiles, or back.
+    void bring(bool in) const {
+        void* const csr[] = {params->values, params->values_moments[0], params->values_moments[1]};
+        for (int i = 0; i < 3; ++i) {
+            if (!csr[i]) continue;
+            T *there = static_cast<T*>(csr[i]), *here = ordered[i] + first_entry(rows, strips.begin);
+            in ? to_order<false>(rows, strips, there, here) : from_order<false>(rows, strips, here, there);
+        }
+    }
+    // Tile by tile the gradient of my rows' values and their update.
+    void update_ordered(const Update<T>& rule, const BatchTiles<T>& tiles, const T* input) const {
+        T* gradient = scratch.get<T>(rows.strip * rows.block + kLanes);
+        for (int64_t strip = strips.begin; strip < strips.end; ++strip)
+            for (int64_t b = 0; b < rows.blocks; ++b) {
+                const Tile* tile = rows.tiles + strip * rows.blocks + b;
+                for (int64_t i = 0; i < tiles.count; ++i)
+                    with_registers<T>(tiles.width(i) / kLanes, [&](auto R) {
+                        constexpr int width = R * kWidth<T>;
+                        sddmm_tile<T, R>(rows, tile, tiles.of(goutput, rows.rows, i) + first_row(rows, strip) * width, width,
+                                         tiles.of(input, rows.cols, i) + b * rows.block * width, Packed<width>(), gradient,
+                                         i > 0);
+                    });
+                const int64_t at = tile->entry;
+                rule(ordered[0] + at, ordered[1] + at, ordered[2] + at, gradient, tile[1].entry - at);
+            }
     }
     // Of the rows that this thread owns: the values' gradient is there.
-    void update(const Update<T>& rule, const BatchTiles<T>& tiles) const {
-        rule(params->values, params->values_moments, gvalues, owned_values);
+    void update_values(const Update<T>& rule) const {
+        const auto at = [&](void* p) { return static_cast<T*>(p) + owned_values.begin; };
+        void* const* moments = params->values_moments;
+        rule(at(params->values), at(moments[0]), at(moments[1]), gvalues + owned_values.begin,
+             owned_values.end - owned_values.begin);
+    }
+    void update_bias(const Update<T>& rule, const BatchTiles<T>& tiles) const {
         if (!params->bias) return;
         for (int64_t i = 0; i < tiles.count; ++i)
             bias_gradient<T>(tiles.of(goutput, rows.rows, i), tiles.width(i), owned_rows, gbias, i > 0);
-        rule(params->bias, params->bias_moments, gbias, owned_rows);
+        const auto at = [&](void* p) { return static_cast<T*>(p) + owned_rows.begin; };
+        void* const* moments = params->bias_moments;
+        rule(at(params->bias), at(moments[0]), at(moments[1]), gbias + owned_rows.begin, owned_rows.end - owned_rows.begin);
     }
     static int64_t before(const Schedule& s, Range strips, int64_t strip) {
         return first_entry(s, strip) - first_entry(s, strips.begin);
@@ -236,14 +198,16 @@ void train(const Training& a, const TrainedLayer* params) {
     struct Offsets {
         int64_t output, goutput, gvalues, gbias;
     };
+    const int64_t entries = read_plan(params[0].plan).nnz + kLanes;
     std::vector<Offsets> offsets(a.layers);
     const int64_t at_zeros = reserve(features), at_x[2] = {reserve(features * columns), reserve(features * columns)};
     for (int64_t l = 0; l < a.layers; ++l) {
         const Plan plan = read_plan(params[l].plan);
         offsets[l].output = reserve(plan.out_features * columns);
         offsets[l].goutput = l + 1 < a.layers ? reserve(plan.out_features * columns) : offsets[l].output;
-        offsets[l].gvalues = reserve(plan.nnz), offsets[l].gbias = reserve(plan.out_features);
+        offsets[l].gvalues = reserve(l ? plan.nnz : 0), offsets[l].gbias = reserve(plan.out_features);
     }
+    const int64_t at_ordered[] = {reserve(entries), reserve(entries), reserve(entries)};
     T* base = workspace.get<T>(size);
     std::fill_n(base + at_zeros, features, T(0));
     for (int64_t from = 0; from < a.steps; from += kSteps) together(a.threads, [&] {
@@ -256,6 +220,8 @@ void train(const Training& a, const TrainedLayer* params) {
                          base + o.gbias};
             layers[l].divide(part, parts);
         }
+        for (int i = 0; i < 3; ++i) layers[0].ordered[i] = base + at_ordered[i];
+        if (from == 0) layers[0].bring(true);
         const Layer<T>& last = layers.back();
         const auto feature = [&](int64_t p) { return p == parts ? features : features * p / parts / 16 * 16; };
         const Range my_features{feature(part), feature(part + 1)};
@@ -278,11 +244,13 @@ void train(const Training& a, const TrainedLayer* params) {
             for (int64_t i = a.layers - 1; i > 0; --i) {
                 layers[i].backward(tiles, layers[i - 1].output, layers[i - 1].goutput);
                 barrier();
-                layers[i].update(rule, tiles);
+                layers[i].update_values(rule);
+                layers[i].update_bias(rule, tiles);
             }
-            layers[0].values_gradient(tiles, x);
-            layers[0].update(rule, tiles);
+            layers[0].update_ordered(rule, tiles, x);
+            layers[0].update_bias(rule, tiles);
         }
+        if (from + kSteps >= a.steps) layers[0].bring(false);
     });
 }
 
