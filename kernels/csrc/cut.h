@@ -22,6 +22,7 @@ struct ConvArgs {  // filled by python_conv.cpp
     uint8_t* winners;  // of the pooling: written by forward, read by backward
     const void *mean, *variance, *gain, *offset;  // of a batchnorm by running statistics; all null: none; no backward
     double epsilon;
+    const ConvArgs* first;  // the convolution whose output this one's input is, in place of x; null: none; no backward
     int64_t pooled_height() const { return out_height / pool; }
     int64_t pooled_width() const { return out_width / pool; }
     int64_t used_height() const { return pool == 1 ? out_height : pooled_height() * pool; }
@@ -48,7 +49,7 @@ inline ConvArgs by_pixels(const ConvArgs& a, int64_t size) {
     const Taps& t = *a.taps;
     ConvArgs b = a;
     const int64_t pixels = a.height * a.width;
-    if (t.size() > 1 || t.phases() > 1 || a.pool > 1 || pixels < kLanes || a.out_height * a.out_width != pixels) return b;
+    if (a.first || t.size() > 1 || t.phases() > 1 || a.pool > 1 || pixels < kLanes || a.out_height * a.out_width != pixels) return b;
     b.flat = PIXELS;
     if (pixels * (a.channels + a.out_channels) * size > kWorkingSet) return b;
     b.flat = ROWS, b.batch = 1, b.height = b.out_height = a.batch, b.width = b.out_width = pixels;

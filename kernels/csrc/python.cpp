@@ -245,6 +245,7 @@ PyMethodDef methods[] = {
     {"conv_forward", fast(conv_forward), METH_FASTCALL, nullptr},
     {"conv_backward", fast(conv_backward), METH_FASTCALL, nullptr},
     {"conv", fast(conv), METH_FASTCALL, nullptr},
+    {"conv_after_conv", fast(conv_after_conv), METH_FASTCALL, nullptr},
     {"conv_gradients", fast(conv_gradients), METH_FASTCALL, nullptr},
     {"train", packed<train>, METH_O, nullptr},
     {"plan", fast(Build<sparselottery_plan>::function), METH_FASTCALL, nullptr},

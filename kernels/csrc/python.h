@@ -187,6 +187,7 @@ PyObject* chain_gradients(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* conv_after_conv(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv_gradients(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // Of python_frozen.cpp.

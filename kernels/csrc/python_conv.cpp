@@ -18,16 +18,17 @@ struct Frame {
         taps = {g[0], {g[1], g[2]}, {g[3], g[4]}, {g[5], g[7]}, {g[9], g[10]}, g[11]};
         after[0] = g[6], after[1] = g[8];
     }
-    void set_images(const View& x) {
+    void set_images(const int64_t (&shape)[4]) {
         for (int d = 0; d < 2; ++d) {
             const int64_t reach = int64_t(taps.dilation[d]) * (taps.kernel[d] - 1);
-            const int64_t room = x.shape[2 + d] + taps.before[d] + after[d] - reach - 1;
+            const int64_t room = shape[2 + d] + taps.before[d] + after[d] - reach - 1;
             size[d] = room < 0 ? 0 : room / taps.stride[d] + 1;
         }
-        if (x.shape[1] != taps.channels || !x.elements() || std::min(size[0], size[1]) < 1) throw Unfit();
+        const bool empty = std::min({shape[0], shape[1], shape[2], shape[3], size[0], size[1]}) < 1;
+        if (shape[1] != taps.channels || empty) throw Unfit();
         if (pool != 1 && (pool < 2 || pool > std::min<int64_t>({15, size[0], size[1]}))) throw Unfit();
         // As reference.lanes.
-        const int64_t images = x.shape[0], halo = (taps.kernel[1] - 1) * int64_t(taps.dilation[1]) / taps.stride[1];
+        const int64_t images = shape[0], halo = (taps.kernel[1] - 1) * int64_t(taps.dilation[1]) / taps.stride[1];
         const int64_t pixels = ((size[0] - 1) * (size[1] + halo) + size[1] + kLanes - 1) / kLanes;
         groups = (images + kLanes - 1) / kLanes;
         flat = 4 * images * pixels < 3 * size[0] * size[1] * groups;
@@ -49,6 +50,8 @@ struct Pictures {
     }
     // As reference.image_format.
     bool channels_last() const { return view.is_packed({1, 3, 2, 0}) && !view.is_packed({3, 2, 1, 0}); }
+    // N, C, H and W.
+    const int64_t (&shape() const)[4] { return reinterpret_cast<const int64_t(&)[4]>(view.shape); }
     // Have the pixels, one after the other, the same strides as those of others?
     bool lie_as(const Pictures& other) const { return std::equal(strides, strides + 3, other.strides); }
     Object held;
@@ -75,8 +78,8 @@ struct Filters {
         if (!this->plan.size) throw Unfit();
     }
     // y: after the pooling, forward its output and backward its gradient.
-    ConvArgs args(const Frame& f, const Pictures& x, int64_t out_channels, PyObject* threads) const {
-        const int64_t* shape = x.view.shape;
+    ConvArgs args(const Frame& f, const Pictures& x, const int64_t (&shape)[4], int64_t out_channels,
+                  PyObject* threads) const {
         const int64_t multiply_adds = shape[0] * f.size[0] * f.size[1] * values.size;
         ConvArgs a{x.view.kind == DOUBLE, threads_for(multiply_adds, threads), f.flat, f.relu, f.pool, shape[0], shape[1],
                    shape[2], shape[3], out_channels, f.size[0], f.size[1]};
@@ -97,34 +100,44 @@ void call(int64_t (*function)(const ConvArgs*), const ConvArgs& args) {
     if (checked(code) == TOO_LARGE) throw Unfit();
 }
 
+constexpr int64_t kThin = 8;  // times as many values as a convolution has, one has which makes its own input by it
+
 struct Output {
     Object y, winners;
 };
 
-// y, and the winners of a pooling or None. norm: None or reference.Norm.
-Output run(const Pictures& x, Frame& f, PyObject* values, PyObject* bias, PyObject* crow_indices, PyObject* plan,
-           PyObject* norm, PyObject* threads) {
-    f.set_images(x.view);
-    const Filters filters(x, values, plan);
-    const int64_t channels = View(crow_indices, INT32, 1).shape[0] - 1, images = x.view.shape[0];
-    const int64_t height = f.size[0] / f.pool, width = f.size[1] / f.pool;
-    ConvArgs args = filters.args(f, x, channels, threads);
-    std::vector<Object> kept;
-    const auto vector = [&](PyObject* tensor) -> const void* {
-        if (tensor == Py_None) return nullptr;
-        const Vector of(tensor, x.view.kind);
-        if (of.size != channels) throw Unfit();
-        kept.push_back(of.held);
-        return of.data;
-    };
-    args.bias = vector(bias);
-    if (norm != Py_None) {
+// A convolution of images (N, C, H, W), and what its arguments point to.
+struct Convolution {
+    // norm: None or reference.Norm. shape: of x, or where that is the input of another, of its output.
+    Convolution(const Pictures& x, const int64_t (&shape)[4], Frame& f, PyObject* values, PyObject* bias,
+                PyObject* crow_indices, PyObject* plan, PyObject* norm, PyObject* threads)
+        : filters(x, values, plan) {
+        f.set_images(shape);
+        args = filters.args(f, x, shape, View(crow_indices, INT32, 1).shape[0] - 1, threads);
+        args.bias = vector(bias, x.view.kind);
+        if (norm == Py_None) return;
         if (!PyTuple_Check(norm) || PyTuple_GET_SIZE(norm) != 5) throw Unfit();
         const void** const each[] = {&args.mean, &args.variance, &args.gain, &args.offset};
-        for (int i = 0; i < 4; ++i) *each[i] = vector(PyTuple_GET_ITEM(norm, i));
+        for (int i = 0; i < 4; ++i) *each[i] = vector(PyTuple_GET_ITEM(norm, i), x.view.kind);
         args.epsilon = PyFloat_AsDouble(PyTuple_GET_ITEM(norm, 4));
         if (PyErr_Occurred()) throw Failed();
     }
+    const void* vector(PyObject* tensor, Kind kind) {
+        if (tensor == Py_None) return nullptr;
+        const Vector of(tensor, kind);
+        if (of.size != args.out_channels) throw Unfit();
+        kept.push_back(of.held);
+        return of.data;
+    }
+    const Filters filters;
+    ConvArgs args;
+    std::vector<Object> kept;
+};
+
+// y, and the winners of a pooling or None.
+Output run(const Pictures& x, const Frame& f, ConvArgs args) {
+    const int64_t images = args.batch, channels = args.out_channels;
+    const int64_t height = args.pooled_height(), width = args.pooled_width();
     Output out{empty_images(x.held.get(), images, channels, height, width, x.channels_last()), none()};
     const Pictures y(out.y.get());
     args.y = y.view.data;
@@ -144,7 +157,7 @@ struct Gradients {
 // None where not needed; gx in the format of x. y is read if there is a ReLU and no pooling.
 Gradients run_back(Object gradient, const Pictures& x, PyObject* out, PyObject* winners, PyObject* values, PyObject* plan,
                    Frame& f, bool need_x, bool need_values, bool need_bias, PyObject* threads) {
-    f.set_images(x.view);
+    f.set_images(x.shape());
     const Filters filters(x, values, plan);
     const bool gated = f.relu && f.pool == 1;
     Pictures gy(gradient.get());
@@ -152,7 +165,7 @@ Gradients run_back(Object gradient, const Pictures& x, PyObject* out, PyObject* 
     if (gy.view.kind != x.view.kind || gy.view.shape[0] != x.view.shape[0]) throw Unfit();
     for (int d = 0; d < 2; ++d)
         if (gy.view.shape[2 + d] != f.size[d] / f.pool) throw Unfit();
-    ConvArgs args = filters.args(f, x, channels, threads);
+    ConvArgs args = filters.args(f, x, x.shape(), channels, threads);
     Object held = none();
     if (gated) {
         Pictures y(out);
@@ -197,7 +210,8 @@ PyObject* conv_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
         take(count, 10);
         const Pictures x(args[0]);
         Frame frame(args[5], args[6], args[7]);
-        const Output out = run(x, frame, args[1], args[2], args[3], args[4], args[8], args[9]);
+        const Convolution conv(x, x.shape(), frame, args[1], args[2], args[3], args[4], args[8], args[9]);
+        const Output out = run(x, frame, conv.args);
         return PyTuple_Pack(2, out.y.get(), out.winners.get());
     });
 }
@@ -227,12 +241,36 @@ PyObject* conv(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (norm != Py_None && is_grad_enabled()) throw Unfit();
         const Pictures x(input);
         Frame frame(Tables::at(of.own.get(), known.geometry), args[3], args[4]);
-        const Output out = run(x, frame, of.values, of.bias, of.crow_indices, of.plan, norm, args[6]);
+        const Convolution conv(x, x.shape(), frame, of.values, of.bias, of.crow_indices, of.plan, norm, args[6]);
+        const Output out = run(x, frame, conv.args);
         if (!save) return Py_NewRef(out.y.get());
         const Object done(PyTuple_Pack(2, out.y.get(), out.winners.get()));
         const Object indices(PyTuple_Pack(3, of.crow_indices, of.col_indices, of.plan));
         const Object inputs(PyTuple_Pack(3, input, of.values, of.bias));
         return PyTuple_Pack(3, done.get(), indices.get(), inputs.get());
+    });
+}
+
+// Two layers' call without gradients (x, ORDINARY, first layer, its relu, layer, relu, pool, norm, threads) -> y, the bits of
+// one call after the other. None if anything is unusual, or where the first layer's work is not small beside that of the
+// second: some of it is done twice.
+PyObject* conv_after_conv(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return usual([=]() -> PyObject* {
+        take(count, 9);
+        if (!is_ordinary(args[0], args[1]) || is_grad_enabled()) throw Unfit();
+        const Tables one(args[2]), two(args[4]);
+        if (Tables::at(one.own.get(), known.pad_first) != Py_None) throw Unfit();
+        if (Tables::at(two.own.get(), known.pad_first) != Py_None) throw Unfit();
+        const Pictures x(args[0]);
+        const Object pool(PyLong_FromLong(1));
+        Frame frame(Tables::at(one.own.get(), known.geometry), args[3], pool.get());
+        const Convolution first(x, x.shape(), frame, one.values, one.bias, one.crow_indices, one.plan, Py_None, args[8]);
+        Frame next(Tables::at(two.own.get(), known.geometry), args[5], args[6]);
+        const int64_t between[4] = {first.args.batch, first.args.out_channels, first.args.out_height, first.args.out_width};
+        Convolution second(x, between, next, two.values, two.bias, two.crow_indices, two.plan, args[7], args[8]);
+        if (kThin * first.args.nnz > second.args.nnz || frame.flat || next.flat) throw Unfit();
+        second.args.first = &first.args;
+        return Py_NewRef(run(x, next, second.args).y.get());
     });
 }
 

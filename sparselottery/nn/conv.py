@@ -12,6 +12,7 @@ from ..pattern import Pattern
 from .base import MaskedLayer
 from .compact import gather, put_back, spread
 from .executions import NATIVE
+from .fuse import Step
 
 
 class MaskedConvolution(MaskedLayer):
@@ -184,6 +185,14 @@ def run_conv(
     norm = norm and _statistics(norm)
     y = ops.call_conv(x, layer, relu, pool, norm)
     return _conv2d(x, layer, relu, pool, norm) if y is None else y
+
+
+def run_two_convs(x: Tensor, steps: tuple[Step, Step]) -> Tensor | None:
+    """Two groups of one convolution each, in one native call; None where that is not possible."""
+    (first, norm_first, relu_first, pool_first), (layer, norm, relu, pool) = steps
+    if norm_first is not None or pool_first > 1:
+        return None
+    return ops.call_conv_after_conv(x, first, relu_first, layer, relu, pool, norm and _statistics(norm))
 
 
 def _conv2d(x: Tensor, layer: MaskedConvolution, relu: bool = False, pool: int = 1, norm: Norm | None = None) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels import native
-from .conv import MaskedConv2d, run_conv
+from .conv import MaskedConv2d, run_conv, run_two_convs
 from .executions import NATIVE
-from .fuse import ELEMENTWISE, NOTHING, Group, Rules, facts_of, groups, is_observed
+from .fuse import ELEMENTWISE, NOTHING, Group, Rules, Step, facts_of, groups, is_observed
 from .linear import MaskedLinear, run_chain
 
 # Between two masked layers these keep the strides of their input, so it may stay batch-minor.
@@ -35,8 +35,9 @@ class MaskedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if nn.modules.module._has_any_global_hook() or ops.in_torch(x):
             return super().forward(x)
-        end = 0
-        for group in self._groups(x):
+        found, at, end = self._groups(x), 0, 0
+        while at < len(found):
+            group, at = found[at], at + 1
             if isinstance(group, nn.Module):
                 x, end = group(x), end + 1
                 continue
@@ -44,6 +45,8 @@ class MaskedSequential(nn.Sequential):
             if first.geometry is None:
                 layers = [step.layer for step in group.steps]
                 x = run_chain(x, layers, stays_batch_minor(layers[-1], list(self._modules.values())[end:]))
+            elif (two := _two_convs(found[at - 1 : at + 1])) and (y := run_two_convs(x, two)) is not None:
+                x, end, at = y, end + len(found[at].children), at + 1
             else:
                 x = run_conv(x, first, relu, pool, norm)
         return x
@@ -77,6 +80,14 @@ class _Kept:  # no tuple: torch.export goes through those of a module, and facts
     groups: list[Group | nn.Module]
     on_cpu: bool
     has_norms: bool
+
+
+def _two_convs(found: Sequence[Group | nn.Module]) -> tuple[Step, Step] | None:
+    """The steps of two groups of a convolution each, if that is what these are and nobody asks for gradients."""
+    if torch.is_grad_enabled() or len(found) < 2 or not all(isinstance(group, Group) for group in found):
+        return None
+    first, second = (group.steps[0] for group in found)
+    return None if first.layer.geometry is None or second.layer.geometry is None else (first, second)
 
 
 def rules(x: Tensor) -> Rules:

@@ -15,7 +15,7 @@ derivatives run on the reference.
 """
 
 from .common import as_one_module, check_layout, in_torch, takes_block, too_old, unrecorded, untraced
-from .conv import call_conv, compile_conv_plan, conv2d, takes_norm
+from .conv import call_conv, call_conv_after_conv, compile_conv_plan, conv2d, takes_norm
 from .conv_transpose import conv_transpose2d
 from .embedding import rows
 from .flops import count_when_imported
@@ -25,6 +25,7 @@ __all__ = [
     "as_one_module",
     "call_chain",
     "call_conv",
+    "call_conv_after_conv",
     "chain",
     "check_layout",
     "compile_conv_plan",

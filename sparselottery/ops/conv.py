@@ -106,6 +106,25 @@ def call_conv(
     return _APPLY(done, (*indices, (1, 1)), (layer.geometry, relu, pool), *inputs)
 
 
+def call_conv_after_conv(
+    x: Tensor,
+    first: torch.nn.Module,
+    relu_first: bool,
+    layer: torch.nn.Module,
+    relu: bool,
+    pool: int,
+    norm: Norm | None,
+) -> Tensor | None:
+    """Two masked layers in one native call, in which what is between them stays in the cache; same bits as two calls.
+
+    None where anything is unusual, gradients are asked for or two calls are better: `first` has to be much the smaller.
+    """
+    if native.LIBRARY is None or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return None
+    how = relu_first, layer, relu, pool, norm, torch.get_num_threads()
+    return native.LIBRARY.conv_after_conv(x, native.ORDINARY, first, *how)
+
+
 def takes_norm(x: Tensor) -> bool:
     """May a call on x have a `norm`? Where nobody asks for gradients, traces or casts."""
     observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_torch(x)
