@@ -168,7 +168,7 @@ struct Layer {
     void update_values(const Update<T>& rule) const {
         const auto at = [&](void* p) { return static_cast<T*>(p) + owned_values.begin; };
         void* const* moments = params->values_moments;
-        rule(at(params->values), at(moments[0]), at(moments[1]), gvalues + owned_values.begin,
+        rule(at(params->values), at(moments[0]), at(moments[rule.rule == ADAM]), gvalues + owned_values.begin,
              owned_values.end - owned_values.begin);
     }
     void update_bias(const Update<T>& rule, const BatchTiles<T>& tiles) const {
@@ -177,7 +177,8 @@ struct Layer {
             bias_gradient<T>(tiles.of(goutput, rows.rows, i), tiles.width(i), owned_rows, gbias, i > 0);
         const auto at = [&](void* p) { return static_cast<T*>(p) + owned_rows.begin; };
         void* const* moments = params->bias_moments;
-        rule(at(params->bias), at(moments[0]), at(moments[1]), gbias + owned_rows.begin, owned_rows.end - owned_rows.begin);
+        rule(at(params->bias), at(moments[0]), at(moments[rule.rule == ADAM]), gbias + owned_rows.begin,
+             owned_rows.end - owned_rows.begin);
     }
     static int64_t before(const Schedule& s, Range strips, int64_t strip) {
         return first_entry(s, strip) - first_entry(s, strips.begin);

@@ -50,7 +50,7 @@ struct Update {
         }
         store<T>(first, m);
     }
-    // Of `count` parameters, with their moments; SGD has no second.
+    // Of `count` parameters, with their moments; of SGD the second is not used.
     void operator()(T* params, T* first, T* second, const T* gradient, int64_t count) const {
         constexpr int W = kWidth<T>;
         int64_t i = 0;
