@@ -36,7 +36,9 @@ MELS = {"input_features": waves(2, 8, 20), "decoder_input_ids": TOKENS}
 
 
 def of_transformers(model: str, config: str, inputs: dict[str, Any], **given: Any) -> Made:
-    return getattr(transformers, model)(getattr(transformers, config)(**given)), inputs
+    settings = getattr(transformers, config)(**given)
+    settings.use_cache = False  # what a net returns then is tensors, which exports can hold
+    return getattr(transformers, model)(settings), inputs
 
 
 def of_torch(make: Callable[[], nn.Module], *inputs: Tensor) -> Made:

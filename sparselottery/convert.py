@@ -138,7 +138,7 @@ def dense_state(model: nn.Module) -> dict[str, Any]:
     """The state_dict of the dense model, as copies: zeros where a converted model has pruned."""
     with torch.no_grad():
         return {
-            name: plain(entry.weight) if isinstance(entry, MaskedLayer) else copy_of(entry)
+            name: plain(entry.weight).contiguous() if isinstance(entry, MaskedLayer) else copy_of(entry)
             for name, entry in dense_entries(model)
         }
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 
-from sparselottery import SparseLotteryWarning, Ticket, convert, load_sparse, prune, to_dense
+from sparselottery import SparseLotteryWarning, Ticket, convert, export, load_sparse, prune, to_dense
 from sparselottery.convert import masked_layers
 from sparselottery.saliency import taylor
 from sparselottery.survey import survey
@@ -121,6 +122,9 @@ def test_files(case, tmp_path):
     expected = dense(**inputs).logits
     close(loaded.apply(model)(**inputs).logits, expected)
     close(load_sparse(tmp_path / "net.safetensors", model)(**inputs).logits, expected)
+    export(convert(model, masks), tmp_path / "dense.safetensors", format="dense")
+    read = safetensors.torch.load_file(tmp_path / "dense.safetensors")
+    assert all(torch.equal(read[name], dense.get_parameter(name)) for name in masks)
     assert loaded.tied == survey(model).tied
     assert loaded.density <= loaded.density_of_all
 
