@@ -138,12 +138,18 @@ def mnn_sparse(model: nn.Module, x: Tensor) -> Call:
     return mnn(model, x, "--detectSparseSpeedUp")
 
 
+def onnxruntime(model: nn.Module, x: Tensor) -> Call:
+    """ONNX Runtime; of its results the only one, as all others return it."""
+    call = onnxruntime_dense(model, x)
+    return lambda: call()[0]
+
+
 def peers(x: Tensor) -> dict[str, Callable[[nn.Module, Tensor], Call]]:
     """All other ways, by name, for inputs like x; of those in NEEDS, the ones that are installed."""
     ways = {
         "dense": torch_dense,
         "dense_compiled": torch_compile,
-        "onnxruntime": onnxruntime_dense,
+        "onnxruntime": onnxruntime,
         "openvino": openvino,
         "mnn": mnn,
         "mnn_sparse": mnn_sparse,

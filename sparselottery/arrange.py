@@ -149,7 +149,7 @@ def _exchanged(adds: Tensor, lines: Tensor, step: int, smallest: float) -> Tenso
                 met |= {group, partner[group]}
         if not pairs:
             break
-        one, other = torch.tensor(pairs, device=lines.device).T
+        one, other = torch.tensor(pairs, dtype=torch.int64, device=lines.device).T
         one, other = one * step + who[one, other], other * step + who[other, one]
         lines = lines.clone()
         lines[one], lines[other] = lines[other], lines[one]

@@ -125,7 +125,7 @@ def _sums(pattern: Pattern, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         (row, at, *pattern.shape),
         (at // taps, row * taps + at % taps, shape[1], shape[0] * taps),
     ):  # sums below 2^53 are exact
-        numbers = torch.randint(2**22, (2, places), generator=generator, dtype=torch.int64).to(at.device)
+        numbers = torch.randint(2**22, (2, places), generator=generator, dtype=torch.int64, device="cpu").to(at.device)
         found.append(torch.stack([torch.bincount(line, each[place].double(), lines) for each in numbers], 1))
     return found[0], found[1]
 

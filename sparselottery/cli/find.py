@@ -120,5 +120,5 @@ def explain(args: argparse.Namespace) -> None:
     model = ticket.apply(model)
     choose_execution(model, example)
     print(f"{path}: {ticket.density:.1%} of the weights; measured with {torch.get_num_threads()} threads")
-    print_rows(explain_layers(model))
+    print_rows([{name: cell for name, cell in row.items() if name != "prunable"} for row in explain_layers(model)])
     print(EXPLAIN_NOTE)
