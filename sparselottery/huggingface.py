@@ -6,8 +6,9 @@
 
 In the folder config.json has a "quantization_config" with `"quant_method": "sparselottery"` and the survivors of each
 layer, and model.safetensors under the name of a masked weight ("fc1.weight") its values (nnz,), beside
-"fc1.crow_indices" and "fc1.col_indices". A program that does not import this module cannot take it for a dense model:
-the weights' shapes are wrong, and `from_pretrained` raises.
+"fc1.crow_indices" and "fc1.col_indices". Layers that share a weight have all this once. A program that
+does not import this module cannot take it for a dense model: the weights' shapes are wrong, and `from_pretrained`
+raises.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .nn import MaskedLayer, masked_type_of
+from .nn import MaskedLayer, OpenedModule, keep_from_fast_path, masked_type_of, opened_type_of
+from .nn.experts import MaskedExperts
+from .nn.weight import plain
 from .pattern import Pattern, matrix_shape
 
 __all__ = ["allow_lora"]
@@ -32,11 +35,21 @@ METHOD = "sparselottery"
 
 @register_quantization_config(METHOD)
 class SparseConfig(QuantizationConfigMixin):
-    """survivors: how many weights survive, by the name of each masked layer."""
+    """survivors: how many weights survive, by the name of each masked layer whose tensors are in the file.
 
-    def __init__(self, survivors: dict[str, int] | None = None, **_: Any) -> None:
+    tied: by the name of each other masked layer, that of the one whose weight it shares. opened: the names of modules
+    whose weights are held by layers in them.
+    """
+
+    def __init__(
+        self,
+        survivors: dict[str, int] | None = None,
+        tied: dict[str, str] | None = None,
+        opened: list[str] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD
-        self.survivors = dict(survivors or {})
+        self.survivors, self.tied, self.opened = dict(survivors or {}), dict(tied or {}), list(opened or ())
 
 
 @register_quantizer(METHOD)
@@ -59,36 +72,78 @@ class SparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is saved; the model's config, which is saved next, gets its entry.
 
-        Raises ValueError for masked layers that share their weight, as transformers would save it but once.
+        Raises ValueError for masked experts.
         """
-        masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
-        first: dict[int, str] = {}
-        for name, layer in masked.items():
-            if (other := first.setdefault(id(layer.values), name)) != name:
+        for name, module in model.named_modules():
+            if isinstance(module, MaskedExperts):
                 raise ValueError(
-                    f"model: expected masked layers with weights of their own, got {other!r} and {name!r}, which share "
-                    "one: convert without masks for them, or keep the model by Ticket.from_model(model).save"
+                    f"model: expected experts without masks, got {name!r} with masks: transformers saves a tensor "
+                    "of each expert. Ticket.from_model(model).save keeps them"
                 )
-        model.config.quantization_config = SparseConfig({name: layer.nnz for name, layer in masked.items()})
+        masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+        first: dict[nn.Parameter, str] = {}
+        for name, layer in masked.items():
+            first.setdefault(layer.values, name)
+        tied = {name: first[layer.values] for name, layer in masked.items() if first[layer.values] != name}
+        survivors = {name: layer.nnz for name, layer in masked.items() if name not in tied}
+        opened = [name for name, module in model.named_modules() if isinstance(module, OpenedModule)]
+        model.config.quantization_config = SparseConfig(survivors, tied, opened)
+        shared = {f"{name}.{part}" for name in tied for part in masked[name].state_dict() if part != "bias"}
         renamed = {f"{name}.values": f"{name}.weight" for name in masked}
-        return {renamed.get(name, name): tensor for name, tensor in model.state_dict().items()}, {}
+        state = model.state_dict().items()
+        return {renamed.get(name, name): tensor for name, tensor in state if name not in shared}, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        for name, count in self.quantization_config.survivors.items():
+        config = self.quantization_config
+        for name in config.opened:
             if (name := _name_in(model, name)) is not None:
+                dense = model.get_submodule(name)
+                model.set_submodule(name, opened_type_of(dense).of(dense))
+        here = {name: _name_in(model, name) for name in (*config.survivors, *config.tied)}
+        for name, count in config.survivors.items():
+            if (name := here[name]) is not None:
                 model.set_submodule(name, _Stored(model.get_submodule(name), count))
+        tied = {here[name]: here[first] for name, first in config.tied.items() if here[name] is not None}
+        for weight, source in model.all_tied_weights_keys.items():  # a head that the folder of a base did not have
+            name, first = weight.removesuffix(".weight"), source.removesuffix(".weight")
+            if first != source and isinstance(model.get_submodule(first), _Stored):
+                tied.setdefault(name, first)
+        for module in model.modules():  # transformers would make weights that a model computes of their shapes
+            if any(type(child) is _Stored for child in module.children()) and not (
+                module._parameters or module._buffers
+            ):
+                module._is_hf_initialized = True
+        for name, first in tied.items():
+            model.set_submodule(name, _Shared(model.get_submodule(name), first))
+        # transformers must not tie what is no weight of the layer's shape
+        self._untied = dict(model.all_tied_weights_keys)
+        model.all_tied_weights_keys = {
+            name: source for name, source in self._untied.items() if name.removesuffix(".weight") not in tied
+        }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
                 model.set_submodule(name, module.masked(name))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, _Shared):
+                model.set_submodule(name, module.masked(model.get_submodule(module.first)))
+        model.all_tied_weights_keys = self._untied
+        keep_from_fast_path(model)
         model.is_quantized = False  # else transformers refuses .half() and training
         del model.quantization_method
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        weights: dict[nn.Parameter, nn.Parameter] = {}  # by the values that layers may share
+        for name, module in list(model.named_modules()):
+            if isinstance(module, OpenedModule):
+                model.set_submodule(name, module.closed())
         for name, module in list(model.named_modules()):
             if isinstance(module, MaskedLayer):
-                model.set_submodule(name, module.to_dense())
+                dense = module.to_dense()
+                dense.weight = weights.setdefault(module.values, dense.weight)
+                model.set_submodule(name, dense)
+        keep_from_fast_path(model)
         return model
 
 
@@ -118,9 +173,35 @@ class _Stored(nn.Module):
         parts = pattern.scatter(self.weight.detach()), pattern.mask()
         weight, mask = (part.t() if self._kind.transposed else part.view(dense.weight.shape) for part in parts)
         dense.weight = nn.Parameter(weight.contiguous())
-        if self.bias is not None:
-            dense.bias = self.bias
-        return self._kind.from_dense(dense, mask).train(self.training)
+        return _masked(dense, mask, self)
+
+
+class _Shared(nn.Module):
+    """In place of a layer with the weight of another, `first`, while the tensors are loaded: a bias at most."""
+
+    def __init__(self, dense: nn.Module, first: str) -> None:
+        super().__init__()
+        self.first = first
+        self.register_parameter("bias", getattr(dense, "bias", None))
+        self._dense = [dense]  # in a list: no child
+
+    def masked(self, first: MaskedLayer) -> MaskedLayer:
+        """The masked layer with the survivors of the first."""
+        (dense,) = self._dense
+        dense.weight = nn.Parameter(plain(first.weight).detach())
+        layer = _masked(dense, first.mask, self)
+        layer.share(first)
+        return layer
+
+
+def _masked(dense: nn.Module, mask: Tensor, stored: _Stored | _Shared) -> MaskedLayer:
+    """Of a dense layer with its weight, and the bias and the mode of what stood in its place."""
+    if stored.bias is not None:
+        dense.bias = stored.bias
+    layer = masked_type_of(dense)[0].from_dense(dense, mask).train(stored.training)
+    if stored.bias is not None:
+        layer.bias = stored.bias  # which another module may share
+    return layer
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str | None:
@@ -134,7 +215,7 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
             found = model.get_submodule(each)
         except AttributeError:
             continue
-        if masked_type_of(found)[0] is None:
+        if masked_type_of(found)[0] is None and opened_type_of(found) is None:
             raise ValueError(f"{each}: expected a layer that can be masked, got {type(found).__name__}")
         return each
     if model.base_model is model and not name.startswith(prefix):

@@ -256,6 +256,8 @@ def _assign(layer: WeightedLayer, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(value).__name__}")
     if isinstance(value, Weight) and value._layer is not layer:
+        if is_of(value._layer, value) and value._layer.values is layer.values:
+            return  # tied already
         raise TypeError("weight: expected a tensor, got the weight of another layer: assign its clone()")
     if is_called_by("utils._named_member_accessor", 2):  # takes no assignment of a `weight` back
         raise TypeError("torch.func.functional_call: expected values of a masked layer, got its weight")
