@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparselottery import convert, explain, prune
+from sparselottery import convert, explain, load_sparse, prune
 from sparselottery.convert import masked_layers
+from sparselottery.export import export
 
 
 def counted(call) -> int:
@@ -83,6 +84,24 @@ def test_dense_execution_is_counted_as_dense(chain):
     masked_layers(chain)["0.weight"].execution = "dense"
     with torch.no_grad():
         assert counted(lambda: chain(torch.randn(6, 20))) == 2 * 6 * (600 + sum(nnz(chain)[1:]))
+
+
+def test_frozen_models(tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 5 * 4, 6)).eval()
+    sparse = convert(model, prune(model, 0.7))
+    export(sparse, tmp_path / "net.safetensors", format="safetensors")
+    frozen, x = load_sparse(tmp_path / "net.safetensors"), torch.randn(3, 4, 12, 10)
+    conv, linear = nnz(sparse)
+    for _ in range(2):
+        assert counted(lambda: frozen(x)) == 2 * 3 * (conv * 10 * 8 + linear)
+        torch.testing.assert_close(frozen(x), sparse(x))
+
+
+def test_rows_are_copied_and_count_nothing():
+    ids = torch.tensor([[3, 1], [8, 8]])
+    for dense in (nn.Sequential(nn.Embedding(9, 4)), nn.Sequential(nn.EmbeddingBag(9, 4))):
+        for model in (dense, convert(dense, prune(dense, 0.5))):
+            assert counted(lambda model=model: model(ids).sum().backward()) == 0
 
 
 @pytest.mark.parametrize("first", ["sparselottery", "torch.utils.flop_counter"])

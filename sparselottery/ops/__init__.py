@@ -18,10 +18,11 @@ from .common import as_one_module, check_layout, in_torch, takes_block, too_old,
 from .conv import call_conv, call_conv_after_conv, compile_conv_plan, conv2d, takes_norm
 from .conv_transpose import conv_transpose2d
 from .embedding import rows
-from .flops import count_when_imported
+from .flops import are_counted, count_when_imported
 from .linear import call_chain, chain, compile_plan
 
 __all__ = [
+    "are_counted",
     "as_one_module",
     "call_chain",
     "call_conv",

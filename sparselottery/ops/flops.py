@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels.reference import Geometry
 
 Shape = Sequence[int]
+COUNTER = "torch.utils.flop_counter"
 
 
 def chain_flops(x: Shape, values: Sequence[Shape], *_: Any, **__: Any) -> int:
@@ -74,6 +76,12 @@ def _register(flop_counter: ModuleType) -> None:
         flop_counter.register_flop_formula(getattr(torch.ops.sparselottery, name))(formula)
 
 
+def are_counted() -> bool:
+    """Does a FlopCounterMode, and no other mode, look at the calls?"""
+    modes = _get_current_dispatch_mode_stack()
+    return bool(modes) and all(type(mode).__module__ == COUNTER for mode in modes)
+
+
 class _WhenImported:
     """A finder that lets the others find one module, and calls a function with it when it has been imported."""
 
@@ -95,7 +103,7 @@ class _WhenImported:
         return spec
 
 
-def count_when_imported(name: str = "torch.utils.flop_counter") -> None:
+def count_when_imported(name: str = COUNTER) -> None:
     """Register the formulas: now, if the module is there, else when somebody imports it."""
     if name in sys.modules:
         _register(sys.modules[name])

@@ -104,7 +104,7 @@ class FrozenLayer(WeightedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As that of the dense layer; where somebody traces or transforms, by torch's own operators."""
-        if is_traced(x):
+        if is_traced(x) and not _is_counted(x):
             return self._in_torch(x, *args, **kwargs)
         if not self.is_native or not runs_native(x) or x.dim() == 0:
             return self._made("masked", self._masked)(x, *args, **kwargs)
@@ -234,6 +234,11 @@ def chain_of(
 def is_traced(x: Tensor | fx.Proxy) -> bool:
     """Does somebody compile, trace or transform this call? What is made in it is then not for later ones."""
     return torch.compiler.is_compiling() or ops.in_torch(x) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_counted(x: Tensor | fx.Proxy) -> bool:
+    """Is the counting of FLOPs all that is done to this call? What counters know are the ops of masked layers."""
+    return not (torch.compiler.is_compiling() or ops.in_torch(x)) and ops.are_counted()
 
 
 def runs_native(x: Tensor) -> bool:
