@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential
+from sparselottery.kernels import native
 
 MASKS = {
     "random": lambda mask: mask.copy_(torch.rand(mask.shape) < 0.3),
@@ -281,3 +282,19 @@ def test_an_execution_is_set(name):
     assert layer.execution == "sparse"
     torch.testing.assert_close(layer(x), layer.to_dense()(x))
     assert LAYERS[name](torch.ones(20, 30, dtype=torch.bool)).execution == "dense"
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="no native library")
+def test_more_dimensions_take_the_short_way(monkeypatch):
+    layer = MaskedLinear(20, 30, mask=torch.rand(30, 20) < 0.4)
+    x = torch.randn(2, 3, 20, requires_grad=True)
+    expected = layer.to_dense()(x)
+    expected.sum().backward()
+    expected_gx, x.grad = x.grad, None
+    monkeypatch.setattr("sparselottery.nn.linear._chain", None)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, expected_gx)
