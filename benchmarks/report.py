@@ -86,6 +86,10 @@ BARS = [
     Bar("frozen BERT-base encoder, batch 1", 2.5, None, "inference", RUNTIMES, {"net": "bert-base"}),
     Bar("ViT-B/16 of 4 layers fwd vs dense, 90 %", 4, None, "vit", ("dense",), FORWARD),
     Bar("ViT-B/16 of 4 layers fwd+bwd vs dense, 90 %", 3, None, "vit", ("dense",), BOTH),
+    Bar("GPT-2 small, 64 tokens, batch 1, 90 %", 3, None, "transformers", NET, {"op": "generate"}),
+    Bar("GPT-2 small, convert, vs 10 s", 1, None, "transformers", ("limit",), {"op": "convert"}),
+    Bar("ViT-B/16 forward, batch 8, 90 %", 3, None, "transformers", NET, {"net": "vit-b-16"}),
+    Bar("Whisper-tiny encoder forward, 90 %", 2, None, "transformers", NET, {"net": "whisper-tiny-encoder"}),
 ]
 
 
