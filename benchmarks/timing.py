@@ -1,9 +1,9 @@
 """The one timing core: candidates that compute the same thing are checked, then timed in turn, in one process.
 
 Interleaving makes drift of the machine (clock, neighbours) hit all candidates alike, so that ratios of the medians
-hold where absolute times do not. Before each sample its candidate runs once untimed: what is measured is a call among
-its like, as in a training loop, not one in caches that the other candidates have filled. A candidate whose result is
-wrong raises before anything is timed.
+hold where absolute times do not. Before each sample its candidate runs once untimed, unless a call outlasts what caches
+hold: what is measured is a call among its like, as in a training loop, not one in caches that the other candidates have
+filled. A candidate whose result is wrong raises before anything is timed.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def _rounds(candidates: dict[str, Candidate], calls: dict[str, int], budget: flo
     while True:
         rounds.append({})
         for name in order:
-            candidates[name].run()
+            if len(rounds) == 1 or rounds[-2][name] < WARM_UP_SECONDS:
+                candidates[name].run()
             rounds[-1][name] = _sample(candidates[name].run, calls[name])
         order.reverse()
         spent = time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def test_race_takes_turns_and_counts():
     assert log[:2] == ["a", "b"]
     turns = [name for i, name in enumerate(log) if i == 0 or log[i - 1] != name]
     assert turns.count("a") > timing.MIN_ROUNDS / 2
+
+
+def test_long_calls_are_not_run_untimed(monkeypatch):
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 1e-3)
+    log: list[float] = []
+    timed = timing.race({"a": Candidate(lambda: log.append(time.sleep(4e-3)), lambda: TRUTH)}, TRUTH, 0.0, budget=0)
+    assert len(log) == 1 + 1 + 1 + timed.rounds  # checked, counted, run before the first sample
 
 
 @pytest.mark.parametrize("make", BACKWARD, ids=lambda make: make.__name__)
