@@ -109,3 +109,28 @@ def test_an_embedding_that_its_model_initialises(tmp_path):
     sparse.save_pretrained(tmp_path)
     given = {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": IDS}
     assert load(model, tmp_path)(**given).logits.equal(sparse(**given).logits)
+
+
+class Encoder(transformers.PreTrainedModel):
+    """With a layer that has a fast path of dense weights, and attention that is opened."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.post_init()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_an_encoder_of_torch_keeps_from_its_fast_path(tmp_path):
+    model = Encoder(transformers.PretrainedConfig()).eval()
+    sparse, x = convert(model, prune(model, 0.7)), torch.randn(2, 3, 16)
+    sparse.save_pretrained(tmp_path)
+    loaded = load(sparse, tmp_path)
+    assert type(loaded.layer) is type(sparse.layer)
+    with torch.no_grad():
+        assert loaded(x).equal(sparse(x))
+    assert type(loaded.dequantize().layer) is nn.TransformerEncoderLayer
