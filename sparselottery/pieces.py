@@ -41,6 +41,13 @@ def places(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))  # eight times as fast as torch's nonzero
 
 
+def places_in(ascending: Tensor, values: Tensor, right: bool = False) -> Tensor:
+    """As `torch.searchsorted`: int64 (n,). NumPy goes on from the last of ascending values, and wakes no threads."""
+    if divisible(ascending, values):
+        return torch.from_numpy(np.searchsorted(ascending.numpy(), values.numpy(), "right" if right else "left"))
+    return torch.searchsorted(ascending, values, right=right)
+
+
 def scratch(size: int, like: Tensor) -> Tensor:
     """Memory (size,) of the dtype and device of another tensor, for results that live for one pass.
 

@@ -14,6 +14,7 @@ from torch import nn
 from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, execution, ops, prune
 from sparselottery.execution import choose_execution
 from sparselottery.nn import Measured
+from sparselottery.pattern import BLOCKS
 
 
 class Clock:
@@ -129,7 +130,7 @@ def test_masks_with_other_dead_rows_are_timed_anew(clock):
 
 
 def test_blocks_are_timed_against_all_others(clock, monkeypatch):
-    monkeypatch.setattr(ops, "takes_block", lambda block, device, geometry=None: True)
+    monkeypatch.setattr(ops, "blocks_taken", lambda device, geometry=None: BLOCKS)
     model = linears(16, 16, 16, between=nn.ReLU)
     single = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) < 0.5
     masks = {"0.weight": torch.eye(2).bool().repeat_interleave(8, 0).repeat_interleave(8, 1), "2.weight": single}

@@ -12,7 +12,7 @@ from sparselottery.moves import Move
 from sparselottery.nn import dense
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
-SHAPES = [(1, 1), (3, 64), (7, 63), (5, 200), (0, 4), (4, 0), (600, 700)]  # the last is for two threads
+SHAPES = [(1, 1), (3, 64), (7, 63), (5, 200), (0, 4), (4, 0), (900, 900)]  # the last is for two threads
 
 
 def masks(shape):

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, ops
 from sparselottery.nn import Measured
+from sparselottery.pattern import BLOCKS
 
 
 def blocks(rows, columns, size=8):
@@ -38,7 +39,7 @@ def block_kernels(monkeypatch):
     """As if there were kernels for blocks here: the layouts that layers and plans were compiled for are noted."""
     compiled = []
     monkeypatch.setattr(ops, "call_chain", lambda *args: None)  # of the CPU, which has no kernels for blocks
-    monkeypatch.setattr(ops, "takes_block", lambda block, device, geometry=None: block[1] > 1)
+    monkeypatch.setattr(ops, "blocks_taken", lambda *args: tuple(each for each in BLOCKS if each[1] > 1))
     for name in ("compile_plan", "compile_conv_plan"):
         compile_one = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, f=compile_one: compiled.append(args[-1]) or f(*args))

@@ -117,3 +117,13 @@ def test_spans_cover_all_rows():
     for rows, columns in ((0, 3), (1, 1), (10, 0), (10, 3), (5, 100)):
         covered = [row for span in spans(rows, columns) for row in range(rows)[span]]
         assert covered == list(range(rows))
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_places_among_ascending_numbers(right):
+    ascending, values = torch.tensor([0, 2, 2, 5]), torch.tensor([-1, 0, 1, 2, 5, 6])
+    expected = torch.tensor([0, 1, 1, 3, 4, 4] if right else [0, 0, 1, 1, 3, 4])
+    found = pieces.places_in(ascending, values, right=right)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.vmap(lambda each: pieces.places_in(ascending, each, right=right))(values), expected)

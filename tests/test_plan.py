@@ -1,4 +1,4 @@
-"""Plans of the native kernels, built by several threads."""
+"""Plans of the native kernels: what is in them, and by how many threads they are built."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from sparselottery import Pattern
 from sparselottery.kernels import cpu
+from sparselottery.kernels.abi import PLAN_HEADER
 from sparselottery.kernels.reference import Geometry
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.status())
@@ -51,3 +52,33 @@ def test_threads_change_no_bit_of_a_convolution(geometry, threads):
         threads(count)
         plans.append(cpu.conv_plan(pattern.crow_indices, pattern.col_indices, geometry))
     assert all(torch.equal(plans[0], plan) for plan in plans[1:])
+
+
+def entries(plan: torch.Tensor, transposed: bool) -> dict[tuple[int, int], int]:
+    """Of each entry of W, or of Wᵀ, in a plan (csrc/plan.h): the index of its value by (row, column)."""
+    words, at = plan.numpy(), PLAN_HEADER + 12 * transposed
+    _, _, strip, block, strips, blocks, *arrays = words[at : at + 12].tolist()
+    tiles, buckets, rows, values, columns, of_entries = (words[each:] for each in arrays)
+    rows, columns, found = rows.view("uint16"), columns.view("uint16"), {}
+    for tile in range(strips * blocks):
+        bucket, segment, entry, last = tiles[3 * tile : 3 * tile + 4].tolist()
+        for length, count in buckets[2 * bucket : 2 * last].reshape(-1, 2).tolist():
+            for segment in range(segment, segment + count):  # noqa: B020
+                for k in range(length):
+                    place = tile // blocks * strip + int(rows[segment]), tile % blocks * block + int(columns[entry + k])
+                    found[place] = int(of_entries[entry + k] if transposed else values[segment] + k)
+                entry += length
+            segment += 1
+    return found
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("density", [0, 0.03, 0.3, 1])
+@pytest.mark.parametrize("columns", [1, 15, 150, 300])
+def test_a_plan_has_each_value_once_at_its_place(columns, density, backward):
+    """Of few values, whose runs end where the indices do, and whose transpose is read at once."""
+    pattern = Pattern.from_mask(mask_of(max(columns, 6), density)[:110, :columns])
+    plan = cpu.plan(pattern.crow_indices, pattern.col_indices, columns, tile=(32, 64))
+    places = zip(pattern.row_indices().tolist(), pattern.col_indices.tolist(), strict=True)
+    expected = {place[::-1] if backward else place: index for index, place in enumerate(places)}
+    assert entries(plan, backward) == expected

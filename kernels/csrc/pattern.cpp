@@ -9,7 +9,8 @@ namespace {
 
 thread_local Scratch scratch;
 
-constexpr int64_t kAlone = 1 << 17;  // bytes or indices to read, up to which a second thread comes too late
+constexpr int64_t kAlone = 1 << 18;  // bytes or indices to read, up to which a second thread comes too late
+constexpr int kRun = 8;              // columns that are written together
 
 // f(begin, end) for the shares of [0, size) that members of a team have.
 template <class F>
@@ -19,13 +20,29 @@ void shared(int64_t size, int64_t work, int64_t threads, F f) {
     });
 }
 
-// Which of 8 bytes are not zero, a bit each.
+// Which of 64 bytes are not zero, a bit each.
 uint64_t bits_of(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+    const __m512i all = _mm512_loadu_si512(bytes);
+    return _mm512_test_epi8_mask(all, all);
+#elif defined(__SSE2__)
+    uint64_t zeros = 0;
+    for (int i = 0; i < 4; ++i) {
+        const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * i));
+        zeros |= uint64_t(_mm_movemask_epi8(_mm_cmpeq_epi8(part, _mm_setzero_si128()))) << 16 * i;
+    }
+    return ~zeros;
+#else
     constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f;
-    uint64_t word;
-    std::memcpy(&word, bytes, 8);
-    word = ((((word & low) + low) | word) & ~low) >> 7;  // 1 in each such byte
-    return word * 0x0102040810204080 >> 56;
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) {
+        uint64_t word;
+        std::memcpy(&word, bytes + 8 * i, 8);
+        word = ((((word & low) + low) | word) & ~low) >> 7;  // 1 in each such byte
+        bits |= word * 0x0102040810204080 >> 56 << 8 * i;
+    }
+    return bits;
+#endif
 }
 
 template <class T>
@@ -49,8 +66,11 @@ EXPORT int64_t sparselottery_mask_rows(const uint8_t* mask, int64_t rows, int64_
                                        int64_t threads) {
     shared(rows, rows * columns, threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
+            const uint8_t* const row = mask + r * columns;
             int32_t count = 0;
-            for (int64_t c = 0; c < columns; ++c) count += mask[r * columns + c] != 0;
+            int64_t c = 0;
+            for (; c + 64 <= columns; c += 64) count += __builtin_popcountll(bits_of(row + c));
+            for (; c < columns; ++c) count += row[c] != 0;
             crow_indices[r + 1] = count;
         }
     });
@@ -63,15 +83,20 @@ EXPORT int64_t sparselottery_mask_rows(const uint8_t* mask, int64_t rows, int64_
 EXPORT int64_t sparselottery_mask_columns(const uint8_t* mask, int64_t rows, int64_t columns, const int32_t* crow_indices,
                                           int32_t* col_indices, int64_t threads) {
     expect_writes(col_indices, crow_indices[rows] * int64_t(4));
-    shared(rows, rows * columns, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
+    shared(rows, rows * columns, threads, [&](int64_t begin, int64_t stop) {
+        const int32_t* const end = col_indices + crow_indices[stop];
+        for (int64_t r = begin; r < stop; ++r) {
             const uint8_t* const row = mask + r * columns;
             int32_t* to = col_indices + crow_indices[r];
             int64_t c = 0;
             for (; c + 64 <= columns; c += 64) {
-                uint64_t bits = 0;
-                for (int i = 0; i < 8; ++i) bits |= bits_of(row + c + 8 * i) << 8 * i;
-                for (; bits; bits &= bits - 1) *to++ = int32_t(c) + __builtin_ctzll(bits);
+                uint64_t bits = bits_of(row + c);
+                int32_t* at = to;
+                to += __builtin_popcountll(bits);
+                for (; bits && end - at >= kRun; at += kRun)  // without a branch for each
+                    for (int i = 0; i < kRun; ++i, bits &= bits - 1)  // the next ones write over what is beyond
+                        at[i] = int32_t(c) + __builtin_ctzll(bits | 1ull << 63);
+                for (; bits; bits &= bits - 1) *at++ = int32_t(c) + __builtin_ctzll(bits);
             }
             for (; c < columns; ++c)
                 if (row[c]) *to++ = int32_t(c);

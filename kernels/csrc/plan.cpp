@@ -1,77 +1,25 @@
 #include "order.h"
-#include "team.h"
+#include "writer.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <utility>
 #include <vector>
 
 namespace {
 
-constexpr int32_t kMagic = 0x51a70002;  // the last digits count the formats
-
-struct Header {  // of a plan: offsets in words, 0 where there is nothing
-    int32_t magic, size, out_features, in_features, nnz, phases, crow_indices, columns;
-    Taps taps;  // zeros: of a linear layer
-};
-
-enum Word { FORWARD = sizeof(Header) / 4, SCHEDULE = 12, TRANSPOSE = FORWARD + SCHEDULE };
-
 constexpr int32_t kNarrow = 65536;  // columns up to here have 16 bits
 constexpr int32_t kAlone = 65536;   // entries: a team is not worth its start for fewer
+constexpr int32_t kRun = 16;        // columns that are looked at together
 
-class Writer {  // of words in memory that is given away as it is: what is large is written there, once
-  public:
-    Writer(int32_t out_features, int32_t in_features, int32_t nnz, int32_t phases, const Taps& taps)
-        : header{kMagic, 0, out_features, in_features, nnz, phases, 0, 0, taps} {
-        grow(TRANSPOSE + SCHEDULE * phases + int64_t(nnz) * 3 + 16 * kSlack);  // with few segments enough for all
-        size_ = TRANSPOSE + SCHEDULE * phases;
-        std::fill_n(words_, size_, 0);
-    }
-    ~Writer() { std::free(words_); }
-    // Room for an array: where it begins. What pointed into the words may no longer do so.
-    template <class E>
-    int32_t room(int64_t count) {
-        const int64_t bytes = count * sizeof(E), at = (size_ + 15) / 16 * 16, end = at + (bytes + 3) / 4 + kSlack;
-        if (end > capacity_) grow(std::max(end, 2 * capacity_));
-        std::fill(words_ + size_, words_ + at, 0);
-        std::fill(words_ + at + bytes / 4, words_ + end, 0);
-        size_ = end;
-        return static_cast<int32_t>(at);
-    }
-    template <class E>
-    E* array(int32_t at) { return reinterpret_cast<E*>(words_ + at); }
-    template <class E>
-    int32_t append(const E* items, int64_t count) {
-        const int32_t at = room<E>(count);
-        std::copy_n(items, count, array<E>(at));
-        return at;
-    }
-    template <class E>
-    int32_t append(const std::vector<E>& items) { return append(items.data(), items.size()); }
-    int64_t give(int32_t** to) {
-        header.size = int32_t(size_);
-        std::memcpy(words_, &header, sizeof header);
-        *to = std::exchange(words_, nullptr);
-        return size_;
-    }
-    Header header;
+typedef int32_t Run __attribute__((vector_size(4 * kRun), aligned(4), may_alias));
+typedef uint16_t NarrowRun __attribute__((vector_size(2 * kRun), aligned(2), may_alias));
+typedef int8_t Flags __attribute__((vector_size(kRun)));
+constexpr Run kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-  private:
-    void grow(int64_t capacity) {
-        int32_t* words = static_cast<int32_t*>(std::aligned_alloc(64, (capacity * 4 + 63) / 64 * 64));
-        if (!words) throw std::bad_alloc();
-        expect_writes(words, capacity * 4);
-        if (size_) std::memcpy(words, words_, size_ * 4);
-        std::free(words_);
-        words_ = words, capacity_ = capacity;
-    }
-    int32_t* words_ = nullptr;
-    int64_t size_ = 0, capacity_ = 0;
-};
+inline const Run& run(const int32_t* columns) { return *reinterpret_cast<const Run*>(columns); }
 
 struct Grid {  // the tiles of a schedule
     int32_t rows, cols, strip, block;
@@ -90,15 +38,16 @@ struct Part {  // of a schedule: consecutive strips, which one thread writes
     // Begins a tile: its rows that have entries, longest first -> `order`, and how many these are.
     int32_t sort(const int32_t* lengths, int32_t rows) {
         tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
-        const int32_t block = int32_t(first.size()) - 2;
-        std::fill(first.begin(), first.end(), 0);
-        for (int32_t r = 0; r < rows; ++r) ++first[block - lengths[r] + 1];
-        for (int32_t n = 0; n < block; ++n) {
-            if (const int32_t count = first[n + 1]) buckets.push_back({block - n, count});
+        int32_t longest = 0;
+        for (int32_t r = 0; r < rows; ++r) longest = std::max(longest, lengths[r]);
+        std::fill_n(first.begin(), longest + 2, 0);
+        for (int32_t r = 0; r < rows; ++r) ++first[longest - lengths[r] + 1];
+        for (int32_t n = 0; n < longest; ++n) {
+            if (const int32_t count = first[n + 1]) buckets.push_back({longest - n, count});
             first[n + 1] += first[n];
         }
-        const int32_t segments = first[block];
-        for (int32_t r = 0; r < rows; ++r) order[first[block - lengths[r]]++] = r;
+        const int32_t segments = first[longest];
+        for (int32_t r = 0; r < rows; ++r) order[first[longest - lengths[r]]++] = r;
         segment_row.insert(segment_row.end(), order.begin(), order.begin() + segments);
         return segments;
     }
@@ -143,28 +92,47 @@ void write_schedule(Writer& out, int at, const Grid& grid, int32_t entries, bool
     std::copy(fields, fields + SCHEDULE, out.array<int32_t>(at));
 }
 
+// How many of the ascending columns [begin, end) are below a limit; up to `readable` they may be read.
+inline int32_t columns_below(int32_t limit, const int32_t* begin, const int32_t* end, const int32_t* readable) {
+    const int32_t* at = begin;
+    for (; readable - at >= kRun; at += kRun) {  // without a branch for each
+        const int32_t left = int32_t(std::min<int64_t>(end - at, kRun));
+        const Flags below = __builtin_convertvector((run(at) < limit) & (kNumbers < left), Flags);
+        uint64_t bits[2];
+        std::memcpy(bits, &below, sizeof bits);
+        const int32_t count = (__builtin_popcountll(bits[0]) + __builtin_popcountll(bits[1])) / 8;
+        if (count < kRun) return int32_t(at - begin) + count;
+    }
+    while (at < end && *at < limit) ++at;
+    return int32_t(at - begin);
+}
+
 void write_forward(Writer& out, const Grid& grid, const Csr& w, int64_t threads) {
     write_schedule(out, FORWARD, grid, w.ptr[w.rows], false, threads, [&](Part& part, Range strips) {
         std::vector<int32_t> cursor(grid.strip), lengths(grid.strip);
+        const int32_t end = w.ptr[std::min<int64_t>(strips.end * grid.strip, w.rows)], nnz = w.ptr[w.rows];
         for (int64_t s = strips.begin; s < strips.end; ++s) {
             const int32_t row0 = int32_t(s) * grid.strip, height = std::min(grid.strip, w.rows - row0);
             std::copy_n(w.ptr + row0, height, cursor.begin());
             part.entry = w.ptr[row0];
             for (int32_t b = 0; b < grid.blocks(); ++b) {
                 const int32_t col0 = b * grid.block, limit = col0 + std::min(grid.block, grid.cols - col0);
-                for (int32_t r = 0; r < height; ++r) {
-                    int32_t k = cursor[r];
-                    while (k < w.ptr[row0 + r + 1] && w.idx[k] < limit) ++k;
-                    lengths[r] = k - cursor[r];
-                }
+                for (int32_t r = 0; r < height; ++r)
+                    lengths[r] = columns_below(limit, w.idx + cursor[r], w.idx + w.ptr[row0 + r + 1], w.idx + nnz);
                 const int32_t segments = part.sort(lengths.data(), height);
                 for (int32_t i = 0; i < segments; ++i) {
-                    const int32_t r = part.order[i], begin = cursor[r];
+                    const int32_t r = part.order[i], begin = cursor[r], length = lengths[r];
                     part.segment_value.push_back(begin);
                     uint16_t* const col = part.entry_col + part.entry;
-                    for (int32_t k = 0; k < lengths[r]; ++k) col[k] = uint16_t(w.idx[begin + k] - col0);
-                    part.entry += lengths[r];
-                    cursor[r] += lengths[r];
+                    int32_t k = 0;
+                    const int32_t room = std::min(end - part.entry, nnz - begin) - kRun;
+                    for (; k < length && k <= room; k += kRun) {  // the next ones write over what is beyond
+                        const Run columns = run(w.idx + begin + k) - col0;
+                        *reinterpret_cast<NarrowRun*>(col + k) = __builtin_convertvector(columns, NarrowRun);
+                    }
+                    for (; k < length; ++k) col[k] = uint16_t(w.idx[begin + k] - col0);
+                    part.entry += length;
+                    cursor[r] += length;
                 }
             }
         }
@@ -183,11 +151,19 @@ struct Entry {
     int32_t row, col;  // of Wᵀ
 };
 
+// f(row, tile) for the rows [top, bottom) of tiles of a height, counted from 0.
+template <class F>
+void each_tile_row(int32_t top, int32_t bottom, int32_t height, F f) {
+    for (int32_t tile = 0, begin = top; begin < bottom; begin += height, ++tile)
+        for (int32_t r = begin; r < std::min(begin + height, bottom); ++r) f(r, tile);
+}
+
 // Writes the transpose that holds those values of W for which at(row of W, col of W, &entry). A row of Wᵀ are `size` columns
 // of W, and so each of its tiles is read from a rectangle of W, which stays in a cache: what is large is passed in order.
+// A small W is one rectangle, of all tiles.
 template <class F>
 void write_transpose(Writer& out, int phase, const Grid& grid, int32_t size, const Csr& w, int64_t threads, F at) {
-    const int32_t height = grid.block / size;  // of the rectangle
+    const int32_t height = grid.block / size;  // of a tile's rectangle
     const auto count = [&](int32_t row, int32_t begin, int32_t end) {
         Entry e;
         int32_t found = 0;
@@ -196,40 +172,50 @@ void write_transpose(Writer& out, int phase, const Grid& grid, int32_t size, con
     };
     int32_t entries = 0;
     for (int32_t r = 0; r < w.rows; ++r) entries += count(r, w.ptr[r], w.ptr[r + 1]);
+    const bool small = w.ptr[w.rows] < kAlone && int64_t(grid.rows) * grid.blocks() < kAlone;
+    const int32_t wide = small ? grid.strips() : 1, high = small ? grid.blocks() : 1;  // of a rectangle, in tiles
     write_schedule(out, TRANSPOSE + SCHEDULE * phase, grid, entries, true, threads, [&](Part& part, Range strips) {
-        std::vector<int32_t> cursor(w.rows), end(height), lengths(grid.strip), next(grid.strip);
-        const int64_t before = strips.begin * grid.strip * size;
-        for (int32_t r = 0; r < w.rows; ++r) {
-            cursor[r] = int32_t(std::lower_bound(w.idx + w.ptr[r], w.idx + w.ptr[r + 1], before) - w.idx);
-            part.entry += count(r, w.ptr[r], cursor[r]);
-        }
-        for (int64_t s = strips.begin; s < strips.end; ++s) {
-            const int32_t row0 = int32_t(s) * grid.strip, rows = std::min(grid.strip, grid.rows - row0);
+        const int32_t width = wide * grid.strip;
+        std::vector<int32_t> cursor(w.ptr, w.ptr + w.rows), end(w.rows), lengths(width * high), next(width * high);
+        if (const int64_t before = strips.begin * grid.strip * size)
+            for (int32_t r = 0; r < w.rows; ++r) {
+                cursor[r] = int32_t(std::lower_bound(w.idx + w.ptr[r], w.idx + w.ptr[r + 1], before) - w.idx);
+                part.entry += count(r, w.ptr[r], cursor[r]);
+            }
+        for (int64_t s = strips.begin; s < strips.end; s += wide) {
+            const int32_t row0 = int32_t(s) * grid.strip, rows = std::min(width, grid.rows - row0);
             const int32_t limit = (row0 + rows) * size;
-            for (int32_t b = 0; b < grid.blocks(); ++b) {
-                const int32_t col0 = b * grid.block, top = b * height, bottom = std::min(top + height, w.rows);
-                Entry e;
+            for (int32_t b = 0; b < grid.blocks(); b += high) {
+                const int32_t top = b * height, bottom = std::min(top + high * height, w.rows);
                 std::fill(lengths.begin(), lengths.end(), 0);
-                for (int32_t r = top; r < bottom; ++r) {
-                    int32_t k = cursor[r];
+                each_tile_row(top, bottom, height, [&](int32_t r, int32_t tile) {
+                    Entry e;
+                    int32_t k = cursor[r], *const length = lengths.data() + tile * width - row0;
                     for (; k < w.ptr[r + 1] && w.idx[k] < limit; ++k)
-                        if (at(r, w.idx[k], &e)) ++lengths[e.row - row0];
-                    end[r - top] = k;
-                }
-                const int32_t segments = part.sort(lengths.data(), rows);
-                for (int32_t i = 0; i < segments; ++i) {
-                    next[part.order[i]] = part.entry;
-                    part.entry += lengths[part.order[i]];
-                }
-                for (int32_t r = top; r < bottom; ++r) {
-                    for (int32_t k = cursor[r]; k < end[r - top]; ++k) {
-                        if (!at(r, w.idx[k], &e)) continue;
-                        const int32_t to = next[e.row - row0]++;
-                        part.entry_col[to] = uint16_t(e.col - col0);
-                        part.entry_value[to] = k;
+                        if (at(r, w.idx[k], &e)) ++length[e.row];
+                    end[r] = k;
+                });
+                for (int32_t first = 0; first < rows; first += grid.strip)
+                    for (int32_t tile = 0; tile < high; ++tile) {
+                        const int32_t* const length = lengths.data() + tile * width + first;
+                        const int32_t segments = part.sort(length, std::min(grid.strip, rows - first));
+                        for (int32_t i = 0; i < segments; ++i) {
+                            next[tile * width + first + part.order[i]] = part.entry;
+                            part.entry += length[part.order[i]];
+                        }
                     }
-                    cursor[r] = end[r - top];
-                }
+                each_tile_row(top, bottom, height, [&](int32_t r, int32_t tile) {
+                    Entry e;
+                    int32_t* const to = next.data() + tile * width - row0;
+                    const int32_t col0 = (b + tile) * grid.block;
+                    for (int32_t k = cursor[r]; k < end[r]; ++k) {
+                        if (!at(r, w.idx[k], &e)) continue;
+                        const int32_t here = to[e.row]++;
+                        part.entry_col[here] = uint16_t(e.col - col0);
+                        part.entry_value[here] = k;
+                    }
+                    cursor[r] = end[r];
+                });
             }
         }
     });

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import pieces
 from ..masks import lowest
 from ..nn import MaskedLayer
 from .gradients import Watch
@@ -31,7 +32,7 @@ def kept(pool: Pool, k: int, score: Callable[[str, MaskedLayer], Tensor]) -> Ten
         raise ValueError(f"drop: expected a score for each of {len(of_values)} weights, got {tuple(scores.shape)}")
     if not finite(scores):
         return None
-    return places[~lowest(pool.means(scores, of_values, places), len(places) - k)]
+    return pieces.take(places, ~lowest(pool.means(scores, of_values, places), len(places) - k))
 
 
 def at_random(pool: Pool, without: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -39,7 +40,7 @@ def at_random(pool: Pool, without: Tensor, k: int, generator: torch.Generator) -
     ranks = sample(pool.total - len(without), k, generator).to(without.device)
     # As many places that are not free lie before the r-th free one as `without` has less their own number up to r.
     own = torch.arange(len(without), device=without.device)
-    return ranks + torch.searchsorted(without - own, ranks, right=True)
+    return ranks.add_(pieces.places_in(without - own, ranks, right=True))
 
 
 def sample(total: int, k: int, generator: torch.Generator) -> Tensor:
@@ -52,10 +53,10 @@ def sample(total: int, k: int, generator: torch.Generator) -> Tensor:
     while len(drawn) < k:
         more = torch.randint(total, (2 * (k - len(drawn)),), generator=generator, device="cpu")
         drawn = ascending(torch.cat([drawn, more]))
-        drawn = drawn[torch.cat([drawn.new_ones(1, dtype=torch.bool), drawn[1:] != drawn[:-1]])]
+        drawn = pieces.take(drawn, torch.cat([drawn.new_ones(1, dtype=torch.bool), drawn[1:] != drawn[:-1]]))
     chosen = torch.zeros(len(drawn), dtype=torch.bool, device="cpu")
     chosen[torch.randperm(len(drawn), generator=generator, device="cpu")[:k]] = True
-    return drawn[chosen]
+    return pieces.take(drawn, chosen)
 
 
 def by_gradient(pool: Pool, without: Tensor, k: int, watch: Watch) -> Tensor | None:

@@ -14,6 +14,7 @@ from ..masks import Block, Granularity, block_sums, granularities
 from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from ..pattern import Pattern, has_blocks, matrix_shape
+from ..pieces import places_in
 
 
 class Pool:
@@ -70,7 +71,7 @@ class Pool:
 
     def patterns(self, places: Tensor) -> dict[str, Pattern]:
         """Of each layer, given the ascending places of all."""
-        bounds = torch.searchsorted(places, torch.tensor(self.begins, dtype=torch.int64, device=places.device)).tolist()
+        bounds = places_in(places, torch.tensor(self.begins, dtype=torch.int64, device=places.device)).tolist()
         return {
             name: Pattern.from_positions(self._positions(layer, places[start:stop] - begin), matrix_shape(layer.shape))
             for (name, layer), begin, start, stop in zip(

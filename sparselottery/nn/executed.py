@@ -135,7 +135,7 @@ class ExecutedLayer(CheckpointedLayer):
         if not execution.native:
             self.plan, self.block = self._no_plan(), (1, 1)
         execution.prepare(self)
-        self._remember("crow_indices", "col_indices", *(name for name in MADE if self._buffers[name] is not None))
+        self._remember("crow_indices", "col_indices", *[name for name in MADE if self._buffers[name] is not None])
 
     def _use_plan(self, block: tuple[int, int], pattern: Pattern | None = None) -> None:
         """For kernels that multiply blocks (R, C) of this pattern, None: the layer's."""

@@ -69,7 +69,7 @@ class Block(Execution):
         if "block" in layer.lacks:
             return layer.lacks["block"]
         device = layer.values.device
-        taken = [block for block in BLOCKS if ops.takes_block(block, device, layer.geometry)]
+        taken = ops.blocks_taken(device, layer.geometry)
         if not taken:
             lacks = ops.too_old(device)
             return f"there are no kernels for blocks of such a layer on {device.type}" + (f": {lacks}" if lacks else "")
@@ -94,7 +94,7 @@ class Permuted(Execution):
         if "block" in layer.lacks:
             return layer.lacks["block"]
         device = layer.values.device
-        taken = [block for block in BLOCKS if ops.takes_block(block, device, layer.geometry)]
+        taken = ops.blocks_taken(device, layer.geometry)
         if not taken:
             return f"there are no kernels for blocks of such a layer on {device.type}"
         if layer.groups > 1:

@@ -68,14 +68,14 @@ class IndexedLayer(nn.Module):
 
     def _remember(self, *names: str) -> None:
         """All buffers are valid: from here on `check` compares those of these names with what they are now."""
+        buffers = self._buffers
         for name in names:
-            if self._buffers[name].is_inference():  # has no version
+            if buffers[name].is_inference():  # has no version
                 with torch.inference_mode(False):
-                    self._buffers[name] = self._buffers[name].clone()
-        tensors = [self._buffers[name] for name in names]
-        self._known = tuple((name, each, each._version) for name, each in zip(names, tensors, strict=True))
-        if any(each.is_meta for each in tensors):
-            self._forget()
+                    buffers[name] = buffers[name].clone()
+        known = tuple([(name, each := buffers[name], each._version) for name in names])
+        has_data = not any(each.is_meta for _, each, _ in known)
+        vars(self)["_known"] = known if has_data else _UNKNOWN  # nn.Module's way takes ten times as long
 
     def _forget(self) -> None:
         self._known = _UNKNOWN

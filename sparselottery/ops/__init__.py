@@ -14,7 +14,7 @@ filter; for rows ids (N,), y (N, I). Eight torch ops carry all of it, `chain`, `
 derivatives run on the reference.
 """
 
-from .common import as_one_module, check_layout, in_torch, takes_block, too_old, unrecorded, untraced
+from .common import as_one_module, blocks_taken, check_layout, in_torch, too_old, unrecorded, untraced
 from .conv import call_conv, call_conv_after_conv, compile_conv_plan, conv2d, takes_norm
 from .conv_transpose import conv_transpose2d
 from .embedding import rows
@@ -24,6 +24,7 @@ from .linear import call_chain, chain, compile_plan
 __all__ = [
     "are_counted",
     "as_one_module",
+    "blocks_taken",
     "call_chain",
     "call_conv",
     "call_conv_after_conv",
@@ -35,7 +36,6 @@ __all__ = [
     "conv_transpose2d",
     "in_torch",
     "rows",
-    "takes_block",
     "takes_norm",
     "too_old",
     "unrecorded",

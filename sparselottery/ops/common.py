@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ..kernels import gpu
 from ..kernels.native import DENSE, KINDS
 from ..kernels.reference import Geometry
+from ..pattern import BLOCKS
 
 Block = tuple[int, int]  # (R, C): all of its weights survive or none
 
@@ -45,9 +46,9 @@ def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-def takes_block(block: Block, device: torch.device, geometry: Geometry | None = None) -> bool:
-    """Are there kernels for blocks > (1, 1) on a device: of a linear layer, or of a convolution of this geometry?"""
-    return gpu.runs_on(device) and gpu.takes_block(block, device, geometry)
+def blocks_taken(device: torch.device, geometry: Geometry | None = None) -> tuple[Block, ...]:
+    """Those of `BLOCKS` for which a device has kernels: of a linear layer, or of a convolution of this geometry."""
+    return tuple(block for block in BLOCKS if gpu.takes_block(block, device, geometry)) if gpu.runs_on(device) else ()
 
 
 def too_old(device: torch.device) -> str | None:
