@@ -2,38 +2,93 @@
 
 from __future__ import annotations
 
-from torch import nn
+import copy
 
-from .convert import converted_with, dense_state, load_dense_state, masked_layers, masks_of
+import torch
+from torch import Tensor, nn
+
+from .calls import ExampleInput, arguments, outputs
+from .convert import converted_with, dense_state, load_dense_state, masked_weights, masks_of
 from .grids import connected, orders_in
-from .links import links
-from .orders import Permuted, permuted_block_of
+from .links import LINEAR, Link, links
+from .orders import Permuted, is_natural, permuted_block_of
+from .random_state import random_state_kept
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Module:
     """A copy of a converted model that computes the same, its hidden units in the order of the blocks of its masks.
 
     Masks of permuted blocks (`prune` with `permute`) then have these blocks as they are where the units of one layer
     are the inputs of the next in an nn.Sequential (`links`): no kernel gathers what another has written. What stays
     permuted are the inputs of the first layer of such a chain, and what the blocks of two layers want otherwise.
     Sums are of the same terms in another order: equal up to rounding.
+
+    example_input: a tensor, a tuple of the model's positional arguments or a dict of its keyword arguments: both models
+    are called with it, in evaluation mode. None: it is presumed that each nn.Sequential is called as a whole, and on
+    batches. A forward that calls children one by one, and reads what is between, would read units in another order.
+    Raises ValueError if the two differ on the example beyond rounding; and without one if a BatchNorm1d or a PReLU of
+    several parameters follows a linear layer whose units are moved: of inputs (N, C, L) it normalises C, and not units.
     """
-    layers = masked_layers(model)
-    blocks = {name: permuted_block_of(layer.pattern, layer.shape)[0] for name, layer in layers.items()}
+    layers = masked_weights(model)
     joined = [link for link in links(model) if link.outputs in layers and link.inputs in layers]
+    names = [name for name in layers if any(name in link[:2] for link in joined)]
+    grains = {name: Permuted(*permuted_block_of(layers[name].pattern, layers[name].shape)[0]) for name in names}
     state, masks, orders = dense_state(model), masks_of(model), {}
-    for names in connected(list(layers), joined):
-        grains = {name: Permuted(*blocks[name]) for name in names}
-        orders |= zip(names, orders_in(masks, grains, joined)[1], strict=True)
-    for outputs, inputs, between in joined:
-        units = orders[outputs].rows
+    for together in connected(names, joined):
+        found = orders_in(masks, {name: grains[name] for name in together}, joined)[1]
+        orders |= zip(together, found, strict=True)
+    for link in joined:
+        units = orders[link.outputs].rows
+        if is_natural(units):
+            continue
+        if example_input is None:
+            _check_clear(model, link)
+        modules = (*link.between, _module(link.outputs))
         for name, entry in state.items():
-            module, _, _ = name.rpartition(".")
-            if name == inputs:
+            if name == link.inputs:
                 state[name], masks[name] = entry[:, units], masks[name][:, units]
-            elif (module in between or module == outputs.rpartition(".")[0]) and entry.shape[:1] == units.shape:
+            elif _module(name) in modules and entry.shape[:1] == units.shape:
                 state[name] = entry[units]
-        masks[outputs] = masks[outputs][units]
+        masks[link.outputs] = masks[link.outputs][units]
     folded = converted_with(model, masks, state)
     load_dense_state(folded, state)
+    if example_input is not None:
+        _check_same(model, folded, example_input)
     return folded
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _check_clear(model: nn.Module, link: Link) -> None:
+    """Raise ValueError if it depends on the input whether what is between two layers is of the units."""
+    if type(model.get_submodule(_module(link.outputs))) not in LINEAR:
+        return
+    for name in link.between:
+        module = model.get_submodule(name)
+        if any(entry.numel() > 1 for entry in module.state_dict().values()):
+            kind = type(module).__name__
+            raise ValueError(
+                f"example_input: expected one, as {kind} {name!r} follows a linear layer: it is of the layer's units "
+                "only where the input has two dimensions"
+            )
+
+
+def _check_same(model: nn.Module, folded: nn.Module, example_input: ExampleInput) -> None:
+    """Raise ValueError unless both return the same of the example, up to rounding."""
+    for before, after in zip(*(_returned(each, example_input) for each in (model, folded)), strict=True):
+        finite = before[before.isfinite()]
+        inexact = before.is_floating_point() or before.is_complex()
+        least = torch.finfo(before.dtype).eps ** 0.5 if inexact else 0.0  # of the largest output
+        bound = least * float(finite.abs().max()) if len(finite) and inexact else 0.0
+        if before.shape != after.shape or not torch.allclose(before, after, rtol=0, atol=bound, equal_nan=True):
+            raise ValueError(
+                "model: expected its nn.Sequentials to be called as a whole, on inputs of which linear layers' units "
+                "are dimension 1 where a norm follows; folded it returns something else of the example"
+            )
+
+
+def _returned(model: nn.Module, example_input: ExampleInput) -> list[Tensor]:
+    with torch.no_grad(), random_state_kept():
+        return outputs(arguments(example_input).map(torch.clone)(copy.deepcopy(model).eval()))

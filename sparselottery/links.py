@@ -12,13 +12,18 @@ from typing import NamedTuple
 from torch import nn
 
 from .nn import MaskedConv2d, MaskedLinear, MaskedSequential
-from .nn.fuse import ELEMENTWISE, NOTHING
+from .nn.fuse import ELEMENTWISE, NOTHING, is_observed
 
-LAYERS = (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+LINEAR, CONV = (nn.Linear, MaskedLinear), (nn.Conv2d, MaskedConv2d)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-# They treat units alike, or have parameters of each. Flatten leaves units what they are where it leaves them as many.
-BETWEEN = {*ELEMENTWISE, *NOTHING, *NORMS, *POOLS, nn.Flatten}
+# What treats units alike, or has parameters of each: of a linear layer's outputs, of images, of flattened images.
+BETWEEN = {
+    "features": {*ELEMENTWISE, *NOTHING, nn.BatchNorm1d},
+    "images": {*ELEMENTWISE, *NOTHING, *POOLS, nn.BatchNorm2d},
+    "flat": {*ELEMENTWISE, *NOTHING, nn.BatchNorm1d},
+}
+# Flattened images come from each unit's pixels: only where it has one are they as many as the units.
+TAKES = {"features": LINEAR, "images": CONV, "flat": LINEAR}
 
 
 class Link(NamedTuple):
@@ -30,29 +35,44 @@ class Link(NamedTuple):
 
 
 def links(model: nn.Module) -> list[Link]:
-    """Those between children of one nn.Sequential, called as a whole. No layer that is used twice is in any."""
+    """Those between children of one nn.Sequential, called as a whole and on batches.
+
+    No layer that is used twice is in any, and none whose call somebody observes, by a hook or a forward of its own, nor
+    is such a module between two. A norm after a linear layer is of its units only if these are dimension 1, which
+    depends on the input.
+    """
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     uses.update(each for module in model.modules() for each in module._parameters.values() if each is not None)
     found = []
     for path, parent in model.named_modules():
-        before, between = None, []
-        for name, child in parent._modules.items() if type(parent) in (nn.Sequential, MaskedSequential) else ():
+        before, form, between = None, "", []  # the last layer, its weight and size; what it gives; what follows it
+        whole = type(parent) in (nn.Sequential, MaskedSequential) and "forward" not in vars(parent)
+        for name, child in parent._modules.items() if whole else ():
             name = f"{path}.{name}" if path else name
             once = all(uses[each] == 1 for each in (child, *child.parameters()))
-            if once and type(child) in LAYERS and getattr(child, "groups", 1) == 1:
+            observed = is_observed(child)
+            if once and not observed and type(child) in LINEAR + CONV and getattr(child, "groups", 1) == 1:
                 outputs, inputs = _sizes(child)
-                if before and before[1] == inputs:
+                if before and type(child) in TAKES[form] and before[1] == inputs:
                     found.append(Link(before[0], f"{name}.weight", tuple(between)))
+                form = "images" if type(child) in CONV else "features"
                 before, between = (f"{name}.weight", outputs), []
-            elif type(child) in BETWEEN and (once or not any(True for _ in child.parameters())):
+            elif before and form == "images" and not observed and _flattens(child):
+                form = "flat"
+                between.append(name)
+            elif before and type(child) in BETWEEN[form] and not observed and (once or not child.state_dict()):
                 between.append(name)
             else:
                 before = None
     return found
 
 
+def _flattens(child: nn.Module) -> bool:
+    return type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1)
+
+
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     """How many outputs and inputs."""
-    if isinstance(layer, (nn.Conv2d, MaskedConv2d)):
+    if isinstance(layer, CONV):
         return layer.out_channels, layer.in_channels
     return layer.out_features, layer.in_features

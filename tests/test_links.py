@@ -47,6 +47,15 @@ def test_channels_are_units():
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4)),
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)),
         nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]),
+        chain(nn.BatchNorm2d(16)),
+        chain(nn.MaxPool2d(1)),
+        chain(nn.Flatten(0, 1)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 4)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(8, 4)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm1d(8), nn.Conv2d(8, 4, 3)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.MaxPool2d(1), nn.Linear(8, 4)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Conv2d(8, 4, 1)),
+        nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
     ],
 )
 def test_others_are_left_alone(model):
@@ -60,6 +69,8 @@ def test_a_layer_that_is_used_twice_is_in_no_link():
     for others in ([shared, nn.Linear(8, 8), nn.ReLU(), shared], [shared, nn.Linear(8, 8), tied]):
         assert links(nn.Sequential(*others)) == []
     assert links(nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm)) == []
+    plain = nn.BatchNorm1d(8, affine=False)  # it has means
+    assert links(nn.Sequential(nn.Linear(8, 8), plain, nn.Linear(8, 8), plain)) == []
     relu = nn.ReLU()
     assert len(links(nn.Sequential(nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8)))) == 2
 
@@ -71,6 +82,29 @@ class Own(nn.Sequential):
 
 def test_a_forward_of_its_own_may_read_units():
     assert links(Own(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))) == []
+
+
+@pytest.mark.parametrize("child", [0, 1, 2])
+@pytest.mark.parametrize(
+    "observe",
+    [
+        lambda module: module.register_forward_hook(lambda *_: None),
+        lambda module: module.register_forward_pre_hook(lambda *_: None),
+        lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda module: setattr(module, "forward", module.forward),
+    ],
+)
+def test_a_call_that_somebody_observes_is_in_no_link(observe, child):
+    model = chain(nn.ReLU())
+    assert len(links(model)) == 1
+    observe(model[child])
+    assert links(model) == []
+
+
+def test_a_chain_with_a_forward_of_its_own_has_no_links():
+    model = chain(nn.ReLU())
+    model.forward = lambda x: model[0](x)
+    assert links(model) == []
 
 
 GRAINS = {"0.weight": (4, 4), "3.weight": (4, 4)}
@@ -137,7 +171,7 @@ def test_folded_units_are_in_the_order_of_the_blocks(monkeypatch):
     monkeypatch.setattr("sparselottery.orders.BLOCKS", ((4, 4),))
     model = net()
     masked = convert(model, prune(model, 0.6, granularity=GRAINS, permute=True)).eval()
-    folded = fold(masked)
+    folded = fold(masked, torch.randn(7, 24))
     assert type(folded) is MaskedSequential
     assert not folded.training
     x = torch.randn(7, 24)
@@ -147,11 +181,93 @@ def test_folded_units_are_in_the_order_of_the_blocks(monkeypatch):
     rows = folded[0].mask.unflatten(0, (4, 4))
     assert torch.equal(rows.all(1), rows.any(1))  # its columns, the inputs of the net, stay where they are
     assert folded[0].nnz == masked[0].nnz
-    torch.testing.assert_close(fold(folded)(x), folded(x))
+    torch.testing.assert_close(fold(folded, x)(x), folded(x))
 
 
 def test_what_has_no_blocks_is_folded_into_nothing():
     model = net()
     masked = convert(model, prune(model, 0.5))
-    folded = fold(masked)
+    folded = fold(masked, torch.randn(7, 24))
     assert all(map(torch.equal, folded.state_dict().values(), masked.state_dict().values()))
+
+
+class Skips(nn.Module):
+    """Calls the children of a Sequential one by one, and returns what is between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x, twice=False):
+        found = []
+        for layer in self.layers:
+            x = layer(x)
+            found.append(2 * x if twice else x)
+        return {"all": found}
+
+
+@pytest.mark.parametrize("example", [torch.randn(5, 24), (torch.randn(5, 24), True), {"x": torch.randn(5, 24)}])
+def test_an_example_shows_what_the_structure_does_not(example, monkeypatch):
+    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
+    torch.manual_seed(0)
+    model = Skips()
+    masks = {"layers.0.weight": (torch.rand(8, 24) < 0.5).repeat(2, 1), "layers.2.weight": torch.rand(3, 16) < 0.5}
+    masked = convert(model, masks)
+    with pytest.raises(ValueError, match=r"expected its nn\.Sequentials to be called as a whole"):
+        fold(masked, example)
+    assert masked.training
+    folded = fold(masked.layers, torch.randn(5, 24))
+    assert torch.equal(folded[0].mask[::2], folded[0].mask[1::2])
+
+
+@pytest.mark.parametrize("between", [nn.BatchNorm1d(16), nn.PReLU(16)])
+def test_a_norm_after_a_linear_layer_takes_an_example(between, monkeypatch):
+    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), between, nn.Linear(16, 3))
+    with torch.no_grad():
+        between.weight.uniform_(0.1, 0.9)
+    kind = type(between).__name__
+    natural = convert(model, {"0.weight": (torch.rand(8, 24) < 0.5).repeat_interleave(2, 0)})
+    assert torch.equal(fold(natural)[0].mask, natural[0].mask)  # nothing moves
+    masked = convert(model, {"0.weight": (torch.rand(8, 24) < 0.5).repeat(2, 1), "2.weight": torch.rand(3, 16) < 0.5})
+    with pytest.raises(ValueError, match=f"example_input: expected one, as {kind} '1' follows a linear layer"):
+        fold(masked)
+    with pytest.raises(ValueError, match="folded it returns something else of the example"):
+        fold(masked, torch.randn(4, 16, 24))
+    folded, x = fold(masked, torch.randn(4, 24)).eval(), torch.randn(7, 24)
+    torch.testing.assert_close(folded(x), masked.eval()(x))
+    assert not torch.equal(folded[0].mask, masked[0].mask)
+
+
+def test_channels_are_folded_through_norms_pools_and_flatten(monkeypatch):
+    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4),
+    )  # fmt: skip
+    x = torch.randn(9, 3, 12, 12)
+    model(x)
+    with torch.no_grad():
+        for at in (1, 2, 7):
+            model[at].weight.uniform_(0.1, 0.9)
+    masks = {name: (torch.rand(half, *shape) < 0.6).repeat(2, 1, 1, 1) for name, half, shape in
+             (("0.weight", 4, (3, 3, 3)), ("4.weight", 3, (8, 3, 3)))}  # fmt: skip
+    masked = convert(model, masks | {"8.weight": torch.rand(4, 6) < 0.8}).eval()
+    folded = fold(masked)
+    torch.testing.assert_close(folded(x), masked(x))
+    for at in (0, 4):
+        pairs_of_rows = folded[at].mask.unflatten(0, (-1, 2))
+        assert torch.equal(pairs_of_rows[:, 0], pairs_of_rows[:, 1])
+        assert not torch.equal(folded[at].mask, masked[at].mask)
+
+
+def test_tied_weights_stay_where_they_are():
+    model = nn.ModuleDict({"body": net(), "g": nn.Linear(8, 8), "h": nn.Linear(8, 8)})
+    model["h"].weight = model["g"].weight
+    masked = convert(model, prune(model, 0.5))
+    assert masked["h"].values is masked["g"].values
+    folded = fold(masked)
+    assert folded["h"].values is folded["g"].values
+    assert torch.equal(folded["g"].mask, masked["g"].mask)
