@@ -9,6 +9,7 @@ block order is index order in it. The grid of `Permuted` blocks is that of the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,17 @@ def mask_of(grid: Tensor, block: Block | Rows, shape: Sequence[int]) -> Tensor:
         return grid
     rows, cols = (torch.arange(size, device=grid.device) // step for size, step in zip(shape[:2], block, strict=True))
     return grid[rows][:, cols]
+
+
+def check_smaller(name: str, shape: Sequence[int], grain: Block | Permuted) -> None:
+    """Raise ValueError for a layer that is one block, of which no part can be pruned; not for a single weight."""
+    block = grain.block if isinstance(grain, Permuted) else grain
+    covered = all(size <= side for size, side in zip(shape[:2], block, strict=True))
+    if covered and math.prod(shape[2:]) == 1 < math.prod(shape):
+        raise ValueError(
+            f"granularity: expected blocks smaller than {name!r}, which is {shape[0]}x{shape[1]}, "
+            f"got {block[0]}x{block[1]}; a mapping gives it by layer"
+        )
 
 
 def block_sums(tensor: Tensor, block: Block | Rows) -> Tensor:

@@ -23,6 +23,7 @@ from .links import links
 from .masks import Granularity, Masks, Score, as_mask, check, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
+from .oriented import Views, fitted
 from .random_state import random_state_kept, seed_all
 from .scores import Scores, at_random, by_given, by_magnitude, by_magnitude_of_survivors
 from .storable import check_storable
@@ -61,16 +62,20 @@ def prune(
         scores: what takes the place of |w|, by layer: the lowest goes. A tensor of the weight's shape, or (n,) of the
             survivors by index; or a function that makes them of the model: `sparselottery.saliency` has some.
         scope: "layer" takes `fraction` of each layer, "global" of all layers together, or if their granularity differs,
-            of all with the same one.
+            of all with the same one; rows compete with rows of as many weights.
         rates: fractions of single layers, by name or fnmatch pattern (the first that matches counts). Such a layer
             is pruned on its own in either scope.
         output_fraction: the rate of the last layer; the paper takes half of `fraction` (App. G.4).
         ignore: names or patterns of layers to leave as they are.
-        granularity: (R, C) removes whole blocks of R rows x C columns, of a convolution R filters x C channels at one
-            tap; the border of the weight may cut blocks off. "N:M" leaves N of each M weights that follow each other in
-            a row, of a convolution at consecutive channels: `fraction` says the same. "rows" removes whole units, or
-            filters: `export.dead.remove_dead` makes a smaller net of the ticket. A mapping gives it by name or pattern
-            as `rates` does; layers not named are (1, 1), single weights. The output layer is usually left so.
+        granularity: (R, C) removes whole blocks of R rows x C columns, outputs x inputs of the layer however its weight
+            holds them, of a convolution R filters x C channels at one tap, of experts in each one's matrix; the border
+            of the weight may cut blocks off. "N:M" leaves N of each M weights that follow each other in a row, of a
+            convolution at consecutive channels: `fraction` says the same. "rows" removes whole units, or filters, but
+            never the last one of a layer: `export.dead.remove_dead` makes a smaller net of the ticket. A mapping gives
+            it by name or pattern as `rates` does; layers not named are (1, 1), single weights. The output layer is
+            usually left so, and "rows" for all leaves it whole unless `output_fraction` or `rates` say otherwise: its
+            units are the model's outputs. That is the last layer in module order: if yours is another, give its name to
+            `ignore`.
         permute: blocks (R, C) are those of each weight with its rows and columns in another order, looked for anew each
             time so that those kept hold the most (see `orders`). It takes seconds for 4096 x 4096, and is a property of
             the mask: nothing but that is to be kept. Layers of an nn.Sequential that follow each other (`links`) share
@@ -80,9 +85,10 @@ def prune(
     several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
     all weights of two dimensions or more, and says why.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
-    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, "rows" or "N:M", a
-    mask that is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of
-    another shape, not finite or missing, a fraction that does not leave N:M, and `permute` without blocks.
+    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, "rows" or "N:M",
+    blocks of which a layer to be pruned is no more than one, "rows" of an embedding, whose rows are words, a mask that
+    is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of another shape,
+    not finite or missing, a fraction that does not leave N:M, and `permute` without blocks.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
@@ -91,14 +97,17 @@ def prune(
     masks = _complete(weights, masks_of(model) if masks is None else masks)
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
+    views = Views(found, chosen)
+    seen = views.seen(masks)
+    chosen = fitted(chosen, seen)
     if scores is not None:
         if method != "magnitude":
             raise ValueError(f"scores: expected none with method {method!r}, which does not read them")
-        score = by_given(scores(model) if callable(scores) else scores, masks)
+        score = by_given(views.of_scores(scores(model) if callable(scores) else scores, masks), seen)
     else:
-        score = at_random(masks, generator) if method == "random" else by_magnitude(weights, masks)
+        score = at_random(seen, generator) if method == "random" else by_magnitude(views.seen(weights), seen)
     found.tell(model, stacklevel=2)
-    return prune_pools(masks, chosen, score, links(model))
+    return views.restored(prune_pools(seen, chosen, score, links(model)))
 
 
 def find_ticket(
@@ -180,7 +189,9 @@ def find_ticket(
     masks = _complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
-    check_blocks(masks, chosen)
+    views = Views(found, chosen)
+    chosen = fitted(chosen, views.seen(masks))
+    check_blocks(views.seen(masks), chosen)
     linked = links(model)
     if rounds > 1 and (fixed := [pool for pool in chosen if pool.fraction and isinstance(pool.block, NofM)]):
         raise ValueError(f"rounds: expected 1, as one leaves {fixed[0].block} of {fixed[0].names[0]}, got {rounds}")
@@ -232,9 +243,9 @@ def find_ticket(
         try:  # before anybody can change the trained weights, which are the model's own
             if number < rounds:
                 weights = theta.weights if reset else Ticket.from_contents(trained).weights
-                score = _score(scores, model, trained, masks)
+                score = _score(scores, model, trained, masks, views)
                 del done, trained  # a model's bytes or two
-                masks = prune_pools(masks, chosen, score, linked)
+                masks = views.restored(prune_pools(views.seen(masks), chosen, score, linked))
                 # Read at the masks only: nothing need be set to zero.
                 start = Ticket.of_parts(weights, masks, recipe, theta.architecture)
                 del weights, score
@@ -250,12 +261,14 @@ def find_ticket(
     return ticket
 
 
-def _score(scores: Callable | None, model: nn.Module, trained: Contents, masks: Masks) -> Score:
-    """What `prune_pools` takes, of a training's weights."""
+def _score(scores: Callable | None, model: nn.Module, trained: Contents, masks: Masks, views: Views) -> Score:
+    """What `prune_pools` takes of what it sees, of a training's weights."""
     if scores is None:
-        return by_magnitude_of_survivors({name: values for name, (_, values) in trained.layers.items()}, masks)
+        values = {name: values for name, (_, values) in trained.layers.items()}
+        return by_magnitude_of_survivors(views.of_scores(values, masks), views.seen(masks))
     with random_state_kept():
-        return by_given(scores(Ticket.from_contents(trained).apply(model)), masks)
+        found = scores(Ticket.from_contents(trained).apply(model))
+    return by_given(views.of_scores(found, masks), views.seen(masks))
 
 
 def _train(

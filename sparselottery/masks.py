@@ -108,9 +108,10 @@ def pools(
 ) -> list[Pool]:
     """Who competes with whom, and at which fraction: the arguments of `prune`, validated, without its weights.
 
-    A layer that is ignored, the last one under `output_fraction`, and a layer named in `rates` (in this order of
-    precedence) is a pool of its own. The others are a pool each (scope "layer") or one pool of all with the same block
-    ("global"): means over blocks of different sizes do not compare, those over large ones never being small.
+    A layer that is ignored, the last one under `output_fraction`, a layer named in `rates`, and the last one where all
+    have the granularity "rows", which leaves it whole, is (in this order of precedence) a pool of its own. The others
+    are a pool each (scope "layer") or one pool of all with the same block ("global"): means over blocks of different
+    sizes do not compare, those over large ones never being small.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
@@ -125,6 +126,8 @@ def pools(
     if output_fraction is not None:
         _check_fraction("output_fraction", output_fraction)
         own[names[-1]] = float(output_fraction)
+    elif granularity in ("rows", Rows()) and len(names) > 1:
+        own.setdefault(names[-1], 0.0)  # its units are the outputs
     for pattern in ignore:
         own.update(dict.fromkeys(_matching("ignore", pattern, names), 0.0))
     grains = granularities(names, granularity, permute)
@@ -164,10 +167,10 @@ def granularities(names: Iterable[str], granularity: Granularity, permute: bool 
 def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Score, links: Links = ()) -> Masks:
     """New masks, in which each pool has lost exactly round(fraction * n) of its n surviving blocks: the lowest scores.
 
-    Ties go by index, layers in the order of the pool; only one pool's scores are held at a time. `masks` is left as
-    it is and nothing returned aliases it. links: layers of which the outputs of the first are the inputs of the second:
-    permuted blocks as high in the one as they are wide in the other share an order there. Raises ValueError for a layer
-    to be pruned whose mask has not whole blocks.
+    Of rows each layer keeps the one with the highest score. Ties go by index, layers in the order of the pool; only one
+    pool's scores are held at a time. `masks` is left as it is and nothing returned aliases it. links: layers of which
+    the outputs of the first are the inputs of the second: permuted blocks as high in the one as they are wide in the
+    other share an order there. Raises ValueError for a layer to be pruned whose mask has not whole blocks.
     """
     chosen = [pool for pool in chosen if pool.fraction]
     permuted = [pool for pool in chosen if isinstance(pool.block, Permuted)]
@@ -180,9 +183,13 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
         before = [grid_of(masks, name, pool.block) for name in pool.names]
         counts = [count(grid) for grid in before]
         k = round(pool.fraction * sum(counts))
+        if isinstance(pool.block, Rows):
+            k = min(k, sum(n - 1 for n in counts if n))
         if k == 0:
             continue
         scores = [score(name, pool.block) for name in pool.names]
+        if isinstance(pool.block, Rows):
+            scores = [each.index_fill(0, each.argmax(), math.inf) if len(each) else each for each in scores]
         removed = lowest(scores[0] if len(scores) == 1 else torch.cat(scores), k)
         for name, grid, part in zip(pool.names, before, removed.split(counts), strict=True):
             pruned[name] = mask_of(put(grid, part.logical_not_()), pool.block, masks[name].shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arrange import Sought, find_orders
-from .grids import Links, block_sums, connected, mask_of, orders_in
+from .grids import Links, Rows, block_sums, check_smaller, connected, mask_of, orders_in
 from .masks import Granularity, Masks, granularities
 from .n_of_m import NofM
 from .orders import Order, Permuted
@@ -42,21 +42,25 @@ def regroup(
 ) -> Regrouped:
     """Masks of whole blocks (R, C), those that hold the most survivors, with `refill` times as many weights as before.
 
-    The number of weights is rounded to whole blocks, at least one of each layer. Masks are no subsets of those given:
-    what comes back is not in a ticket, whose pruned weights are zeros. Initial weights for all are in the run's
-    theta: `Ticket.load("RUN/theta.safetensors").pruned(regrouped.masks, recipe)`.
+    The number of weights is rounded to whole blocks, at least one of each layer. Blocks are of the masks as they are,
+    of transformers' Conv1D inputs x outputs. Masks are no subsets of those given: what comes back is not in a ticket,
+    whose pruned weights are zeros. Initial weights for all are in the run's theta:
+    `Ticket.load("RUN/theta.safetensors").pruned(regrouped.masks, recipe)`.
 
     granularity: as given to `prune`; what is (1, 1) stays as it is. permute: blocks are those of permuted weights.
-    links: `links(model)`, for orders that layers have in common. Raises ValueError for N:M and for `refill` <= 0.
+    links: `links(model)`, for orders that layers have in common. Raises ValueError for N:M, "rows", blocks of which a
+    layer is no more than one, and `refill` <= 0.
     """
     masks = masks.masks if isinstance(masks, Ticket) else masks
     if not refill > 0:
         raise ValueError(f"refill: expected a positive number, got {refill}")
     grains = granularities(masks, granularity, permute)
-    if of_rows := [name for name, grain in grains.items() if isinstance(grain, NofM)]:
+    if of_rows := [name for name, grain in grains.items() if isinstance(grain, (NofM, Rows))]:
         raise ValueError(f"granularity: expected blocks, got {grains[of_rows[0]]} for {of_rows[0]!r}")
     blocks = {name: grain.block if permute and grain != (1, 1) else grain for name, grain in grains.items()}
     blocks = {name: block for name, block in blocks.items() if block != (1, 1) and masks[name].numel()}
+    for name, block in blocks.items():
+        check_smaller(name, masks[name].shape, block)
     sizes = {name: block_sums(torch.ones_like(masks[name]), block) for name, block in blocks.items()}
     kept = {}
     for name, size in sizes.items():
@@ -68,7 +72,7 @@ def regroup(
         mask = masks[name]
         order = orders.get(name) or Order(*(torch.arange(side, device=mask.device) for side in mask.shape[:2]))
         share = block_sums(order.permuted(mask), block) / sizes[name]
-        best = share.flatten().sort(descending=True, stable=True).indices[: kept[name]]
+        best = _best(share, sizes[name], refill * count(mask))
         grid = torch.zeros_like(share, dtype=torch.bool)
         grid.view(-1)[best] = True
         regrouped[name] = order.restored(mask_of(grid, block, mask.shape))
@@ -76,6 +80,13 @@ def regroup(
         row = {"layer": name, "block": block, "before": before / mask.numel(), "after": after / mask.numel()}
         report.append(row | {"held": both / before if before else 1.0})
     return Regrouped(regrouped, report)
+
+
+def _best(share: Tensor, sizes: Tensor, wanted: float) -> Tensor:
+    """The indices of the blocks with the highest shares, as many as have about that many weights: at least one."""
+    best = share.flatten().sort(descending=True, stable=True).indices
+    weights = sizes.flatten()[best].cumsum(0)
+    return best[: int((weights.double() - wanted).abs().argmin()) + 1]
 
 
 def _orders(

@@ -28,7 +28,7 @@ LAYERS = [
     {"pretrained"},
     {"survey"},
     {"convert", "explain", "files", "links"},
-    {"fold", "hub"},
+    {"fold", "hub", "oriented"},
     {"moves", "saliency", "ticket"},
     {"regroup"},
     {"dynamic", "export", "interop", "lottery", "runtime"},

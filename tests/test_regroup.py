@@ -52,6 +52,16 @@ def test_refill_says_how_many_weights_there_are_after():
     assert regroup(mask, (8, 8), refill=1e-9).masks["weight"].sum() == 64
 
 
+@pytest.mark.parametrize("permute", [False, True])
+def test_weights_count_and_not_blocks_where_the_border_cuts_some_off(permute):
+    mask = torch.zeros(33, 33, dtype=torch.bool)
+    mask[:16] = torch.rand(16, 33, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, 32] = mask[32] = True  # blocks of a row or a column, which win
+    for refill in (0.5, 1.0):
+        (row,) = regroup({"weight": mask}, (16, 16), refill=refill, permute=permute).report
+        assert abs(row["after"] - refill * row["before"]) <= 128 / 33**2
+
+
 def test_plain_blocks_are_those_of_the_weight_as_it_is():
     mask = torch.zeros(6, 6, 2, dtype=torch.bool)
     mask[:2, 2:5, 1] = mask[5, 5, 0] = True
@@ -90,10 +100,19 @@ def test_of_a_ticket_and_with_links():
     assert regroup(ticket.masks, hidden, links=links(model)).report == regrouped.report
 
 
+def test_rows_beside_blocks_are_refused():
+    masks = {name: torch.ones(8, 8, dtype=torch.bool) for name in ("a", "b")}
+    with pytest.raises(ValueError, match="granularity: expected blocks, got rows for 'b'"):
+        regroup(masks, {"a": (4, 4), "b": "rows"})
+
+
 @pytest.mark.parametrize(
     ("granularity", "how", "message"),
     [
         ("2:4", {"permute": False}, "granularity: expected blocks, got 2:4 for 'weight'"),
+        ({"*": "rows"}, {"permute": False}, "granularity: expected blocks, got rows for 'weight'"),
+        ((8, 99), {}, "granularity: expected blocks smaller than 'weight', which is 8x8, got 8x99"),
+        ((99, 99), {"permute": False}, "granularity: expected blocks smaller than 'weight', which is 8x8, got 99x99"),
         ((4, 4), {"refill": 0}, "refill: expected a positive number, got 0"),
         ((1, 1), {}, "permute: expected a granularity with blocks"),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import masked_layers
-from ..masks import Block, Granularity, block_sums, granularities
+from ..masks import Block, Granularity, Rows, block_sums, granularities
 from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from ..pattern import Pattern, has_blocks, matrix_shape
@@ -143,7 +143,7 @@ def blocks_of(layers: Mapping[str, MaskedLayer], granularity: Granularity, grow:
     """Of each layer. Those of one weight are the same for all that is done."""
     blocks = granularities(layers, granularity)
     for name, block in blocks.items():
-        if isinstance(block, NofM):
+        if isinstance(block, (NofM, Rows)):
             raise ValueError(f"granularity: expected blocks (rows, columns), got {block} for {name}")
         if block != (1, 1) and grow == "momentum":
             raise ValueError(f"grow: expected random or gradient with blocks, as {block} of {name}, got {grow!r}")
