@@ -103,6 +103,16 @@ def test_find_prunes_blocks(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, preset("digits", rounds=2, iterations=60).name}
 
 
+def test_find_prunes_rows(tmp_path, capsys):
+    for _ in range(2):  # the second time it is found done
+        assert cli.main([*FIND, "--granularity", "rows", "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    ticket = Ticket.load(folder / "ticket.safetensors")
+    assert ticket.recipe["granularity"] == {"fc1.weight": "rows", "fc2.weight": "rows"}
+    assert torch.equal(ticket.masks["fc1.weight"].all(1), ticket.masks["fc1.weight"].any(1))
+    assert "got rows" in fails(capsys, *FIND, "--granularity", "rows", "--permute", "--out", tmp_path)
+
+
 def test_find_prunes_permuted_blocks(tmp_path, capsys):
     assert cli.main([*FIND, "--granularity", "16x8", "--permute", "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()

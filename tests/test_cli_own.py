@@ -117,6 +117,20 @@ def test_every_command_takes_a_net_that_is_no_tree(mynet, tmp_path, capsys):
     assert "--example: expected an input of the net" in capsys.readouterr().err
 
 
+def test_blocks_in_any_order_and_rows(mynet, tmp_path, capsys):
+    assert find(mynet, "--granularity", "2x5") == 0
+    names = {each.name for each in (tmp_path / "runs").iterdir()}
+    assert find(mynet, "--granularity", "2x5", "--no-permute") == 0
+    assert {each.name for each in (tmp_path / "runs").iterdir()} == names
+    assert find(mynet, "--granularity", "2x5", "--permute") == 0
+    assert find(mynet, "--granularity", "rows") == 0
+    recipes = [Ticket.load(each / "ticket.safetensors").recipe for each in (tmp_path / "runs").iterdir()]
+    blocks = sorted(str(recipe["granularity"]["0.weight"]) for recipe in recipes)
+    assert blocks == ["2x5 permuted", "[2, 5]", "rows"]
+    assert find(mynet, "--permute") == 2
+    assert "permute: expected a granularity with blocks" in capsys.readouterr().err
+
+
 def test_bench_model(mynet, tmp_path, monkeypatch, capsys):
     from sparselottery import bench_model
 

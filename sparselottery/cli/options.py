@@ -79,10 +79,12 @@ def _shown(value: object, metavar: str | None) -> str:
     return str(value)
 
 
-def _block(text: str) -> tuple[int, ...]:
+def _granularity(text: str) -> tuple[int, ...] | str:
+    if text == "rows":
+        return text
     found = tuple(positive(size) for size in text.split("x"))
     if len(found) != 2:
-        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS or rows, got {text!r}")
     return found
 
 
@@ -93,7 +95,7 @@ def _shares(text: str) -> tuple[float, ...]:
 TYPES: dict[Any, tuple[Callable, str]] = {
     int: (int, "N"),
     float: (float, "X"),
-    tuple[int, int]: (_block, "RxC"),
+    tuple[int, int] | str: (_granularity, "RxC"),
     tuple[float, ...]: (_shares, "X,X"),
     tuple[int, ...]: (sizes, "N,N"),
 }

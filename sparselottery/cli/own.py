@@ -34,7 +34,9 @@ nets of your own:
   on where an interrupted run stopped, and with more --rounds where a finished one ended. What it was is known by these
   names and options, not by the code behind them: after changing that, give another --out.
 """
-OPTIONS = ("model", "rounds", "fraction", "seed", "rewind_step", "one_shot", "retrain", "scope", "granularity")
+OPTIONS = (
+    "model", "rounds", "fraction", "seed", "rewind_step", "one_shot", "retrain", "scope", "granularity", "permute",
+)  # fmt: skip
 RETRAIN = ("rewind", "continue")
 DEFAULT_ROUNDS = 10
 
@@ -120,6 +122,8 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]
         "scope": chosen.get("scope", "layer"),
         "granularity": chosen.get("granularity", (1, 1)),
     }
+    if chosen.get("permute"):  # else left out, so that the name of a run stays what it was
+        pruning["permute"] = True
     names = {"model": args.model, "train": args.train, "example": args.example}
     shown = {"seed": chosen.get("seed", 0), "fraction": fraction, "scope": pruning["scope"]}
     return {**names, **shown, "one_shot": bool(chosen.get("one_shot")), "rewind_step": pruning["rewind_step"]}, pruning

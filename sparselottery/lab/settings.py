@@ -58,9 +58,10 @@ class Settings:
     conv_share: float = setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole")
     fc_share: float = setting(1.0, "of the fraction, in linear layers")
     output_share: float = setting(0.5, "of the fraction, in the output layer (paper App. G.4)")
-    granularity: tuple[int, int] = setting(
+    granularity: tuple[int, int] | str = setting(
         (1, 1),
-        "blocks of rows (filters) x columns (channels at one tap) that are pruned whole, but for the output layer; "
+        "blocks of rows (filters) x columns (channels at one tap) that are pruned whole, or rows, whole units; not of "
+        "the output layer; "
         f"GPUs have kernels for {', '.join(f'{rows}x{columns}' for rows, columns in BLOCKS)}",
     )
     permute: bool = setting(
@@ -87,8 +88,9 @@ class Settings:
                 raise ValueError(f"{each.name}: expected one of {', '.join(choices)}, got {value!r}")
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
-        if self.permute and tuple(self.granularity) == (1, 1):
-            raise ValueError("permute: expected a granularity with blocks, got 1x1")
+        if self.permute and (self.granularity == "rows" or tuple(self.granularity) == (1, 1)):
+            got = "rows" if self.granularity == "rows" else "1x1"
+            raise ValueError(f"permute: expected a granularity with blocks, got {got}")
         rounds = {"one_shot": False, "retrain": "rewind", "rewind_step": 0, "scope": "layer", "granularity": (1, 1)}
         if self.method != "imp" and (wrong := [name for name, only in rounds.items() if getattr(self, name) != only]):
             raise ValueError(f"{wrong[0]}: expected {rounds[wrong[0]]!r} with the method {self.method}")
