@@ -114,6 +114,8 @@ def test_what_has_no_blocks_is_refused():
     optimizer = sgd(model.parameters())
     with pytest.raises(ValueError, match=r"granularity: expected blocks \(rows, columns\), got 2:4 for 0.weight"):
         dynamic.gmp(model, optimizer, 0.5, end=4, granularity="2:4")
+    with pytest.raises(ValueError, match=r"expected blocks \(rows, columns\), got rows"):
+        dynamic.gmp(model, optimizer, 0.5, end=4, granularity="rows")
     with pytest.raises(ValueError, match="grow: expected random or gradient with blocks"):
         dynamic.rigl(model, optimizer, 0.5, end=4, granularity=BLOCK, grow="momentum")
     with pytest.raises(ValueError, match="granularity: expected the same of all layers that compete"):
