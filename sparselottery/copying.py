@@ -23,6 +23,8 @@ def copied(
 ) -> nn.Module:
     """A deep copy of the model with other layers, which get the hooks of the old ones; shared ones stay shared.
 
+    What new layers have taken of the old ones, attribute by attribute, is copied too.
+
     tensors: others, by the id of the old one. Attributes, containers, partials and bound methods follow.
     Raises ValueError for a function that holds an old layer or tensor in a closure or a default, and for a weak
     reference to one: no copy could follow those.
@@ -47,6 +49,9 @@ def copied(
     for old, new in layers.items():
         for hooks in HOOKS:
             setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
+        for name in vars(new).keys() & vars(old).keys() - _OF_TORCH:
+            if vars(new)[name] is vars(old)[name]:  # carried along
+                vars(new)[name] = copy.deepcopy(vars(old)[name], memo)
     return result
 
 

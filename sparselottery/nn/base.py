@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from .. import ops
 from ..kernels.reference import Geometry
 from ..pattern import Pattern, matrix_shape
+from .carried import carry, give_back
 from .dense import scatter
 from .executed import ExecutedLayer
 
@@ -107,6 +108,8 @@ class MaskedLayer(ExecutedLayer):
     def from_dense(cls, dense: nn.Module, mask: Tensor, weight: Tensor | None = None) -> MaskedLayer:
         """The survivors of a layer of `dense_type`: copies of its weights at `mask`, and of its bias.
 
+        It has the attributes too that the dense layer was given beside those of its type.
+
         mask: bool, of the weight's shape. Raises TypeError or ValueError if it is not.
         weight: another of that shape, in place of the layer's own; dtype, device and requires_grad stay the layer's.
         """
@@ -114,14 +117,16 @@ class MaskedLayer(ExecutedLayer):
         arguments = cls._arguments_of(dense) | {"device": weight.device, "dtype": weight.dtype}
         layer = cls(**arguments, mask=Survivors(mask, weight if given is None else given))
         layer.values.requires_grad_(weight.requires_grad)
+        carry(dense, layer, cls._dense_like(dense))
         return _with_bias_and_mode(layer, dense)
 
     def to_dense(self) -> nn.Module:
-        """A layer of `dense_type` with zeros where nothing survived; parameters are copies."""
+        """The dense layer with zeros where nothing survived; parameters are copies.
+
+        It is of the subclass, and has the attributes, of the dense layer that this one was made `from_dense`.
+        """
         values = self.values
-        with torch.device("meta"):
-            dense = self.dense_type(**self._arguments_of(self))
-        dense = dense.to(values.dtype).to_empty(device=values.device)
+        dense = give_back(self, self._dense_like(self)).to(values.dtype).to_empty(device=values.device)
         with torch.no_grad():
             dense.weight.copy_(self.weight)
         dense.weight.requires_grad_(values.requires_grad)
@@ -137,6 +142,12 @@ class MaskedLayer(ExecutedLayer):
         """Those of a layer, masked or dense, for either constructor."""
         arguments = {name: getattr(layer, name) for name in cls.arguments}
         return arguments | ({"bias": layer.bias is not None} if cls.chooses_bias else {})
+
+    @classmethod
+    def _dense_like(cls, layer: nn.Module) -> nn.Module:
+        """A new dense layer of the arguments of a layer, on the meta device."""
+        with torch.device("meta"):
+            return cls.dense_type(**cls._arguments_of(layer))
 
     def by_mask(self, values: Tensor) -> Tensor:
         """What there is an element a value of (nnz,), in the order of `mask`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspect import signature
+from inspect import Parameter, getattr_static, signature
 
 from torch import nn
 
@@ -52,7 +52,7 @@ def register(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> Non
 
     masked_type: a subclass of `ScatteredLayer`, whose docstring shows a whole one, or of `MaskedLayer`, with this dense
     type as its `dense_type`. A type that is registered again gets the new one.
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, and says what is missing.
     """
     if not (isinstance(dense_type, type) and issubclass(dense_type, nn.Module)):
         raise TypeError(f"dense_type: expected a subclass of nn.Module, got {dense_type!r}")
@@ -61,9 +61,31 @@ def register(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> Non
     if getattr(masked_type, "dense_type", None) is not dense_type:
         got = getattr(masked_type, "dense_type", None)
         raise TypeError(f"masked_type: expected one whose dense_type is {dense_type.__name__}, got one with {got!r}")
-    if unknown := [name for name in masked_type.arguments if name not in signature(dense_type).parameters]:
-        raise TypeError(f"masked_type: expected arguments of {dense_type.__name__}, got {unknown}")
+    if wrong := _why_unfit(dense_type, masked_type):
+        raise TypeError(f"masked_type: {wrong}")
     _TYPES[dense_type] = masked_type
+
+
+def _why_unfit(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> str | None:
+    """What of a masked type's own does not fit the constructor of its dense type."""
+    name, taken = dense_type.__name__, signature(dense_type).parameters
+    arguments = getattr(masked_type, "arguments", None)
+    if not (isinstance(arguments, (tuple, list)) and all(isinstance(each, str) for each in arguments)):
+        return f"expected `arguments`, a tuple of the names that {name}'s constructor takes, got {arguments!r}"
+    if unknown := [each for each in arguments if each not in taken]:
+        return f"expected `arguments` of {name}, got {unknown}, which its constructor does not take"
+    if used := [each for each in arguments if hasattr(getattr_static(masked_type, each, None), "__get__")]:
+        return f"expected `arguments` with names of their own, got {used}, which each masked layer has: rename them"
+    if masked_type.chooses_bias != ("bias" in taken):
+        has = "has an" if "bias" in taken else "has no"
+        return f"expected `chooses_bias = {'bias' in taken}`, as {name}'s constructor {has} argument `bias`"
+    variadic = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+    needed = [n for n, each in taken.items() if each.default is Parameter.empty and each.kind not in variadic]
+    if missing := [n for n in needed if n not in (*arguments, "bias", "device", "dtype")]:
+        return f"expected `arguments` with all that {name}'s constructor needs, got none of {missing}"
+    if masked_type.multiply is MaskedLayer.multiply:
+        return f"expected a method `multiply(self, weight, bias, x)` that computes what {name}'s forward does, got none"
+    return None
 
 
 def masked_type_of(module: nn.Module) -> tuple[type[MaskedLayer] | None, str | None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .base import MaskedLayer
+from .carried import OF_TORCH, same
 
 WHY = "there are no kernels for such a layer: its values are scattered into a dense weight for PyTorch"
 
@@ -21,8 +22,9 @@ WHY = "there are no kernels for such a layer: its values are scattered into a de
 class ScatteredLayer(MaskedLayer):
     """A masked layer of a dense type with a `weight` and perhaps a `bias`, which `multiply` makes y of.
 
-    A subclass names its `dense_type`, the `arguments` that this is made of and that are attributes of it (all but bias,
-    device and dtype), and writes `multiply`; where the constructor has no argument `bias`, `chooses_bias` is False.
+    A subclass names its `dense_type`, the `arguments` that this is made of and that are attributes of it, as they were
+    given (all but bias, device and dtype), and writes `multiply`; where the constructor has no argument `bias`,
+    `chooses_bias` is False. What else the constructor sets is an attribute of the masked layer too.
     `register` then has it take the place of the dense ones:
 
         class MaskedScaled(ScatteredLayer):
@@ -50,11 +52,34 @@ class ScatteredLayer(MaskedLayer):
         device, dtype = (given.pop(name, each) for name, each in placed.items())
         with torch.device("meta"):  # refuses what the dense layer does
             like = self.dense_type(**given)
-        for name in self.arguments:
-            setattr(self, name, getattr(like, name))
+        if why := self.why_not(like):
+            raise ValueError(f"{type(self).__name__}: {why}")
+        found = {name: value for name, value in vars(like).items() if name not in OF_TORCH}
+        for name, value in found.items():
+            if name in self.arguments or not hasattr(type(self), name):
+                setattr(self, name, value)
         self._shape, bias = tuple(like.weight.shape), getattr(like, "bias", None)
         self._biases = 0 if bias is None else len(bias)
         self._build(mask, bias is not None, device, dtype)
+        lost = [name for name, value in found.items() if not same(getattr(self, name), value)]
+        if lost and not self.dense_type.__module__.startswith("torch."):
+            raise ValueError(f"{self.dense_type.__name__}: expected attributes that masked layers do not have "
+                             f"themselves, got {', '.join(lost)}: give them other names")  # fmt: skip
+
+    @classmethod
+    def why_not(cls, dense: nn.Module) -> str | None:
+        """A constructor that makes other attributes of its arguments would make others again of these."""
+        try:
+            like = cls._dense_like(dense)
+        except (AttributeError, TypeError, ValueError) as error:
+            return f"{cls.dense_type.__name__} cannot be made again of its attributes {cls.arguments}: {error}"
+        for name, value in cls._arguments_of(dense).items():
+            if name in cls.arguments and not same(value, made := getattr(like, name)):
+                return (
+                    f"{name}: expected an attribute that is what {cls.dense_type.__name__}'s constructor was given, "
+                    f"got {value!r}, of which it makes {made!r}: keep what is made of it under another name"
+                )
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from .. import ops
 from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
 from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear, geometry_of, masked_type_of
+from ..nn.carried import carry, pass_on
 from ..nn.dense import scatter
 from ..nn.weight import WeightedLayer
 from ..pattern import Pattern, matrix_shape
@@ -101,6 +102,8 @@ class FrozenLayer(WeightedLayer):
         self.register_buffer("col_indices", pattern.col_indices)
         self._made = Cache([self])
         self._settle(changed=True)
+        for layer in (like, self):
+            carry(dense, layer, self._kind._dense_like(dense))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As that of the dense layer; where somebody traces or transforms, by torch's own operators."""
@@ -161,6 +164,7 @@ class FrozenLayer(WeightedLayer):
         with random_state_kept():
             arguments = self._kind._arguments_of(self) | {"device": self.values.device, "dtype": self.values.dtype}
             masked = self._kind(**arguments, mask=_no_mask(self.dense_shape))
+        pass_on(self, masked)
         masked.load_state_dict(self.state_dict())
         return masked.requires_grad_(False).eval()
 
