@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .calls import Arguments, ExampleInput, arguments, outputs
+from .calls import Arguments, ExampleInput, arguments, others, outputs
 from .convert import to_dense
 from .files import atomic
 from .runtime import load_sparse
@@ -152,6 +152,8 @@ def onnxruntime_dense(model: nn.Module, example: ExampleInput) -> Call:
     import onnxruntime
 
     given = arguments(example)
+    if wrong := others(given(model)):
+        raise ValueError(f"ONNX has tensors alone, the model returns {wrong[0]} too")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     with onnx_file(model, example) as file:
@@ -193,12 +195,13 @@ def _made(make: Maker, model: nn.Module, example: ExampleInput) -> Call | str:
     name = next(name for name, each in MAKERS.items() if each is make)
     if missing := [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]:
         return f"not installed: {', '.join(missing)}"
-    if make is not torch_compile:
+    if make is torch_dense:
         return make(model, example)
     try:
         return make(model, example)
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # no C++ compiler, first of all
-        return f"does not compile here: {' '.join(str(error).split())[:80]}"
+    except Exception as error:  # no C++ compiler, first of all; exporters raise whatever their parts do
+        does = "does not compile here" if make is torch_compile else "cannot run it"
+        return f"{does}: {' '.join(str(error.__cause__ or error).split())[:80]}"
 
 
 def _input_shape(ticket: Ticket, dense: nn.Module) -> Sequence[int]:

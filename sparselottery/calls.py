@@ -88,6 +88,11 @@ def outputs(result: Any) -> list[Tensor]:
     return found
 
 
+def others(result: Any) -> list[str]:
+    """The types of what a model returned beside tensors and None."""
+    return [type(leaf).__name__ for leaf in tree_leaves(result) if not (leaf is None or isinstance(leaf, Tensor))]
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]

@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -238,11 +238,11 @@ def _is_size(value: Any) -> bool:
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str], ours: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder: renamed to it on success, removed on failure.
 
-    A symbolic link stays one: what it points to is replaced. Raises OSError if a device, a pipe or a socket is there;
-    that of a failed write names the path.
+    A symbolic link stays one: what it points to is replaced. So is a folder that is empty, or one of `ours`. Raises
+    OSError if a device, a pipe or a socket is there; that of a failed write names the path.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -253,7 +253,13 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f"{owner}{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if temporary.is_dir() and path.is_dir() and ours(path):
+            old = path.with_name(f"{owner}{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            _remove(old)
+        else:
+            os.replace(temporary, path)
     except BaseException as error:
         _remove(temporary)
         if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write: a full disk

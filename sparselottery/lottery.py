@@ -302,9 +302,11 @@ def _train(
     nnz = sum(layer.nnz for layer in layers.values())
     record = {"density": nnz / total if total else 1.0, "nnz": nnz, "total": total, "seconds": seconds}
     try:
-        returned = json_copy("train", {} if returned is None else returned)
-        if not isinstance(returned, dict) or {"round", *record} & returned.keys():
-            raise ValueError(f"train: expected None or a mapping without {['round', *record]}, got {returned!r}")
+        returned, taken = {} if returned is None else returned, ["round", *record]
+        if not isinstance(returned, Mapping) or not returned.keys().isdisjoint(taken):
+            got = type(returned).__name__ if isinstance(returned, nn.Module) else repr(returned)
+            raise ValueError(f"train: expected None or a mapping without {taken}, got {got}")
+        returned = json_copy("train", dict(returned))
     except (TypeError, ValueError) as fault:
         return trained, record, fault
     return trained, {**record, **returned}, None

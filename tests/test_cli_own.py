@@ -52,6 +52,15 @@ def two(a, b): pass
 def text(): return "text"
 def bad(): raise KeyError("no data here")
 def plain(model): return 3
+def same(model): return model
+def tensors(model): return {"loss": torch.ones(2)}
+def wrong(): return {"images": x}
+def long(): return torch.randn(4, 30)
+def whole(): return Whole()
+
+class Whole(Net):
+    def forward(self, x):
+        return {"y": self.second(torch.relu(self.first(x))), "labels": 3, "loss": None}
 """
 
 
@@ -142,6 +151,38 @@ def test_bench_model(mynet, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("sparselottery  ") == 2
 
 
+@pytest.mark.parametrize("command", ["explain", "export", "bench-model"])
+def test_an_example_that_the_net_does_not_take(mynet, tmp_path, capsys, command):
+    assert find(mynet, net="Net", rounds=1) == 0
+    capsys.readouterr()
+    folder = folder_of(tmp_path)
+    what = {
+        "explain": [folder],
+        "export": [folder, "--format", "pt2", "--out", tmp_path / "net.pt2"],
+        "bench-model": [folder / "ticket.safetensors"],
+    }[command]
+    assert cli.main([command, *map(str, what), "--model", f"{mynet}:Net", "--example", f"{mynet}:wrong"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"sparselottery: --example: expected {mynet}:wrong to be what Net takes: ")
+    assert "'images'" in said or "'x'" in said
+
+
+def test_a_net_that_onnx_cannot_hold(mynet, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    from sparselottery import bench_model
+
+    monkeypatch.setattr(bench_model, "MAKERS", {each: bench_model.MAKERS[each] for each in ("torch", "ONNX Runtime")})
+    assert find(mynet, net="whole", rounds=1) == 0
+    folder, names = folder_of(tmp_path), ["--model", f"{mynet}:whole", "--example", f"{mynet}:x"]
+    capsys.readouterr()
+    assert cli.main(["export", str(folder), *names, "--format", "onnx", "--out", str(tmp_path / "net.onnx")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("expected one that returns tensors alone, as ONNX has no others, got int too")
+    argv = ["bench-model", str(folder / "ticket.safetensors"), *names, "--batch", "1", "--seconds", "0.01"]
+    assert cli.main(argv) == 0
+    assert "cannot run it: ONNX has tensors alone, the model returns int too" in capsys.readouterr().out
+
+
 def test_report_shows_what_the_training_returned(mynet, tmp_path):
     pytest.importorskip("matplotlib")
     assert find(mynet) == 0
@@ -201,6 +242,8 @@ MISUSES = [
     ({"train": "two"}, "--train: expected NET:two to take the model alone: missing a required argument: 'b'"),
     ({"train": "x"}, "--train: expected a function that trains a model, got Tensor NET:x"),
     ({"train": "plain"}, "train: expected None or a mapping .*got 3"),
+    ({"train": "same"}, "train: expected None or a mapping .*got MaskedSequential$"),
+    ({"train": "tensors"}, "NET:tensors returned what cannot be kept: train: expected JSON-able contents"),
     ({"train": "alone", "options": ["--rewind-step", 2]}, "NET:alone to take start and stop, for --rewind-step"),
     (
         {"options": ["--batch", 3]},
@@ -212,7 +255,8 @@ MISUSES = [
     ({"options": ["--fraction", 2]}, "fraction: expected"),
     ({"options": ["--example", "NET:text"]}, "--example: NET:text: example_input: expected a tensor, .*got str"),
     ({"options": ["--example", "NET:bad"]}, "NET:bad raised KeyError"),
-    ({"options": ["--example", "NET:keywords"]}, "NET:make on NET:keywords raised TypeError"),
+    ({"options": ["--example", "NET:long"]}, "Sequential on NET:long raised RuntimeError"),
+    ({"options": ["--example", "NET:keywords"]}, "--example: expected NET:keywords to be what Sequential takes: "),
 ]
 
 
@@ -256,4 +300,4 @@ def test_help(capsys):
     assert "sparselottery find --model mynet:make --train mynet:train" in shown
     with pytest.raises(SystemExit):
         cli.main(["find", "--model", "lenet"])
-    assert "or MODULE:FUNCTION, got 'lenet'" in capsys.readouterr().err
+    assert "or MODULE:FUNCTION, as in mynet:make for make of mynet.py, got 'lenet'" in capsys.readouterr().err

@@ -102,7 +102,19 @@ def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch, format):
     assert not os.listdir(tmp_path)
 
 
-def test_an_existing_folder_is_not_touched(exported):
+def test_an_export_replaces_the_one_before(exported):
+    other = Ticket.from_model(convert(nn.Sequential(nn.Linear(5, 5)), {"0.weight": torch.eye(5) > 0}))
+    export(other, exported)
+    assert load_npz(exported).same(other)
+    assert os.listdir(exported.parent) == ["out"]
+
+
+@pytest.mark.parametrize("without", [None, "ticket.json"])
+def test_an_existing_folder_is_not_touched(exported, without):
+    if without:
+        (exported / without).unlink()
+    else:
+        (exported / "mine.txt").write_text("notes")
     before = {file.name: file.read_bytes() for file in exported.iterdir()}
     with pytest.raises(OSError, match="out"):
         export(converted(), exported)

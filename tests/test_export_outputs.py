@@ -20,6 +20,68 @@ class Attention(nn.Module):
         return self.attend(x, x, x, need_weights=False)[0]
 
 
+class Bags(nn.Module):
+    """Documents of several words to numbers."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(20, 6, **arguments), nn.Linear(6, 3)
+
+    def forward(self, words):
+        return self.head(self.words(words))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_pt2_of_bags_takes_any_batch(tmp_path, padding_idx):
+    model = Bags(padding_idx=padding_idx)
+    sparse = convert(model, prune(model, 0.5)).eval()
+    report = export(sparse, tmp_path / "net.pt2", format="pt2", example_input=torch.randint(20, (4, 5)))
+    assert not report.notes
+    program, words = torch.export.load(tmp_path / "net.pt2").module(), torch.arange(35).view(7, 5) % 20
+    torch.testing.assert_close(program(words), sparse(words))
+
+
+class OfFour(nn.Module):
+    """Takes four rows, and returns what it is asked for."""
+
+    def __init__(self, more=None):
+        super().__init__()
+        self.layer, self.more = nn.Linear(6, 3), more
+        self.register_buffer("places", torch.randn(4, 3))
+
+    def forward(self, x):
+        if self.more == "branch" and x.sum() > 0:
+            x = -x
+        y = self.layer(x) + self.places
+        return y if self.more is None else {"y": y, "more": self.more}
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_model_of_one_batch_size(tmp_path, format):
+    pytest.importorskip("onnxruntime" if format == "onnx" else "torch")
+    model = OfFour().eval()
+    sparse = convert(model, prune(model, 0.5))
+    report = export(sparse, tmp_path / "net", format=format, example_input=torch.randn(4, 6))
+    assert report.notes == ("it takes a batch of 4 alone, as the model does not export for any other",)
+
+
+@pytest.mark.parametrize(
+    ("format", "more", "message"),
+    [
+        ("onnx", 3, "^model: expected one that returns tensors alone, as ONNX has no others, got int too$"),
+        ("onnx", "branch", "^model: "),
+        ("pt2", "branch", "^model: torch cannot export it: .*$"),
+    ],
+)
+def test_a_model_that_torch_cannot_export(tmp_path, format, more, message):
+    pytest.importorskip("onnxruntime" if format == "onnx" else "torch")
+    model = OfFour(more).eval()
+    with pytest.raises(ValueError, match=message) as raised:
+        export(convert(model, prune(model, 0.5)), tmp_path / "net", format=format, example_input=torch.randn(4, 6))
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_pt2_of_attention(tmp_path, depth):
     """Eager inference has a fused path for it, whose last bits differ from those of the operators of a program."""

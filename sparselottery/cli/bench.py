@@ -10,10 +10,11 @@ import torch
 
 from ..bench_model import bench_model, write_bench
 from ..lab.timing import linear_ms
+from ..ticket import Ticket
 from .options import positive, sizes, three_sizes
 from .runs import add_own_net
 from .tables import print_rows, progress
-from .user_code import load_example, load_net
+from .user_code import check_example, load_example, load_net
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -54,6 +55,8 @@ def bench(args: argparse.Namespace) -> None:
 def bench_net(args: argparse.Namespace) -> None:
     model = load_net(args.model) if args.model else None
     example = load_example(args.example) if args.example else None
+    if example is not None:
+        check_example(Ticket.load(args.file).apply(model), example, args.example)
     rows = bench_model(args.file, args.batch, args.shape, args.seconds, model=model, example_input=example)
     print(f"{args.file}: float32, {torch.get_num_threads()} threads; speedup: that of sparselottery over the row")
     print_rows(rows)

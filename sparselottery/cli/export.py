@@ -11,6 +11,7 @@ from ..export import export as write_export
 from ..info import info as versions
 from ..ticket import Ticket
 from .runs import RUN_TEXT, add_own_net, example_of, net, round_file
+from .user_code import check_example
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -38,13 +39,16 @@ def export(args: argparse.Namespace) -> None:
     ticket = Ticket.load(source)
     known = ticket.architecture is not None or "model" not in (ticket.recipe.get("settings") or {})
     exported = ticket if known and args.model is None else ticket.apply(net(ticket, args.model))
+    example = example_of(ticket, args.example, batch=2)
+    if args.example:
+        check_example(ticket.apply() if exported is ticket else exported, example, args.example)
     report = write_export(
         exported,
         args.out,
         format=args.format,
         fold_batchnorm=args.fold_batchnorm,
         remove_dead=args.remove_dead,
-        example_input=example_of(ticket, args.example, batch=2),
+        example_input=example,
         sparse_initializer=args.sparse_initializer,
     )
     print(f"{source} -> {report.path} ({report.format}, {report.bytes:,} bytes)")

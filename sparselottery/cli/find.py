@@ -22,7 +22,7 @@ from .own import TEXT as OWN_TEXT
 from .own import find_own
 from .runs import RUN_TEXT, add_example, add_own_net, example_of, kept, net, round_file, trainings
 from .tables import Columns, header, print_rows, progress, row
-from .user_code import is_own
+from .user_code import check_example, is_own
 
 EXPLAIN_NOTE = (
     "ms: forward and backward of the native call that the layer is part of, with the layer run so; -: cannot be.\n"
@@ -67,7 +67,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _model(text: str) -> str:
     if not is_own(text) and text not in PRESETS:
-        expected = f"expected one of {', '.join(PRESETS)}, or MODULE:FUNCTION"
+        expected = f"expected one of {', '.join(PRESETS)}, or MODULE:FUNCTION, as in mynet:make for make of mynet.py"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
     return text
 
@@ -118,6 +118,8 @@ def explain(args: argparse.Namespace) -> None:
     if example is None:
         raise ValueError("--example: expected an input of the net, or what returns one, as MODULE:NAME, got none")
     model = ticket.apply(model)
+    if args.example:
+        check_example(model, example, args.example)
     choose_execution(model, example)
     print(f"{path}: {ticket.density:.1%} of the weights; measured with {torch.get_num_threads()} threads")
     print_rows([{name: cell for name, cell in row.items() if name != "prunable"} for row in explain_layers(model)])

@@ -17,7 +17,7 @@ from ..random_state import random_state_kept, seed_all
 from .options import given
 from .runs import kept, trainings
 from .tables import Columns, header, progress, row
-from .user_code import blamed, check_call, load, load_example, load_net
+from .user_code import blamed, check_call, check_example, load, load_example, load_net
 
 TEXT = """\
 nets of your own:
@@ -26,7 +26,8 @@ nets of your own:
   mynet is a module that Python can import from the current folder (mynet.py, or a package). There,
     make()        returns a new nn.Module;
     train(model)  trains it in place, with an optimiser that it makes itself, and may return a dict of numbers
-                  ({"test accuracy": 0.97}), which are shown, kept in the run and drawn by `report`; with --rewind-step
+                  ({"test accuracy": 0.97}), which are shown, kept in the run and drawn by `report` (texts and lists
+                  in it are kept, no more); with --rewind-step
                   it takes start and stop too, the steps to train from and to: train(model, start=0, stop=None);
     example       is an input of the net or a function that returns one: a tensor, a tuple of arguments or a dict of
                   keyword arguments. With it each layer runs in the way that a measurement finds fastest.
@@ -79,7 +80,15 @@ def _find_own(args: argparse.Namespace, settings: dict[str, Any], pruning: dict[
 
         seed_all(settings["seed"])
         model = load_net(args.model)
-        ticket = find_ticket(model, trained, rounds=rounds, **pruning, out=out, settings=settings, on_round=on_round)
+        if example is not None:
+            check_example(model, example, args.example)
+        options = {**pruning, "rounds": rounds, "out": out, "settings": settings, "on_round": on_round}
+        try:
+            ticket = find_ticket(model, trained, **options)
+        except TypeError as error:
+            if not str(error).startswith("train:"):
+                raise
+            raise ValueError(f"{args.train} returned what cannot be kept: {error}") from None
     if before == rounds + 1:
         print("nothing was trained: the run was finished before")
     path = out / "ticket.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calls import ExampleInput, arguments
@@ -76,6 +78,14 @@ def load_example(text: str) -> ExampleInput:
     except TypeError as error:
         raise ValueError(f"--example: {text}: {error}") from None
     return example
+
+
+def check_example(model: nn.Module, example: ExampleInput, name: str) -> None:
+    """Raise ValueError if a net cannot be called with the example of this name: a copy of it is, once."""
+    given, net = arguments(example), type(model).__name__
+    check_call(f"--example: expected {name} to be what {net} takes", model.forward, *given.args, **given.kwargs)
+    with blamed(f"{net} on {name}"), torch.no_grad():
+        given.map(torch.clone)(copy.deepcopy(model).eval())
 
 
 @contextmanager

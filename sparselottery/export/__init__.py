@@ -26,7 +26,7 @@ from ..ticket import Ticket
 from . import dense, onnx, pt2, torch_sparse
 from .dead import remove_dead as remove_dead_units
 from .job import OTHER_TENSORS, Job, close, difference
-from .npz import load_npz, save_npz
+from .npz import is_npz, load_npz, save_npz
 from .simplify import fold_batchnorm as fold_batchnorms
 from .torch_sparse import load_torch_sparse
 
@@ -76,14 +76,14 @@ def export(
         Sequentials; others are left alone, and the report says so.
     example_input: a tensor, a tuple of the model's positional arguments or a dict of its keyword arguments: what
         "onnx" and "pt2" trace, and what outputs are compared on. The first dimension of the first tensor is the batch,
-        of whatever size later, and of every tensor whose first dimension is as long. It may be left out if the model
-        begins with nn.Linear.
+        of whatever size later, and of every tensor whose first dimension is as long. Of a model that takes no other
+        size it is fixed, and the report says so. It may be left out if the model begins with nn.Linear.
     sparse_initializer: "onnx" only: store masked weights in ONNX's sparse format.
 
     Returns the ExportReport.
-    Raises ValueError for an unknown format, a source without masked layers, a dtype that numpy lacks, or a ticket
-    without an architecture as "onnx" or "pt2"; OSError if it cannot be written, does not read back, or would replace a
-    folder that is not empty.
+    Raises ValueError for an unknown format, a source without masked layers, a dtype that numpy lacks, or, as "onnx" or
+    "pt2", a ticket without an architecture or a model that torch cannot export; OSError if it cannot be written, does
+    not read back, or would replace a folder that is neither empty nor an export.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {list(FORMATS)}, got {format!r}")
@@ -95,7 +95,7 @@ def export(
     original = Job(ticket, model, example_input, sparse_initializer)
     job, folded, removed, notes = _simplified(original, fold_batchnorm, remove_dead)
     write, fault = FORMATS[format]
-    with atomic(path) as temporary:
+    with atomic(path, is_npz) as temporary:
         notes += write(job, temporary) or ()
         if wrong := fault(job, temporary):
             raise OSError(f"{path}: what was written does not read back equal to the source: {wrong}; nothing is kept")

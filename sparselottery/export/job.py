@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,6 +70,27 @@ def dynamic_batches(model: nn.Module, example: Arguments) -> dict[str, Any]:
         raise ValueError(f"example_input: expected arguments that the model's forward names, got {unnamed[0]!r}")
     bound = signature.bind(*example.args, **example.kwargs).arguments
     return {name: tree_map(dynamic, each) for name, each in bound.items()}
+
+
+def traced(
+    trace: Callable[[Arguments, dict[str, Any] | None], Any], job: Job, model: nn.Module
+) -> tuple[Any, tuple[str, ...]]:
+    """What `trace` makes of an example and the dynamic shapes of its batch: of None, with a note, where a model takes one
+    size alone.
+
+    Raises ValueError, in a sentence, for a model that cannot be traced.
+    """
+    dynamic = dynamic_batches(model, job.example)
+    try:
+        return trace(job.example.map(torch.clone), dynamic), ()  # torch marks the tensors
+    except Exception:  # the exporters raise whatever their parts do
+        try:
+            program = trace(job.example, None)
+        except Exception as error:
+            why = error.__cause__ or error
+            first = next(iter(str(why).splitlines()), "")
+            raise ValueError(f"model: torch cannot export it: {type(why).__name__}: {first}") from error
+    return program, (f"it takes a batch of {job.example.batch} alone, as the model does not export for any other",)
 
 
 def close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

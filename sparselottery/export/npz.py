@@ -40,6 +40,12 @@ def save_npz(ticket: Ticket, path: str | os.PathLike[str]) -> None:
     (path / "ticket.json").write_text(json.dumps(head, indent=2) + "\n")
 
 
+def is_npz(folder: Path) -> bool:
+    """Is it a folder of `save_npz`, and nothing else in it?"""
+    names = {file.name for file in folder.iterdir()}
+    return {"ticket.json", "dense.npz"} <= names and all(name.endswith(".npz") for name in names - {"ticket.json"})
+
+
 def load_npz(path: str | os.PathLike[str]) -> Ticket:
     """The ticket in a folder that `export` wrote.
 

@@ -1,4 +1,4 @@
-"""An ONNX model of the dense layers, for any batch size.
+"""An ONNX model of the dense layers, for any batch size that the model takes.
 
 Weights are dense, zeros where pruned, or with `sparse_initializer` in ONNX's sparse format (COO, int64 indices).
 Neither makes it run sparse: ONNX Runtime densifies sparse initializers when it loads them, and executes densely. The
@@ -18,25 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import outputs
+from ..calls import Arguments, others, outputs
 from ..convert import to_dense
-from .job import Job, close, difference, dynamic_batches
+from .job import Job, close, difference, traced
 
 
 def write(job: Job, path: Path) -> tuple[str, ...]:
-    """Write the file; returns what of `sparse_initializer` was not possible."""
+    """Write the file; returns what of `sparse_initializer` and of other batch sizes was not possible."""
     import onnx
 
-    dense, (args, kwargs) = to_dense(job.model), job.example
-    dynamic = dynamic_batches(dense, job.example)
+    dense = to_dense(job.model)
+    if wrong := others(job.example(dense)):
+        raise ValueError(f"model: expected one that returns tensors alone, as ONNX has no others, got {wrong[0]} too")
+
+    def trace(example: Arguments, shapes: dict[str, Any] | None) -> Any:
+        more = {"kwargs": example.kwargs, "dynamic_shapes": shapes}
+        return torch.onnx.export(dense, example.args, **more, dynamo=True, verbose=False)
+
     with _quiet():
-        program = torch.onnx.export(dense, args, kwargs=kwargs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        program, notes = traced(trace, job, dense)
     model = program.model_proto
     onnx.checker.check_model(model, full_check=True)
     left = _sparsify(model, job.ticket.masks) if job.sparse_initializer else []
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
-    return tuple(f"{name}: stored densely, as the exporter changed or renamed it" for name in left)
+    return notes + tuple(f"{name}: stored densely, as the exporter changed or renamed it" for name in left)
 
 
 def fault(job: Job, path: Path) -> str:

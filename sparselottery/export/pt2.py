@@ -1,4 +1,4 @@
-"""A program of `torch.export`, with this library's ops in it, for any batch size.
+"""A program of `torch.export`, with this library's ops in it, for any batch size that the model takes.
 
 `import sparselottery` (which registers the ops), then `torch.export.load(path).module()` gives the model back. That is
 torch's own loader: load only files that you trust, as torch says.
@@ -9,21 +9,24 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..calls import outputs
-from .job import Job, difference, dynamic_batches
+from .job import Job, difference, traced
 
 
-def write(job: Job, path: Path) -> None:
-    dynamic = dynamic_batches(job.model, job.example)
+def write(job: Job, path: Path) -> tuple[str, ...]:
+    """Write the file; returns whether it takes one batch size alone."""
     with torch.no_grad(), _without_fast_path():
-        program = torch.export.export(job.model, *job.example, dynamic_shapes=dynamic)
+        export = partial(torch.export.export, job.model)
+        program, notes = traced(lambda example, shapes: export(*example, dynamic_shapes=shapes), job, job.model)
     whole = io.BytesIO()  # torch's own writer ends the process where a disk is full
     torch.export.save(program, whole)
     path.write_bytes(whole.getbuffer())
+    return notes
 
 
 def fault(job: Job, path: Path) -> str:

@@ -138,13 +138,14 @@ class MaskedEmbeddingBag(_Rows):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """(B, L), or (N,) with offsets (B,) -> (B, embedding_dim)."""
-        if ops.in_torch(input):
+        padded = self.padding_idx is not None  # of which torch fixes the number of rows, that of the batch
+        if ops.in_torch(input) or (padded and torch.compiler.is_exporting()):
             return self._in_torch(input, offsets, per_sample_weights)
         self.check()
         if self._present != "sparse":
             return self.multiply(self._dense_weight(), None, input, offsets, per_sample_weights)
         rows, padding = self._take(input.flatten()), self.padding_idx
-        places = torch.arange(len(rows), dtype=input.dtype, device=input.device).view(input.shape)
+        places = torch.arange(rows.shape[0], dtype=input.dtype, device=input.device).view(input.shape)  # len() is fixed
         if padding is not None:  # a row more, for all that are padding
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             places, padding = places.masked_fill(input == padding, len(rows) - 1), len(rows) - 1
