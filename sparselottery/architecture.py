@@ -23,6 +23,7 @@ INPLACE = ("inplace",)
 CONVOLUTION = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode",
 )  # fmt: skip
+TRANSPOSED = (*CONVOLUTION, "output_padding")
 BATCHNORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
@@ -57,9 +58,25 @@ TYPES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.Conv1d: CONVOLUTION,
     nn.Conv2d: CONVOLUTION,
+    nn.Conv3d: CONVOLUTION,
+    nn.ConvTranspose1d: TRANSPOSED,
+    nn.ConvTranspose2d: TRANSPOSED,
+    nn.ConvTranspose3d: TRANSPOSED,
+    nn.Bilinear: ("in1_features", "in2_features", "out_features", "bias"),
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"),
     nn.BatchNorm1d: BATCHNORM,
+    nn.EmbeddingBag: (
+        "num_embeddings",
+        "embedding_dim",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "mode",
+        "include_last_offset",
+        "padding_idx",
+    ),
     nn.BatchNorm2d: BATCHNORM,
+    nn.BatchNorm3d: BATCHNORM,
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
     nn.RMSNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
@@ -79,7 +96,10 @@ TYPES: dict[type[nn.Module], tuple[str, ...]] = {
 WITH_TENSORS = {kind for kind in TYPES if "device" in inspect.signature(kind).parameters}
 BY_NAME = {kind.__name__: kind for kind in TYPES}
 # The least that a size may be: PyTorch divides by some of them unchecked.
-LEAST = dict.fromkeys(("kernel_size", "stride", "dilation", "groups", "num_groups", "output_size"), 1) | {"padding": 0}
+LEAST = dict.fromkeys(("kernel_size", "stride", "dilation", "groups", "num_groups", "output_size"), 1) | {
+    "padding": 0,
+    "output_padding": 0,
+}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:

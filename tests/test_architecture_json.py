@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselottery import convert
+from sparselottery import Ticket, convert, load_sparse, prune
 from sparselottery.architecture import MAX_DEPTH, TYPES, build, describe
 from sparselottery.lab.models import MODELS
 from sparselottery.lab.models import build as build_net
@@ -22,7 +22,9 @@ EXAMPLES = [
     nn.LayerNorm((2, 3), bias=False), nn.RMSNorm(3), nn.GroupNorm(2, 4), nn.PReLU(3), nn.Softmax(1), nn.LogSoftmax(-1),
     nn.MaxPool1d(2), nn.MaxPool2d((2, 3), 1, (1, 0)), nn.AvgPool1d(2), nn.AvgPool2d(2, divisor_override=3),
     nn.AdaptiveAvgPool1d(2), nn.AdaptiveAvgPool2d((2, 3)), nn.AdaptiveMaxPool2d(1), nn.Flatten(0),
-    nn.Unflatten(1, (2, 3)),
+    nn.Unflatten(1, (2, 3)), nn.Conv3d(2, 4, 3, 2, 1), nn.ConvTranspose1d(2, 4, 3, 2, output_padding=1, groups=2),
+    nn.ConvTranspose2d(2, 4, (3, 1), 2, 1, bias=False, dilation=2), nn.ConvTranspose3d(2, 4, 3), nn.BatchNorm3d(3),
+    nn.EmbeddingBag(5, 3, mode="sum", padding_idx=1, include_last_offset=True), nn.Bilinear(3, 4, 5, bias=False),
 ]  # fmt: skip
 
 
@@ -62,6 +64,24 @@ def test_masked_modules_are_described_as_dense():
     dense = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 3)))
     masks = {"0.weight": torch.rand(3, 2, 3, 3) < 0.5, "1.1.weight": torch.rand(3, 3) < 0.5}
     assert describe(convert(dense, masks)) == describe(dense)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv3d(2, 4, 3), torch.randn(2, 2, 4, 4, 4)),
+        (nn.ConvTranspose1d(2, 4, 3, 2, 1, 1), torch.randn(2, 2, 4)),
+        (nn.ConvTranspose2d(2, 4, 3, 2, 1, 1), torch.randn(2, 2, 4, 4)),
+        (nn.ConvTranspose3d(2, 4, 3), torch.randn(2, 2, 4, 4, 4)),
+        (nn.EmbeddingBag(9, 4, mode="sum", padding_idx=2), torch.arange(18).view(3, 6) % 9),
+    ],
+    ids=repr,
+)
+def test_a_file_of_such_layers_needs_no_model(tmp_path, layer, x):
+    model = nn.Sequential(layer, nn.ReLU())
+    sparse = convert(model, prune(model, 0.6)).eval()
+    Ticket.from_model(sparse).save(tmp_path / "net.safetensors")
+    torch.testing.assert_close(load_sparse(tmp_path / "net.safetensors")(x), sparse(x))
 
 
 class Own(nn.Sequential):

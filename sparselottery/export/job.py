@@ -75,8 +75,8 @@ def dynamic_batches(model: nn.Module, example: Arguments) -> dict[str, Any]:
 def traced(
     trace: Callable[[Arguments, dict[str, Any] | None], Any], job: Job, model: nn.Module
 ) -> tuple[Any, tuple[str, ...]]:
-    """What `trace` makes of an example and the dynamic shapes of its batch: of None, with a note, where a model takes one
-    size alone.
+    """What `trace` makes of an example and the dynamic shapes of its batch: of None, with a note, where a model takes
+    one size alone.
 
     Raises ValueError, in a sentence, for a model that cannot be traced.
     """
