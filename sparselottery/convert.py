@@ -33,12 +33,12 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Exampl
     `model` and the random state are left as they are.
     masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each layer so named (or, in
     a converted model, masked layer) becomes a masked one of its weights at the mask, with its forward and backward
-    hooks; layers not named stay as they are. Layers that share a weight get one mask, by its first name, and share its
-    survivors. Each nn.Sequential with masked layers in it becomes a MaskedSequential, an nn.MultiheadAttention with a
-    named weight a MaskedMultiheadAttention. `explain` says which layers can be masked, and `register` adds to them.
-    DistributedDataParallel(converted) sends no indices of the
-    survivors, which every process must have of the same masks; of a module that holds the converted one it does at each
-    call, unless given `broadcast_buffers=False`.
+    hooks and what was set on it (`layer.scale = 3`); layers not named stay as they are. Layers that share a weight get
+    one mask, by its first name, and share its survivors. Each nn.Sequential with masked layers in it becomes a
+    MaskedSequential, an nn.MultiheadAttention with a named weight a MaskedMultiheadAttention. `explain` says which
+    layers can be masked, and `register` adds to them.
+    DistributedDataParallel(converted) sends no indices of the survivors, which every process must have of the same
+    masks; of a module that holds the converted one it does at each call, unless given `broadcast_buffers=False`.
     example_input: a tensor, a tuple of the model's positional arguments or a dict of its keyword arguments, like those
     it will be given: every masked layer then runs in the way that a measurement finds fastest (`choose_execution`).
     None: sparse, or by blocks.
@@ -122,7 +122,10 @@ def _open(use: Use, layer: MaskedLayer, opened: dict[nn.Module, OpenedModule]) -
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of a converted model with plain nn layers again, zeros where pruned; `model` is left as it is."""
+    """A copy of a converted model with the dense layers again, zeros where pruned; `model` is left as it is.
+
+    A layer that was of a subclass is of it again, and has what was set on it.
+    """
     replaced: dict[nn.Module, nn.Module] = {}
     weights: dict[Tensor, nn.Parameter] = {}  # by the values that layers may share
     for module in model.modules():

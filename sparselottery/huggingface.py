@@ -239,7 +239,8 @@ def allow_lora(config: Any) -> Any:
     """The same `peft.LoraConfig`, which takes masked linear layers too: `get_peft_model(sparse, allow_lora(config))`.
 
     The survivors are frozen and multiplied as before; beside them are the two dense factors. These cannot be merged
-    into the sparse weight: `merge_adapter` and `merge_and_unload` raise ValueError.
+    into the sparse weight: `merge_adapter` and `merge_and_unload` raise ValueError. An adapter that was saved is
+    loaded by `PeftModel.from_pretrained(sparse, folder, config=allow_lora(PeftConfig.from_pretrained(folder)))`.
     """
     from peft.tuners.lora.layer import Linear
 

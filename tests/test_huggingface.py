@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 
 import pytest
 import torch
@@ -197,6 +198,18 @@ def test_lora(tmp_path):
         model.merge_adapter()
     model.save_pretrained(tmp_path)
     assert not any("values" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    adapted = model(IDS).logits
+    config = allow_lora(peft.PeftConfig.from_pretrained(tmp_path))
+    again = peft.PeftModel.from_pretrained(pruned_like(model), tmp_path, config=config).eval()
+    assert again(IDS).logits.equal(adapted)
+
+
+def pruned_like(adapted):
+    """The sparse model that an adapter is beside, saved and loaded again without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = adapted.unload()
+        base.save_pretrained(folder)
+        return load(base, folder)
 
 
 def test_a_model_with_a_pretrained_one_in_it(tmp_path):
