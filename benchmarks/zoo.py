@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -107,8 +108,8 @@ def told(measure: Callable[[], float]) -> str:
     try:
         difference = measure()
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        return f"{type(error).__name__}: {first}"[:160]
+        plain = re.sub(r"\x1b\[\d*m", "", str(error))  # some are coloured
+        return f"{type(error).__name__}: {next(iter(plain.splitlines()), '')}"[:160]
     return RIGHT if difference <= CLOSE else f"{difference:.1e} apart"
 
 
