@@ -28,7 +28,8 @@ def about(grid: dict) -> dict[str, str]:
     settings = grid["settings"]
     length = grid["scale"] or f"the paper's {settings['iterations']:,} iterations"
     presets = json_copy("settings", asdict(preset(settings["data"], settings["model"])))
-    changed = [f"{key} {settings[key]} in place of {value}" for key, value in presets.items() if settings[key] != value]
+    ours = presets | settings  # a run may be older than a setting
+    changed = [f"{key} {ours[key]} in place of {value}" for key, value in presets.items() if ours[key] != value]
     jobs = f"threads a training: {grid['threads']}, others beside it: seconds and ms are not those of a quiet machine"
     if settings["device"] == "cuda":
         jobs = "one training at a time on the GPU"

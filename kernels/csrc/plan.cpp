@@ -14,12 +14,16 @@ constexpr int32_t kNarrow = 65536;  // columns up to here have 16 bits
 constexpr int32_t kAlone = 65536;   // entries: a team is not worth its start for fewer
 constexpr int32_t kRun = 16;        // columns that are looked at together
 
-typedef int32_t Run __attribute__((vector_size(4 * kRun), aligned(4), may_alias));
-typedef uint16_t NarrowRun __attribute__((vector_size(2 * kRun), aligned(2), may_alias));
+typedef int32_t Run __attribute__((vector_size(4 * kRun)));
+typedef uint16_t NarrowRun __attribute__((vector_size(2 * kRun)));
 typedef int8_t Flags __attribute__((vector_size(kRun)));
 constexpr Run kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline const Run& run(const int32_t* columns) { return *reinterpret_cast<const Run*>(columns); }
+inline Run run(const int32_t* columns) {  // not aligned: clang takes a reference to a vector for one that is
+    Run loaded;
+    std::memcpy(&loaded, columns, sizeof loaded);
+    return loaded;
+}
 
 struct Grid {  // the tiles of a schedule
     int32_t rows, cols, strip, block;
@@ -128,7 +132,8 @@ void write_forward(Writer& out, const Grid& grid, const Csr& w, int64_t threads)
                     const int32_t room = std::min(end - part.entry, nnz - begin) - kRun;
                     for (; k < length && k <= room; k += kRun) {  // the next ones write over what is beyond
                         const Run columns = run(w.idx + begin + k) - col0;
-                        *reinterpret_cast<NarrowRun*>(col + k) = __builtin_convertvector(columns, NarrowRun);
+                        const NarrowRun narrow = __builtin_convertvector(columns, NarrowRun);
+                        std::memcpy(col + k, &narrow, sizeof narrow);
                     }
                     for (; k < length; ++k) col[k] = uint16_t(w.idx[begin + k] - col0);
                     part.entry += length;
