@@ -59,24 +59,31 @@ class Sparse(Execution):
         layer._use_plan((1, 1))
 
 
+def _blocks_taken(layer: nn.Module) -> tuple[tuple[int, int], ...] | str:
+    """The blocks that there are kernels for, of such a layer on its device; or why there are none."""
+    if layer._whole:
+        return "nothing is pruned"
+    if "block" in layer.lacks:
+        return layer.lacks["block"]
+    device = layer.values.device
+    if taken := ops.blocks_taken(device, layer.geometry):
+        return taken
+    lacks = ops.too_old(device)
+    return f"there are no kernels for blocks of such a layer on {device.type}" + (f": {lacks}" if lacks else "")
+
+
 class Block(Execution):
     name, native = "block", True
 
     @staticmethod
     def why_not(layer: nn.Module) -> str | None:
-        if layer._whole:
-            return "nothing is pruned"
-        if "block" in layer.lacks:
-            return layer.lacks["block"]
-        device = layer.values.device
-        taken = ops.blocks_taken(device, layer.geometry)
-        if not taken:
-            lacks = ops.too_old(device)
-            return f"there are no kernels for blocks of such a layer on {device.type}" + (f": {lacks}" if lacks else "")
+        taken = _blocks_taken(layer)
+        if isinstance(taken, str):
+            return taken
         if layer._find_block() == (1, 1):
             return "its mask does not consist of whole blocks"
         if layer._find_block() not in taken:
-            return f"there are no kernels for its blocks, {layer._find_block()}, on {device.type}"
+            return f"there are no kernels for its blocks, {layer._find_block()}, on {layer.values.device.type}"
         return None
 
     @staticmethod
@@ -89,14 +96,9 @@ class Permuted(Execution):
 
     @staticmethod
     def why_not(layer: nn.Module) -> str | None:
-        if layer._whole:
-            return "nothing is pruned"
-        if "block" in layer.lacks:
-            return layer.lacks["block"]
-        device = layer.values.device
-        taken = ops.blocks_taken(device, layer.geometry)
-        if not taken:
-            return f"there are no kernels for blocks of such a layer on {device.type}"
+        taken = _blocks_taken(layer)
+        if isinstance(taken, str):
+            return taken
         if layer.groups > 1:
             return "its channels are in groups"
         plain, (block, order) = layer._find_block(), layer._find_order()
@@ -104,7 +106,9 @@ class Permuted(Execution):
             return "its mask has no whole blocks in any order of its rows and columns"
         if plain in BLOCKS[: BLOCKS.index(block) + 1]:
             return f"its mask has whole blocks {plain} as it is"
-        return None if block in taken else f"there are no kernels for its blocks, {block}, on {device.type}"
+        return (
+            None if block in taken else f"there are no kernels for its blocks, {block}, on {layer.values.device.type}"
+        )
 
     @staticmethod
     def prepare(layer: nn.Module) -> None:
