@@ -55,12 +55,18 @@ def fails(capsys, *argv: object) -> str:
 def test_find_prints_a_row_per_round_and_where_the_ticket_is(tmp_path, capsys):
     assert cli.main([*FIND, "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
-    head, _, columns, *rounds, _, ticket, explain, export = capsys.readouterr().out.splitlines()
+    head, _, columns, *rounds, note, _, _, ticket, explain, export = capsys.readouterr().out.splitlines()
     assert str(folder) in head
     assert columns.split("  ")[:4] == ["round", "weights %", "test %", "stops at"]
     assert [row.split()[:2] for row in rounds] == [["0", "100.0"], ["1", "80.2"], ["2", "64.3"]]
     assert {len(row) for row in rounds} == {len(columns)}
-    assert all(row.split()[6].endswith("x") for row in rounds)
+    assert note.startswith("speed-up: over the faster of")
+    whole = rounds[0].split()[4]
+    for row in rounds:
+        ours, *others, speed_up = row.split()[4:8]
+        assert others[0] == whole
+        ratio = min(map(float, others)) / float(ours)
+        assert float(speed_up.removesuffix("x")) == pytest.approx(ratio, rel=0.05, abs=0.01)
     assert f"{folder}/ticket.safetensors (64.3% of the weights" in ticket
     assert f"sparselottery explain {folder}" in explain
     assert f"sparselottery export {folder} --out" in export
@@ -156,7 +162,7 @@ def test_find_a_convolutional_net_and_explain_it(tmp_path, capsys, monkeypatch):
     assert folder.name.startswith("cifar10-conv-2-")
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     assert settings == settings | {"model": "conv-2", "lr": 0.001, "warmup": 1, "note": "JPEG-recompressed"}
-    head, *notes, _, _, _, _, _, _, _ = capsys.readouterr().out.splitlines()
+    head, *notes, _, _, _, _, _, _, _, _, _ = capsys.readouterr().out.splitlines()
     assert head.startswith("cifar10: conv-2, 2 trainings of 2 iterations")
     assert notes == ["note: scale 0.0001: 2 of the paper's 20,000 iterations", "note: JPEG-recompressed"]
     assert cli.main(["explain", str(folder)]) == 0

@@ -51,9 +51,9 @@ def drawings(rows: Rows) -> list[Drawing]:
             figure = figures.accuracy_curves(rows["curves"], few, control, limits)
             add("curves", f"curves-{control}", f"Training the {label}", f"Test accuracy of the {label}", figure)
     figure = figures.step_times(rounds)
-    add("time", "step", "Time per training step", "Milliseconds per step, sparse and w * mask", figure)
+    add("time", "step", "Time per training step", "Milliseconds per step: sparse, whole, w * mask", figure)
     figure = figures.seconds_saved(rows["seconds"])
-    add("time", "seconds", "Seconds, added up over the rounds", "Seconds of all steps, sparse and w * mask", figure)
+    add("time", "seconds", "Seconds, added up over the rounds", "Seconds of all steps: sparse, whole, w * mask", figure)
 
     def add_layers(group: str, alt: str, make, only: list[Row]) -> None:
         by_layer = grouped(only, "layer")
@@ -135,7 +135,8 @@ def sections(run: Run, rows: Rows, drawn: list[Drawing], pictured: list[Picture]
         ),
         page.section(
             "Time",
-            "Time per step is measured alternately with the same net as w * mask. Seconds are steps times their time, "
+            "Time per step is measured alternately with the same net as w * mask. The whole net is round 0, on the "
+            "same kernels. Speed-ups and savings are over the faster of the two. Seconds are steps times their time, "
             "without evaluation. Neither says anything about iterations.",
             of("time"),
         ),

@@ -116,11 +116,12 @@ def accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def step_times(rows: Sequence[Row]) -> Figure | None:
-    """Milliseconds per training step of each round: our kernels, and w * mask."""
+    """Milliseconds per training step of each round: our kernels, w * mask, and dotted the whole net on our kernels."""
     ticket = [row for row in rows if row["control"] == TICKET]
     found = [(key, label, color, lines(ticket, key).get(TICKET))
              for key, label, color in (("sparse_ms", "sparse", OURS), ("dense_ms", "w * mask", THEIRS))]  # fmt: skip
-    if not all(points for *_, points in found):
+    whole = ticket[0]["whole_ms"] if ticket else None
+    if whole is None or not all(points for *_, points in found):
         return None
     with draw.canvas() as axes:
         for _, _, color, points in found:
@@ -129,27 +130,32 @@ def step_times(rows: Sequence[Row]) -> Figure | None:
             axes.plot(x, y, color=color, marker="o")
         draw.weights_left(axes, [point[0] for point in found[0][-1]])
         axes.set(ylabel="milliseconds per training step", ylim=(0, None))
-        draw.label_ends(axes, [(points[-1][1], label, color) for _, label, color, points in found])
+        axes.axhline(whole, color=OURS, linestyle=":", linewidth=1)
+        ends = [(points[-1][1], label, color) for _, label, color, points in found]
+        draw.label_ends(axes, [*ends, (whole, "whole net", OURS)])
         return axes.figure
 
 
 def seconds_saved(rows: Sequence[Row]) -> Figure | None:
-    """Seconds of all steps so far, of our kernels and of w * mask, and between them what is saved."""
+    """Seconds of all steps so far: our kernels, w * mask, and dotted the whole net in each; filled, what is saved."""
     if not rows:
         return None
     with draw.canvas() as axes:
         x = [row["round"] for row in rows]
-        sparse, dense = ([row[key] for row in rows] for key in ("sparse_seconds", "dense_seconds"))
-        axes.fill_between(x, sparse, dense, color=OURS, alpha=0.12, linewidth=0)
+        sparse, whole, dense = ([row[f"{key}_seconds"] for row in rows] for key in ("sparse", "whole", "dense"))
+        less = whole if whole[-1] < dense[-1] else dense
+        axes.fill_between(x, sparse, less, color=OURS, alpha=0.12, linewidth=0)
         axes.plot(x, dense, color=THEIRS, marker="o")
+        axes.plot(x, whole, color=OURS, linestyle=":")
         axes.plot(x, sparse, color=OURS, marker="o")
         axes.set(xlabel="round", ylabel="seconds of training steps, all rounds so far", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         saved = rows[-1]["saved_seconds"]
         word = f"{draw.seconds(saved)} saved" if saved >= 0 else f"{draw.seconds(-saved)} lost"
-        middle = ((sparse[-1] + dense[-1]) / 2, word, INK)
-        draw.label_ends(axes, [(dense[-1], "w * mask", THEIRS), middle, (sparse[-1], "sparse", OURS)])
+        middle = ((sparse[-1] + less[-1]) / 2, word, INK)
+        others = [(dense[-1], "w * mask", THEIRS), (whole[-1], "whole net", OURS)]
+        draw.label_ends(axes, [*others, middle, (sparse[-1], "sparse", OURS)])
         return axes.figure
 
 

@@ -226,9 +226,8 @@ def _seconds_to_stop(row: Row) -> str:
 
 
 def _speed_up(row: Row) -> str:
-    return (
-        f"{row['dense_ms'] / row['sparse_ms']:.2f}{draw.TIMES}" if row["dense_ms"] and row["sparse_ms"] else draw.DASH
-    )
+    ours, *others = (row[key] for key in ("sparse_ms", "whole_ms", "dense_ms"))
+    return f"{min(others) / ours:.2f}{draw.TIMES}" if ours and all(others) else draw.DASH
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (  # of `round_table`: group, name, cell
@@ -241,6 +240,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (  # of `round_tabl
     ("to the end", "iterations", _times(",.0f", "iterations")),
     ("to the end", "seconds", lambda row: _ranged(row, "train_seconds", 1, ",.2f")),
     ("ms per step", "sparse", _times(".3f", "sparse_ms")),
+    ("ms per step", "whole net", _times(".3f", "whole_ms")),
     ("ms per step", "w * mask", _times(".3f", "dense_ms")),
     ("ms per step", "speed-up", _speed_up),
     ("weights", "KiB", _times(",.0f", "sparse_bytes", scale=1 / 1024)),

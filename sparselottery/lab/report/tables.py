@@ -78,7 +78,8 @@ def curves(run: Run) -> list[Row]:
 def rounds(rows: Iterable[Row]) -> list[Row]:
     """Over trials and draws of each control's round: how many, and of each number mean, ``_min`` and ``_max``.
 
-    Of milliseconds it is the median, which a stalled machine does not move.
+    Of milliseconds it is the median, which a stalled machine does not move. ``whole_ms``: the ticket's ``sparse_ms`` of
+    round 0, which is the whole net by the same steps.
     """
     found, rows = [], list(rows)
     for (control, number), group in grouped(rows, "control", "round").items():
@@ -92,24 +93,28 @@ def rounds(rows: Iterable[Row]) -> list[Row]:
                 else dict.fromkeys((key, f"{key}_min", f"{key}_max"))
             )
         found.append(row)
+    whole = next((row["sparse_ms"] for row in found if (row["control"], row["round"]) == (TICKET, 0)), None)
+    found = [row | {"whole_ms": whole} for row in found]
     return sorted(found, key=lambda row: (row["control"] != TICKET, row["control"], row["round"]))
 
 
 def seconds(rows: Iterable[Row]) -> list[Row]:
-    """After each round of the ladder, seconds of all steps so far on our kernels and as w * mask, mean over trials.
+    """After each round of the ladder, seconds of all steps so far, mean over trials.
 
-    A round's are its milliseconds per step, measured alternately, times its iterations. Rounds are left out from the
-    first that lacks them.
+    On our kernels, as w * mask, and with the whole net on our kernels in each round. A round's are milliseconds per
+    step times its iterations. Saved is what we take less than the faster of the two others. Rounds are left out from
+    the first that lacks them.
     """
     found: list[Row] = []
-    sparse = dense = 0.0
+    sparse = whole = dense = 0.0
     for row in sorted((row for row in rows if row["control"] == TICKET), key=lambda row: row["round"]):
-        if None in (row["sparse_ms"], row["dense_ms"], row["iterations"]):
+        if None in (row["sparse_ms"], row["whole_ms"], row["dense_ms"], row["iterations"]):
             break
         sparse += row["sparse_ms"] / 1e3 * row["iterations"]
+        whole += row["whole_ms"] / 1e3 * row["iterations"]
         dense += row["dense_ms"] / 1e3 * row["iterations"]
         found.append({"round": row["round"], "density": row["density"], "sparse_seconds": sparse})
-        found[-1] |= {"dense_seconds": dense, "saved_seconds": dense - sparse}
+        found[-1] |= {"whole_seconds": whole, "dense_seconds": dense, "saved_seconds": min(whole, dense) - sparse}
     return found
 
 
