@@ -2,6 +2,7 @@
 # test   the test suite            bench  all measurements, their plots and the table of bars
 # lint   ruff                  docs    the documentation's site, in build/site
 # wheels a wheel for this Python that runs on any Linux from 2018 on, and the tests of its kernels without a compiler
+# wheels-aarch64   the same for aarch64, by a cross compiler; nothing of it is run
 # torture [TORTURE_MINUTES=10 TORTURE_SEED=0]    random layers, altered files, threads, kills, full disks
 # audit  the GPU kernels compiled for GPUs that are not here, and the tables of what came out (half an hour)
 # clean  everything that was built, but not .venv
@@ -27,8 +28,12 @@ AUDITED := 3.6 3.9  # versions of Triton
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 WHEEL := build/wheel
+BUILD_WHEEL = SPARSELOTTERY_LEVELS=all CXXFLAGS="-include $(CURDIR)/kernels/old_glibc.h" \
+  $(BIN)/pip wheel $(PIP_ARGS) --no-deps --no-build-isolation
+REPAIR_WHEEL = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --disable-isa-ext-check --wheel-dir dist
+CROSS := aarch64-linux-gnu
 
-.PHONY: docs wheels demo test bench peers gpu gpu-lab gpu-sanitize audit torture lint clean
+.PHONY: docs wheels wheels-aarch64 demo test bench peers gpu gpu-lab gpu-sanitize audit torture lint clean
 
 demo: .venv/lab.stamp
 	$(BIN)/sparselottery find
@@ -95,14 +100,23 @@ docs: .venv/docs.stamp
 # libgomp is not put into the wheel: a process must have but one, torch's. The tests run from a folder without the sources.
 wheels: .venv/wheels.stamp
 	rm -rf $(WHEEL)
-	CXXFLAGS="-include $(CURDIR)/kernels/old_glibc.h" \
-	  $(BIN)/pip wheel $(PIP_ARGS) --no-deps --no-build-isolation --wheel-dir $(WHEEL)/built .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude libgomp.so.1 \
-	  --disable-isa-ext-check --wheel-dir dist $(WHEEL)/built/*.whl
+	$(BUILD_WHEEL) --wheel-dir $(WHEEL)/built .
+	$(REPAIR_WHEEL) --plat manylinux_2_28_$$(uname -m) $(WHEEL)/built/*.whl
 	$(PYTHON) -m venv $(WHEEL)/venv
-	$(WHEEL)/venv/bin/pip install $(PIP_ARGS) -c constraints.txt dist/sparselottery-*manylinux*.whl hypothesis pytest
+	$(WHEEL)/venv/bin/pip install $(PIP_ARGS) -c constraints.txt dist/sparselottery-*_$$(uname -m).whl hypothesis pytest
 	cp -r tests $(WHEEL)/tests
 	cd $(WHEEL) && PATH="$(CURDIR)/$(WHEEL)/venv/bin" venv/bin/python -m pytest -q -c /dev/null --rootdir . tests/test_kernels_cpu*.py
+
+# Python's headers are this machine's: both have 64 bits and the same byte order. The kernels themselves are tested in an
+# emulator (tests/test_native_driver.py).
+wheels-aarch64: .venv/wheels.stamp
+	rm -rf $(WHEEL)-aarch64
+	_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(CROSS)-gcc CXX=$(CROSS)-g++ \
+	  LDSHARED="$(CROSS)-gcc -shared" LDCXXSHARED="$(CROSS)-g++ -shared" \
+	  SETUPTOOLS_EXT_SUFFIX=$$($(BIN)/python -c "import sys; print('.' + sys.implementation.cache_tag + '-$(CROSS).so')") \
+	  $(BUILD_WHEEL) --wheel-dir $(WHEEL)-aarch64/built .
+	$(REPAIR_WHEEL) --plat auto $(WHEEL)-aarch64/built/*.whl
+	ls dist/sparselottery-*manylinux_2_2[0-8]_aarch64.whl  # of no newer Linux
 
 clean:
 	rm -rf build dist *.egg-info kernels/_native_* .venv/*.stamp .benchmarks .hypothesis .pytest_cache .ruff_cache

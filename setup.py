@@ -1,11 +1,12 @@
 """Builds the native CPU library, once per instruction-set level; everything else is in pyproject.toml.
 
 Each level is an *optional* extension: where it does not compile, the install succeeds and plain torch runs instead.
+Levels that SPARSELOTTERY_LEVELS asks for are not optional.
 """
 
 import os
-import platform
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -15,9 +16,12 @@ from setuptools.command.build_ext import build_ext
 
 # Level -> (flags, bytes per vector). The vector length is the level's own: wider than the registers is 12 times slower.
 LEVELS = {"base": ([], 16)}
-if platform.machine().lower() in ("x86_64", "amd64"):
+if sysconfig.get_platform().endswith(("x86_64", "amd64")):  # of the target, where that is another machine
     LEVELS["avx2"] = (["-march=x86-64-v3"], 32)
     LEVELS["avx512"] = (["-march=x86-64-v4", "-mprefer-vector-width=512"], 64)
+
+# Levels that must compile: "avx512" builds that one alone, "all" each of them.
+WANTED = os.environ.get("SPARSELOTTERY_LEVELS", "")
 
 CSRC = Path("kernels/csrc")
 
@@ -50,7 +54,7 @@ def extension(level: str) -> Extension:
         extra_compile_args=["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-psabi", *flags, *OPENMP[0]],
         extra_link_args=OPENMP[1],
         language="c++",
-        optional=True,
+        optional=not WANTED,
     )
 
 
@@ -75,6 +79,5 @@ class ParallelBuild(build_ext):
         build_ext.build_extension(own, ext)
 
 
-# SPARSELOTTERY_LEVELS=avx512 builds that one alone.
-WANTED = os.environ.get("SPARSELOTTERY_LEVELS", ",".join(LEVELS)).split(",")
-setup(ext_modules=[extension(level) for level in LEVELS if level in WANTED], cmdclass={"build_ext": ParallelBuild})
+levels = list(LEVELS) if WANTED in ("", "all") else WANTED.split(",")
+setup(ext_modules=[extension(level) for level in levels], cmdclass={"build_ext": ParallelBuild})

@@ -3,6 +3,9 @@
 #if defined(__linux__) && defined(__x86_64__)
 __asm__(".symver exp,exp@GLIBC_2.2.5");
 __asm__(".symver pow,pow@GLIBC_2.2.5");
+#elif defined(__linux__) && defined(__aarch64__)
+__asm__(".symver exp,exp@GLIBC_2.17");
+__asm__(".symver pow,pow@GLIBC_2.17");
 #endif
 #if defined(__linux__)
 #include <new>

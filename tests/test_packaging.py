@@ -108,3 +108,9 @@ def test_without_a_compiler(sdist, tmp_path):
     cpu = use(plain, tmp_path)
     assert cpu.startswith("torch reference")
     assert "compiler" in cpu
+
+
+def test_a_level_that_is_asked_for_must_compile(sdist, tmp_path):
+    missing = str(tmp_path / "no-such-compiler")
+    with pytest.raises(AssertionError, match="no-such-compiler"):
+        wheel_of(sdist, tmp_path, CC=missing, CXX=missing, SPARSELOTTERY_LEVELS="all")
