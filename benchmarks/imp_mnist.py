@@ -35,8 +35,8 @@ from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import build
 from sparselottery.lab.settings import PRESETS, Settings, preset
 from sparselottery.lab.training import train
-from sparselottery.lottery import prune
 from sparselottery.masks import survivors
+from sparselottery.pruning import prune
 
 REINIT_SEED = 1_000_003  # added to the seed: no trial's first weights are another trial's control
 

@@ -20,7 +20,7 @@ from benchmarks import results
 from sparselottery import convert
 from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import CIFAR10, build
-from sparselottery.lottery import prune
+from sparselottery.pruning import prune
 
 NET, BATCH, DENSITY = "vgg-19", 64, 0.05  # of every layer
 STEPS = 3  # the first one allocates the optimiser's state

@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.timing import Candidate
 from sparselottery import convert, to_dense
 from sparselottery.lab.models import CIFAR10, build
-from sparselottery.lottery import prune
+from sparselottery.pruning import prune
 
 NET, DENSITY = "vgg-19", 0.05  # of every layer
 TOLERANCE = 1e-4

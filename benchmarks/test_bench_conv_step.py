@@ -14,7 +14,7 @@ from benchmarks import steps
 from sparselottery import convert, to_dense
 from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import CIFAR10, build
-from sparselottery.lottery import prune
+from sparselottery.pruning import prune
 
 BATCH = {"conv-6": 60, "vgg-19": 64}
 CASES = [("conv-6", 0.1), ("conv-6", 0.05), ("conv-6", 0.02), ("vgg-19", 0.1), ("vgg-19", 0.05)]  # of every layer

@@ -13,7 +13,7 @@ from benchmarks import steps
 from sparselottery import convert, to_dense
 from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import lenet_300_100
-from sparselottery.lottery import prune
+from sparselottery.pruning import prune
 
 NETS = {"mlp-2048": ((2048, 2048), 256), "lenet-300-100": ((300, 100), 60)}  # hidden widths, batch
 DENSITIES = [0.5, 0.2, 0.1, 0.05, 0.02]  # of every layer

@@ -7,10 +7,11 @@ from .export import export
 from .fold import fold
 from .info import info
 from .interop import masks_from_scipy, masks_from_torch_prune, masks_from_zeros
-from .lottery import find_ticket, prune
+from .lottery import find_ticket
 from .moves import set_masks
 from .nn import MaskedConv2d, MaskedLinear, MaskedSequential, ScatteredLayer, register
 from .pattern import Pattern
+from .pruning import prune
 from .regroup import regroup
 from .runtime import SparseModel, load_sparse
 from .ticket import Ticket

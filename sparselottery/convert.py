@@ -30,6 +30,12 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a model: what DistributedDat
 def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: ExampleInput | None = None) -> nn.Module:
     """A copy of `model` that stores and multiplies only the surviving weights.
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> sparse = convert(model, prune(model, 0.9))
+        >>> [layer.nnz for layer in sparse if isinstance(layer, MaskedLinear)]
+        [205, 32]
+
     `model` and the random state are left as they are.
     masks: bool tensors or NumPy arrays keyed by parameter name, each of its weight's shape. Each layer so named (or, in
     a converted model, masked layer) becomes a masked one of its weights at the mask, with its forward and backward
@@ -123,6 +129,11 @@ def _open(use: Use, layer: MaskedLayer, opened: dict[nn.Module, OpenedModule]) -
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a converted model with the dense layers again, zeros where pruned; `model` is left as it is.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 10))
+        >>> to_dense(convert(model, prune(model, 0.9)))[0]
+        Linear(in_features=64, out_features=10, bias=True)
 
     A layer that was of a subclass is of it again, and has what was set on it.
     """

@@ -18,6 +18,13 @@ from .random_state import random_state_kept
 def fold(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Module:
     """A copy of a converted model that computes the same, its hidden units in the order of the blocks of its masks.
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> sparse = convert(model, prune(model, 0.5, granularity=(4, 2), permute=True))
+        >>> x = torch.randn(5, 64)
+        >>> torch.allclose(fold(sparse, x)(x), sparse(x), atol=1e-5)
+        True
+
     Masks of permuted blocks (`prune` with `permute`) then have these blocks as they are where the units of one layer
     are the inputs of the next in an nn.Sequential (`links`): no kernel gathers what another has written. What stays
     permuted are the inputs of the first layer of such a chain, and what the blocks of two layers want otherwise.

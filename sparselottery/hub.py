@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .files import Contents, atomic, digest
+from .contents import Contents
+from .files import atomic, digest
 
 FILE, CARD = "ticket.safetensors", "README.md"
 PARTS = "crow_indices", "col_indices", "values"

@@ -10,7 +10,12 @@ from .kernels import backends
 
 
 def info() -> dict[str, str]:
-    """Versions, and for each backend what runs or why it is missing."""
+    """Versions, and for each backend what runs or why it is missing.
+
+    Examples:
+        >>> list(info())
+        ['python', 'torch', 'threads', 'cpu', 'gpu']
+    """
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -20,6 +20,14 @@ from .survey import survey
 def masks_from_torch_prune(source: nn.Module | Mapping[str, Tensor]) -> Masks:
     """The masks of all weights that torch.nn.utils.prune has pruned.
 
+    Examples:
+        >>> from torch.nn.utils.prune import l1_unstructured, remove
+        >>> model = nn.Sequential(l1_unstructured(nn.Linear(8, 4), "weight", 0.5))
+        >>> masks = masks_from_torch_prune(model)
+        >>> layer = remove(model[0], "weight")
+        >>> convert(model, masks)[0].nnz
+        16
+
     source: a model or its state_dict, with "fc1.weight_orig" and "fc1.weight_mask" in it.
     `convert` refuses such layers, as they would lose their masks; so, for each, then
     `torch.nn.utils.prune.remove(layer, "weight")`, and `convert(model, masks)`.
@@ -38,6 +46,13 @@ def masks_from_torch_prune(source: nn.Module | Mapping[str, Tensor]) -> Masks:
 
 def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[str] | None = None) -> Masks:
     """False where a weight is exactly zero: for dense checkpoints that keep no masks. Never done unless asked for.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> with torch.no_grad():
+        ...     weight = model[0].weight.fill_(1.0)[0].zero_()
+        >>> convert(model, masks_from_zeros(model))[0].nnz
+        24
 
     A survivor that happens to be zero is lost: prefer masks where there are any.
     source: a dense model, or a state_dict with `names` to look at.
@@ -60,6 +75,12 @@ def masks_from_zeros(source: nn.Module | Mapping[str, Tensor], names: Sequence[s
 
 def masks_from_scipy(matrices: Mapping[str, Any], model: nn.Module | None = None) -> Masks:
     """True where a scipy sparse matrix or array stores an entry, a zero too.
+
+    Examples:
+        >>> from scipy.sparse import csr_array
+        >>> masks_from_scipy({"fc.weight": csr_array([[0, 2], [3, 0]])})
+        {'fc.weight': tensor([[False,  True],
+                [ True, False]])}
 
     matrices: of weights (O, ...) as matrices (O, I), by weight name.
     model: that the masks are for, which gives their shapes; None: all are matrices.

@@ -8,106 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from . import ranks
+from .contents import Contents
 from .convert import dense_entries, masked_weights, masks_of, prunable
-from .files import Contents, json_copy, read_json, write, write_json
+from .files import json_copy
 from .links import links
-from .masks import Granularity, Masks, Score, as_mask, check, check_blocks, pools, prune_pools
+from .masks import Granularity, Masks, Score, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
 from .oriented import Views, fitted
+from .pruning import complete
 from .random_state import random_state_kept, seed_all
-from .scores import Scores, at_random, by_given, by_magnitude, by_magnitude_of_survivors
+from .runs import RunFolder
+from .scores import Scores, by_given, by_magnitude_of_survivors
 from .storable import check_storable
 from .survey import survey
 from .ticket import Ticket, contents_of
 
-METHODS = ("magnitude", "random")
 Trained = TypeVar("Trained")
-
-
-def prune(
-    model: nn.Module,
-    fraction: float,
-    masks: Mapping[str, Tensor] | None = None,
-    *,
-    method: str = "magnitude",
-    scores: Scores | Callable[[nn.Module], Scores] | None = None,
-    scope: str = "layer",
-    rates: Mapping[str, float] | None = None,
-    output_fraction: float | None = None,
-    ignore: Sequence[str] = (),
-    granularity: Granularity = (1, 1),
-    permute: bool = False,
-    generator: torch.Generator | None = None,
-) -> Masks:
-    """Masks with `fraction` of the surviving weights gone; the model and the given masks are left as they are.
-
-    Exactly round(fraction * survivors) weights, or blocks of them, go, per layer or over all of them; ties are broken
-    by index, and a weight that is pruned stays pruned. Biases are never pruned. Give the result to `convert`.
-
-    Args:
-        fraction: in [0, 1), of the weights that survive now, not of all of them.
-        masks: what survives now, bool tensors keyed by parameter name ("fc1.weight"); layers not named are whole.
-            None: the masks that the model was converted with; all True if it was not.
-        method: "magnitude" removes the smallest |w|, of blocks the smallest mean |w|, "random" any.
-        scores: what takes the place of |w|, by layer: the lowest goes. A tensor of the weight's shape, or (n,) of the
-            survivors by index; or a function that makes them of the model: `sparselottery.saliency` has some.
-        scope: "layer" takes `fraction` of each layer, "global" of all layers together, or if their granularity differs,
-            of all with the same one; rows compete with rows of as many weights.
-        rates: fractions of single layers, by name or fnmatch pattern (the first that matches counts). Such a layer
-            is pruned on its own in either scope.
-        output_fraction: the rate of the last layer; the paper takes half of `fraction` (App. G.4).
-        ignore: names or patterns of layers to leave as they are.
-        granularity: (R, C) removes whole blocks of R rows x C columns, outputs x inputs of the layer however its weight
-            holds them, of a convolution R filters x C channels at one tap, of experts in each one's matrix; the border
-            of the weight may cut blocks off. "N:M" leaves N of each M weights that follow each other in a row, of a
-            convolution at consecutive channels: `fraction` says the same. "rows" removes whole units, or filters, but
-            never the last one of a layer: `export.dead.remove_dead` makes a smaller net of the ticket. A mapping gives
-            it by name or pattern as `rates` does; layers not named are (1, 1), single weights. The output layer is
-            usually left so, and "rows" for all leaves it whole unless `output_fraction` or `rates` say otherwise: its
-            units are the model's outputs. That is the last layer in module order: if yours is another, give its name to
-            `ignore`.
-        permute: blocks (R, C) are those of each weight with its rows and columns in another order, looked for anew each
-            time so that those kept hold the most (see `orders`). It takes seconds for 4096 x 4096, and is a property of
-            the mask: nothing but that is to be kept. Layers of an nn.Sequential that follow each other (`links`) share
-            the order of the units between them, and weights of units that lead nowhere count as the lowest.
-        generator: for "random"; None uses torch's.
-    Returns a mask for every weight that `convert` can mask, in module order, embeddings among them; of a weight that
-    several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
-    all weights of two dimensions or more, and says why.
-    Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
-    [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, "rows" or "N:M",
-    blocks of which a layer to be pruned is no more than one, "rows" of an embedding, whose rows are words, a mask that
-    is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of another shape,
-    not finite or missing, a fraction that does not leave N:M, and `permute` without blocks.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    found = survey(model)
-    weights = prunable(model, found)
-    masks = _complete(weights, masks_of(model) if masks is None else masks)
-    how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
-    chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
-    views = Views(found, chosen)
-    seen = views.seen(masks)
-    chosen = fitted(chosen, seen)
-    if scores is not None:
-        if method != "magnitude":
-            raise ValueError(f"scores: expected none with method {method!r}, which does not read them")
-        score = by_given(views.of_scores(scores(model) if callable(scores) else scores, masks), seen)
-    else:
-        score = at_random(seen, generator) if method == "random" else by_magnitude(views.seen(weights), seen)
-    found.tell(model, stacklevel=2)
-    return views.restored(prune_pools(seen, chosen, score, links(model)))
 
 
 def find_ticket(
@@ -132,17 +56,23 @@ def find_ticket(
 ) -> Ticket:
     """Find a lottery ticket of `model`: prune it `rounds` times, training before each pruning and after the last.
 
+    Examples:
+        >>> def train(model):
+        ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ...     for _ in range(10):
+        ...         optimizer.zero_grad()
+        ...         loss = nn.functional.mse_loss(model(x), y)
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...     return {"loss": loss.item()}
+        >>> model, x, y = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8), torch.randn(16, 4)
+        >>> ticket = find_ticket(model, train, rounds=2, fraction=0.5, out="runs/mine")
+        >>> ticket.density
+        0.25
+        >>> sparse = ticket.apply(model)  # at its initial weights, ready to train
+
     Round 0 trains the whole net; each further round r prunes `fraction` of what is left, puts the survivors back to
     their initial values and trains again, so `rounds + 1` trainings in all. `rounds=1` is one-shot pruning.
-
-        def train(model):
-            optimizer = torch.optim.Adam(model.parameters(), lr=1.2e-3)
-            for x, y in batches:
-                ...
-            return {"accuracy": accuracy(model)}
-
-        ticket = find_ticket(model, train, rounds=7, output_fraction=0.1, out="runs/lenet")
-        sparse_model = ticket.apply(model)
 
     Every training gets a new model, converted so that only the survivors are stored and multiplied, and starts from
     the same weights, biases, buffers and random state (torch, `random`, numpy), so data order repeats if it follows
@@ -186,7 +116,7 @@ def find_ticket(
         raise TypeError(f"scores: expected a function of the trained model, got {type(scores).__name__}")
     found = survey(model)
     weights = prunable(model, found)
-    masks = _complete(weights, masks_of(model))
+    masks = complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
     views = Views(found, chosen)
@@ -212,7 +142,7 @@ def find_ticket(
         check_storable(weights, {name: entry for name, entry in state.items() if name not in weights})
     found.tell(model, stacklevel=2)
     del weights, state, found  # of a converted model, new dense tensors
-    files = _Files(out)
+    files = RunFolder(out)
     recipe = files.settings(json_copy("settings", {**recipe, "seed": int(torch.randint(2**32, (), device="cpu"))}))
 
     theta = files.load("theta")
@@ -312,83 +242,8 @@ def _train(
     return trained, {**record, **returned}, None
 
 
-def _complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
-    """A mask for every weight: the given one, else all True."""
-    if not weights:
-        raise ValueError("model: expected at least one layer that can be masked, got none: explain(model) says why")
-    check(masks, weights)
-    whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    return whole | {name: as_mask(name, mask).to(weights[name].device) for name, mask in masks.items()}
-
-
 def _check_count(what: str, value: int, least: int) -> None:
     if not isinstance(value, int):
         raise TypeError(f"{what}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{what}: expected at least {least}, got {value}")
-
-
-class _Files:
-    """The folder of a run, each file written atomically; without a folder nothing is found and nothing kept.
-
-    Of several processes that train together only the first writes; a round's file is there only when all have done it.
-    """
-
-    def __init__(self, out: str | os.PathLike[str] | None) -> None:
-        self.folder = None if out is None else Path(out)
-        self.writes = self.folder is not None and ranks.rank() == 0
-
-    def settings(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The recipe this folder was begun with: `recipe` itself if that is now; ValueError if another."""
-        if self.folder is None:
-            return recipe
-        path = self.folder / "settings.json"
-        if not self.writes:
-            self.wait()
-            if not path.exists():
-                raise ValueError(f"{path}: expected a folder that all processes see, not found by rank {ranks.rank()}")
-            return read_json(path)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        recipe = self._begun(path, recipe)
-        self.wait()
-        return recipe
-
-    def _begun(self, path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-        if not path.exists():
-            write_json(path, recipe)
-            return recipe
-        found = read_json(path)
-        before, now = _flat({**found, "seed": None}), _flat({**recipe, "seed": None})
-        different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if different:
-            changes = ", ".join(f"{key}: expected {before.get(key)!r}, got {now.get(key)!r}" for key in different)
-            raise ValueError(f"{path} is of a run with other settings (use another folder): {changes}")
-        return found
-
-    def wait(self) -> None:
-        """Until all processes are here: what the first wrote before, the others can then read."""
-        if self.folder is not None:
-            ranks.barrier()
-
-    def load(self, name: str) -> Ticket | None:
-        if self.folder is None or not (self.folder / f"{name}.safetensors").exists():
-            return None
-        return Ticket.load(self.folder / f"{name}.safetensors")
-
-    def save(self, name: str, kept: Ticket | Contents) -> None:
-        if self.writes:
-            write(self.folder / f"{name}.safetensors", kept.contents() if isinstance(kept, Ticket) else kept)
-
-    def load_record(self, name: str) -> dict[str, Any]:
-        return read_json(self.folder / f"{name}.json")
-
-    def save_record(self, name: str, record: dict[str, Any]) -> None:
-        if self.writes:
-            write_json(self.folder / f"{name}.json", record)
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

@@ -62,6 +62,14 @@ def set_masks(
 ) -> None:
     """Give masked layers of a model other masks, in place.
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> sparse = convert(model, prune(model, 0.5))
+        >>> optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9)
+        >>> set_masks(sparse, prune(sparse, 0.5), optimizer)
+        >>> sparse[0].nnz
+        8
+
     A weight that survives in both masks keeps its value, its gradient and all that an optimiser knows of it, bit for
     bit. A newcomer gets the value `fill`, the gradient 0 and what its optimiser begins with, but for what is counted
     for the whole layer, as the steps of Adam are. All parameters stay the same objects. Plans of the kernels are made

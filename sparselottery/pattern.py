@@ -43,6 +43,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 class Pattern:
     """CSR positions of the surviving weights of an (O, I) matrix.
 
+    Examples:
+        >>> pattern = Pattern.from_mask(torch.tensor([[True, False, True], [False, True, False]]))
+        >>> pattern.crow_indices.tolist(), pattern.col_indices.tolist()
+        ([0, 2, 3], [0, 2, 1])
+
     crow_indices: int32 (O + 1,); col_indices: int32 (nnz,), ascending within each row; shape: (O, I).
     """
 

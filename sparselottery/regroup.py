@@ -42,6 +42,12 @@ def regroup(
 ) -> Regrouped:
     """Masks of whole blocks (R, C), those that hold the most survivors, with `refill` times as many weights as before.
 
+    Examples:
+        >>> masks = {"weight": torch.rand(64, 64) < 0.1}
+        >>> regrouped = regroup(masks, (16, 1), refill=2.0)
+        >>> regrouped.masks["weight"].shape
+        torch.Size([64, 64])
+
     The number of weights is rounded to whole blocks, at least one of each layer. Blocks are of the masks as they are,
     of transformers' Conv1D inputs x outputs. Masks are no subsets of those given: what comes back is not in a ticket,
     whose pruned weights are zeros. Initial weights for all are in the run's theta:

@@ -18,7 +18,10 @@ from .survey import survey
 def taylor(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]) -> dict[str, Tensor]:
     """|w g|: how much the loss changes, to first order, without the weight (Molchanov et al. 2017, eq. 7).
 
-        scores = taylor(model, [(x, y)], lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    Examples:
+        >>> model, batches = nn.Sequential(nn.Linear(8, 4)), [torch.randn(16, 8)]
+        >>> scores = taylor(model, batches, lambda model, x: model(x).square().mean())
+        >>> masks = prune(model, 0.5, scores=scores)
 
     g: the gradient of the sum of loss(model, batch) over `batches`. `.grad` of the parameters is left as it is.
     Raises ValueError if there is no batch, or a weight does not require a gradient.
@@ -31,6 +34,11 @@ def taylor(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, objec
 
 def fisher(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]) -> dict[str, Tensor]:
     """w² Σ g²: the loss without the weight to second order, by the empirical Fisher (Theis et al. 2018, eq. 5).
+
+    Examples:
+        >>> model, samples = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8).split(1)
+        >>> scores = fisher(model, samples, lambda model, x: model(x).square().sum())
+        >>> masks = prune(model, 0.5, scores=scores)
 
     g: the gradient of loss(model, batch), of each batch by itself: batches of one sample give the Fisher information.
     """

@@ -5,8 +5,6 @@ Equal tickets give equal bytes.
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import os
 import tempfile
@@ -15,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from . import hub
 from .architecture import build, describe
+from .contents import Contents, fitting
 from .convert import (
     converted_with,
     copy_of,
@@ -32,12 +29,12 @@ from .convert import (
     masks_of,
     tied,
 )
-from .files import Contents, digest, fitting, json_copy, read, refusals_name, write
+from .entries import as_tensors, owned, tied_places, with_data
+from .files import digest, json_copy, read, refusals_name, write
 from .masks import as_mask, check, survivors
 from .nn import MaskedLayer
 from .pattern import Pattern
 from .pieces import keep
-from .storable import why_not_storable
 
 # A ticket holds dense weights: how many a file may ask for. Real ones survive at more than 1 in 10,000.
 FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**26, 2**12
@@ -46,6 +43,15 @@ FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**26, 2**12
 @dataclass(frozen=True, eq=False, repr=False)
 class Ticket:
     """Weights of a dense model, the masks that say which of them survive, and how they were found.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> ticket = Ticket.from_model(convert(model, prune(model, 0.5)))
+        >>> ticket.save("ticket.safetensors")
+        >>> Ticket.load("ticket.safetensors").apply()
+        MaskedSequential(
+          (0): MaskedLinear(in_features=8, out_features=4, bias=True, density=0.5, nnz=16, execution=sparse)
+        )
 
     weights: the dense model's state_dict; copied to the CPU, and set to zero where pruned. A file cannot hold all that
         a state_dict can: `save` refuses sparse, nested and quantised buffers and what is no tensor (extra state).
@@ -62,13 +68,13 @@ class Ticket:
 
     def __post_init__(self) -> None:
         check(self.masks, self.weights)
-        masks = {name: _owned(name, as_mask(name, mask)) for name, mask in self.masks.items()}
-        weights = {name: _owned(name, entry) for name, entry in self.weights.items()}
+        masks = {name: owned(name, as_mask(name, mask)) for name, mask in self.masks.items()}
+        weights = {name: owned(name, entry) for name, entry in self.weights.items()}
         for name, mask in masks.items():
             if mask.dim() < 2:
                 raise ValueError(f"masks: expected those of weights of 2-D or more, got {name!r} {tuple(mask.shape)}")
             keep(weights[name], mask)
-        for name, first in _tied(self.weights, masks).items():
+        for name, first in tied_places(self.weights, masks).items():
             weights[name] = weights[first]
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "masks", masks)
@@ -87,7 +93,7 @@ class Ticket:
     @classmethod
     def from_model(cls, model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Ticket:
         """The present weights and masks of a converted model."""
-        weights = {name: _owned(name, entry, copied=True) for name, entry in dense_state(model).items()}
+        weights = {name: owned(name, entry, copied=True) for name, entry in dense_state(model).items()}
         weights |= {name: weights[first] for name, first in tied(model).items()}
         masks = {name: mask.cpu() for name, mask in masks_of(model).items()}
         recipe = json_copy("recipe", dict(recipe or {}))
@@ -162,7 +168,7 @@ class Ticket:
 
     def same(self, other: Ticket) -> bool:
         """Are the weights (to the bit), the masks and the recipe those of `other`?"""
-        ours, theirs = ((digest(t.recipe, _as_tensors(t.weights)), digest({}, t.masks)) for t in (self, other))
+        ours, theirs = ((digest(t.recipe, as_tensors(t.weights)), digest({}, t.masks)) for t in (self, other))
         return ours == theirs
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
@@ -181,7 +187,7 @@ class Ticket:
                 path, _, part = name.rpartition(".")
                 setattr(model.get_submodule(path), part, model.get_parameter(first))
         else:
-            model = _with_data(model, self.weights)
+            model = with_data(model, self.weights)
         converted = converted_with(model, self.masks, self.weights)
         present = {name: layer.weight for name, layer in masked_layers(converted).items() if name in self.masks}
         present |= {name: present[first] for name, first in tied(converted).items() if first in present}
@@ -245,68 +251,13 @@ def contents_of(model: nn.Module, recipe: dict[str, Any]) -> Contents:
     layers, sparse = masked_weights(model), {}
     for name, layer in layers.items():
         layer.check()
-        pattern, values = layer.pattern, _owned(name, layer.values.detach(), copied=True)
+        pattern, values = layer.pattern, owned(name, layer.values.detach(), copied=True)
         pattern = Pattern(pattern.crow_indices.cpu(), pattern.col_indices.cpu(), pattern.shape)
         if layer.transposed:
             pattern, order = pattern.transposed()
             values = values[order]
         sparse[name] = pattern, values
     entries = ((name, entry) for name, entry in dense_entries(model) if not isinstance(entry, MaskedLayer))
-    dense = {name: _owned(name, copy_of(entry), copied=True) for name, entry in entries}
+    dense = {name: owned(name, copy_of(entry), copied=True) for name, entry in entries}
     shapes = {name: layer.dense_shape for name, layer in layers.items()}
     return fitting(Contents(sparse, shapes, dense, recipe, describe(model), tied(model)))
-
-
-def _tied(weights: Mapping[str, Any], masks: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of weights that lie where a masked one lies, with the name of that."""
-
-    def place(entry: Any) -> tuple | None:
-        if not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.is_meta or not entry.numel():
-            return None
-        return entry.data_ptr(), entry.dtype, entry.device, entry.shape, entry.stride()
-
-    first: dict[tuple | None, str] = {}
-    for name in masks:
-        first.setdefault(place(weights[name]), name)
-    first.pop(None, None)
-    places = ((name, place(entry)) for name, entry in weights.items() if name not in masks)
-    return {name: first[at] for name, at in places if at in first}
-
-
-def _with_data(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The model, or a copy with data where it has parameters and buffers on the meta device; shared ones stay shared.
-
-    Raises ValueError if the weights lack one of those.
-    """
-    memo: dict[int, Any] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            given = weights.get(name)
-            if given is None or given.shape != tensor.shape:
-                got = "none" if given is None else tuple(given.shape)
-                raise ValueError(f"model: expected {name!r} {tuple(tensor.shape)}, on meta, in the ticket, got {got}")
-            data = given.to(tensor.dtype, copy=True)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
-    return copy.deepcopy(model, memo) if memo else model
-
-
-def _owned(name: str, entry: Any, copied: bool = False) -> Any:
-    """A copy of a state_dict's entry on the CPU; if the entry is a copy already, that itself may do."""
-    if is_lazy(entry):
-        raise ValueError(f"weights[{name!r}]: expected a tensor, got a lazy one without a shape: call the model once")
-    if isinstance(entry, Tensor) and entry.is_meta:
-        raise ValueError(f"weights[{name!r}]: expected values, got a tensor on the meta device, which has none")
-    entry = entry if copied else copy_of(entry)
-    return entry.cpu() if isinstance(entry, Tensor) else entry
-
-
-def _as_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a file cannot hold as the bytes that torch.save makes of it."""
-    return {name: _bytes_of(entry) if why_not_storable(entry) else entry for name, entry in weights.items()}
-
-
-def _bytes_of(entry: Any) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(entry, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)

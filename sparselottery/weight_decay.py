@@ -19,13 +19,21 @@ from .nn.base import layers_alive
 
 
 class SparseLotteryWarning(UserWarning):
-    """Something runs, but probably not as it was meant."""
+    """Something runs, but probably not as it was meant.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("error", SparseLotteryWarning)
+    """
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for an optimiser: what is decayed by `weight_decay`, and what is not.
 
-        torch.optim.AdamW(param_groups(model, weight_decay=0.1), lr=3e-4)
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 10))
+        >>> sparse = convert(model, prune(model, 0.9))
+        >>> optimizer = torch.optim.AdamW(param_groups(sparse, weight_decay=0.1), lr=3e-4)
 
     Decayed are the `values` of masked layers and all parameters of two or more dimensions; not decayed are the biases
     and the weights of norms. Of a dense model these are the groups by `p.ndim >= 2`, so that a model and its converted

@@ -17,7 +17,7 @@ from benchmarks.timing import Candidate
 from sparselottery import convert, to_dense
 from sparselottery.lab.masked_dense import masked_dense
 from sparselottery.lab.models import CIFAR10, build, conv_net, lenet_300_100
-from sparselottery.lottery import prune
+from sparselottery.pruning import prune
 
 TRUTH = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
 CONVS = [conv_peers.sparselottery, conv_peers.nn_conv2d]

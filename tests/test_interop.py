@@ -12,7 +12,7 @@ from sparselottery import convert
 from sparselottery.convert import masks_of
 from sparselottery.export import export
 from sparselottery.interop import masks_from_scipy, masks_from_torch_prune, masks_from_zeros
-from sparselottery.lottery import prune
+from sparselottery.pruning import prune
 from sparselottery.ticket import Ticket
 
 

@@ -18,7 +18,8 @@ from torch import nn
 import sparselottery
 from sparselottery import convert
 from sparselottery.convert import dense_state, masks_of
-from sparselottery.lottery import find_ticket, prune
+from sparselottery.lottery import find_ticket
+from sparselottery.pruning import prune
 from sparselottery.ticket import Ticket
 
 STEPS, ROUNDS = 4, 3

@@ -243,6 +243,18 @@ def test_sizes_that_do_not_fit_are_refused(backend, wrong, message):
         conv.function()(**({"x": conv.x, "values": conv.values, "bias": conv.bias} | wrong))
 
 
+def test_sizes_that_do_not_fit_a_transposed_convolution_are_refused(backend):
+    """They too would be read out of bounds."""
+    conv = make(geometry(3))
+    indices = conv.indices()
+    gy, size = conv.gy, conv.x.shape[2:]
+    assert ops.conv_transpose2d(gy, conv.values, None, *indices, conv.geometry, size).shape == conv.x.shape
+    with pytest.raises(ValueError, match=r"values: expected shape \(\d+,\), got \(5,\)"):
+        ops.conv_transpose2d(gy, torch.ones(5), None, *indices, conv.geometry, size)
+    with pytest.raises(ValueError, match=r"bias: expected shape \(3,\), got \(5,\)"):
+        ops.conv_transpose2d(gy, conv.values, torch.ones(5), *indices, conv.geometry, size)
+
+
 def test_autocast_is_that_of_conv2d(backend):
     conv = make(geometry(3), entries=gaussian)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):

@@ -6,8 +6,8 @@ from torch import nn
 
 from sparselottery import convert
 from sparselottery.convert import masks_of
-from sparselottery.lottery import prune
 from sparselottery.masks import survivors
+from sparselottery.pruning import prune
 
 
 def net(seed=0):

@@ -355,7 +355,8 @@ def test_no_dense_weight_is_ever_made(model, tmp_path):
     size, layers = 6000, {}
     path = tmp_path / "net.safetensors"
     from sparselottery.architecture import describe
-    from sparselottery.files import Contents, write
+    from sparselottery.contents import Contents
+    from sparselottery.files import write
     from sparselottery.pattern import Pattern
 
     with torch.device("meta"):

@@ -13,12 +13,21 @@ Distribution = Callable[[Shapes, float], dict[str, float]]
 
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
-    """The same in each layer."""
+    """The same in each layer.
+
+    Examples:
+        >>> uniform({"a": (10, 10), "b": (10, 1_000)}, 0.1)
+        {'a': 0.1, 'b': 0.1}
+    """
     return dict.fromkeys(shapes, density)
 
 
 def erk(shapes: Shapes, density: float) -> dict[str, float]:
     """Erdős-Rényi-Kernel (Evci et al. 2020, section 3): of a weight (O, I, H, W) by (O + I + H + W) / (O I H W).
+
+    Examples:
+        >>> {name: round(each, 3) for name, each in erk({"a": (100, 100), "b": (100, 1_000)}, 0.1).items()}
+        {'a': 0.169, 'b': 0.093}
 
     Of linear layers it is that of SET (Mocanu et al. 2018). Layers that would have more than all weights are whole, and
     the others make up for it, so that all together have `density`.
@@ -37,7 +46,13 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def toward(densities: Mapping[str, float]) -> Distribution:
-    """From whole layers to these densities of single ones, in step: as the density of all comes down to theirs."""
+    """From whole layers to these densities of single ones, in step: as the density of all comes down to theirs.
+
+    Examples:
+        >>> distribution = toward({"a": 0.5, "b": 0.1})
+        >>> {name: round(each, 3) for name, each in distribution({"a": (10, 10), "b": (10, 100)}, 0.6).items()}
+        {'a': 0.768, 'b': 0.583}
+    """
 
     def distribution(shapes: Shapes, density: float) -> dict[str, float]:
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}

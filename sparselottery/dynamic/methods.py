@@ -22,14 +22,28 @@ from .updater import MaskUpdater
 def gmp(
     model: nn.Module, optimizer: Any, density: float, end: int, begin: int = 0, initial: float = 1.0, **others: Any
 ) -> MaskUpdater:
-    """Gradual magnitude pruning (Zhu & Gupta 2017): along a cubic, from `begin` on."""
+    """Gradual magnitude pruning (Zhu & Gupta 2017): along a cubic, from `begin` on.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.0))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = gmp(model, optimizer, density=0.1, end=10_000)
+    """
     return MaskUpdater(model, optimizer, cubic(density, end, begin, initial), end=end, **others)
 
 
 def single_cycle(
     model: nn.Module, optimizer: Any, density: float, end: int, begin: int = 0, initial: float = 1.0, **others: Any
 ) -> MaskUpdater:
-    """Progressive magnitude pruning in one training cycle, in place of a cycle a round (Qureshi et al. 2026)."""
+    """Progressive magnitude pruning in one training cycle, in place of a cycle a round (Qureshi et al. 2026).
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.0))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = single_cycle(model, optimizer, density=0.1, end=10_000)
+    """
     return MaskUpdater(model, optimizer, linear(density, end, begin, initial), end=end, **others)
 
 
@@ -37,6 +51,12 @@ def set_training(
     model: nn.Module, optimizer: Any, density: float, end: int, drop_fraction: float = 0.3, **others: Any
 ) -> MaskUpdater:
     """SET, sparse evolutionary training (Mocanu et al. 2018): sparse from the start, the smallest go, any others come.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.9))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = set_training(model, optimizer, density=0.1, end=10_000)
 
     The paper does so once an epoch, and draws the first masks by the Erdős-Rényi rule ("erk").
     """
@@ -48,6 +68,12 @@ def rigl(
     model: nn.Module, optimizer: Any, density: float, end: int, drop_fraction: float = 0.3, **others: Any
 ) -> MaskUpdater:
     """RigL (Evci et al. 2020): as SET, but those come whose gradient is largest, and ever fewer are exchanged.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.9))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = rigl(model, optimizer, density=0.1, end=10_000)
 
     The paper ends at 3/4 of the training and puts the update in the place of an optimiser's step; here it follows one.
     Gradients are exact and taken strip by strip; `candidates` draws some.
@@ -67,6 +93,12 @@ def topk(
 ) -> MaskUpdater:
     """The largest weights after every step, fewer and fewer (Gao et al. 2025, weight-sparse transformers).
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.0))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = topk(model, optimizer, density=0.1, end=10_000)
+
     There all weights take AdamW's step and then compete; here the share `explore` of the survivors does so that begins
     anew, at zero and at random places, after each step until `end`. In the paper that is half the training.
     """
@@ -78,6 +110,12 @@ def dsd(
     model: nn.Module, optimizer: Any, density: float, sparse_from: int, dense_from: int, **others: Any
 ) -> MaskUpdater:
     """Dense-sparse-dense training (Han et al. 2017): pruned once, and made whole again, from zero.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.0))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = dsd(model, optimizer, density=0.6, sparse_from=1_000, dense_from=2_000)
 
     The paper prunes 30 to 50 % of each layer, and lowers the learning rate tenfold for the last phase.
     """
@@ -91,6 +129,12 @@ def iht(
     model: nn.Module, optimizer: Any, density: float, end: int, sparse_steps: int, dense_steps: int, **others: Any
 ) -> MaskUpdater:
     """Iterative hard thresholding (Jin et al. 2016): for some steps the largest weights alone, for others all.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model = convert(model, prune(model, 0.0))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> updater = iht(model, optimizer, density=0.1, end=10_000, sparse_steps=100, dense_steps=50)
 
     The first threshold is taken after step 1, of weights that are trained already or as they were drawn.
     """

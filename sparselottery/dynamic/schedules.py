@@ -16,22 +16,41 @@ Schedule = Callable[[int], float]
 
 
 def constant(value: float) -> Schedule:
-    """The same at every step."""
+    """The same at every step.
+
+    Examples:
+        >>> constant(0.3)(500)
+        0.3
+    """
     return lambda step: value
 
 
 def linear(final: float, end: int, begin: int = 0, initial: float = 1.0) -> Schedule:
-    """As many weights go at every step: progressive pruning in one cycle (Qureshi et al. 2026)."""
+    """As many weights go at every step: progressive pruning in one cycle (Qureshi et al. 2026).
+
+    Examples:
+        >>> linear(0.1, end=1_000)(500)
+        0.55
+    """
     return _between(initial, final, begin, end, lambda passed: final + (initial - final) * (1 - passed))
 
 
 def cubic(final: float, end: int, begin: int = 0, initial: float = 1.0) -> Schedule:
-    """Most weights go while there are many, few at the end (Zhu & Gupta 2017, eq. 1)."""
+    """Most weights go while there are many, few at the end (Zhu & Gupta 2017, eq. 1).
+
+    Examples:
+        >>> cubic(0.05, end=10_000)(5_000)
+        0.16875
+    """
     return _between(initial, final, begin, end, lambda passed: final + (initial - final) * (1 - passed) ** 3)
 
 
 def exponential(final: float, end: int, begin: int = 0, initial: float = 1.0) -> Schedule:
     """The same share of those that are left goes at every step, as over the rounds of iterative pruning.
+
+    Examples:
+        >>> exponential(0.01, end=1_000)(500)
+        0.1
 
     Raises ValueError unless both ends are positive.
     """
@@ -41,12 +60,21 @@ def exponential(final: float, end: int, begin: int = 0, initial: float = 1.0) ->
 
 
 def cosine(initial: float, end: int, begin: int = 0) -> Schedule:
-    """From `initial` to 0: the share of the weights that RigL exchanges (Evci et al. 2020, section 3)."""
+    """From `initial` to 0: the share of the weights that RigL exchanges (Evci et al. 2020, section 3).
+
+    Examples:
+        >>> cosine(0.3, end=1_000)(500)
+        0.15
+    """
     return _between(initial, 0.0, begin, end, lambda passed: initial / 2 * (1 + math.cos(math.pi * passed)))
 
 
 def phases(values: Mapping[int, float]) -> Schedule:
     """The value of the last key that is not after the step: {0: 1.0, 1000: 0.05} prunes once, at step 1000.
+
+    Examples:
+        >>> phases({0: 1.0, 1_000: 0.05})(1_000)
+        0.05
 
     Raises ValueError without a value for step 0.
     """
@@ -56,7 +84,12 @@ def phases(values: Mapping[int, float]) -> Schedule:
 
 
 def alternating(sparse: float, sparse_steps: int, dense_steps: int, end: int) -> Schedule:
-    """`sparse` for some steps and 1.0 for others, by turns, and `sparse` from `end` on (Jin et al. 2016)."""
+    """`sparse` for some steps and 1.0 for others, by turns, and `sparse` from `end` on (Jin et al. 2016).
+
+    Examples:
+        >>> alternating(0.1, sparse_steps=100, dense_steps=50, end=1_000)(120)
+        1.0
+    """
     if min(sparse_steps, dense_steps) < 1:
         raise ValueError(f"alternating: expected at least a step of each, got {sparse_steps} and {dense_steps}")
     return lambda step: sparse if step >= end or step % (sparse_steps + dense_steps) < sparse_steps else 1.0

@@ -26,15 +26,20 @@ DECAY = 0.9  # of the gradients that "momentum" sums up
 
 
 class MaskUpdater:
-    """Moves the masks of a model while it trains. `step()` goes after each `optimizer.step()`:
+    """Moves the masks of a model while it trains. `step()` goes after each `optimizer.step()`.
 
-        model = convert(model, masks)            # the layers to prune; masks may be all True
-        optimizer = torch.optim.AdamW(model.parameters())
-        updater = MaskUpdater(model, optimizer, density=cubic(0.05, end=10_000), every=100, end=10_000)
-        ...
-        loss.backward()
-        optimizer.step()
-        updater.step()
+    Examples:
+        >>> dense = nn.Sequential(nn.Linear(64, 10))
+        >>> model = convert(dense, prune(dense, 0.0))  # the layers to prune; all survives as yet
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> updater = MaskUpdater(model, optimizer, density=lambda step: 0.9**step, every=1, end=10)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(5, 64)).square().mean().backward()
+        ...     optimizer.step()
+        ...     moved = updater.step()
+        >>> round(model[0].density, 2)
+        0.35
 
     An update drops the survivors that score lowest and grows as many weights as the density then asks for, from zero.
     Survivors keep values, gradients and optimiser state (`set_masks`). Numbers of survivors are exact, ties go by

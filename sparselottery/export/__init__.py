@@ -68,6 +68,12 @@ def export(
 ) -> ExportReport:
     """Write a converted model or a ticket for other tools to read: its sparse layers and the dense rest.
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4)).eval()
+        >>> report = export(convert(model, prune(model, 0.5)), "net.safetensors", format="safetensors")
+        >>> load_sparse("net.safetensors")(torch.zeros(1, 8)).shape
+        torch.Size([1, 4])
+
     format: one of `FORMATS`; "npz" makes the folder `path`, all others a file. What is written is read back before it
     appears at `path`, and must equal the source: to the bit, "onnx" to rounding in ONNX Runtime.
     fold_batchnorm: fold batchnorms into the nn.Linear or nn.Conv2d before them, equal to rounding.

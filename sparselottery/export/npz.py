@@ -18,7 +18,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from ..files import Contents, checked, checked_shapes, loads, refusals_name
+from ..contents import Contents, checked, checked_shapes
+from ..files import loads, refusals_name
 from ..pattern import Pattern
 from ..ticket import Ticket
 

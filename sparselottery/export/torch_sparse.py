@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import DTYPES, checked_shapes, digest, loads, read_safetensors, refusals_name, write_safetensors
+from ..contents import checked_shapes
+from ..files import digest, loads, read_safetensors, refusals_name, write_safetensors
 from ..pattern import Pattern, block_of
+from ..storable import DTYPES
 from .job import OTHER_TENSORS, Job
 
 PARTS = ("crow_indices", "col_indices", "values")

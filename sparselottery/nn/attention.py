@@ -18,6 +18,13 @@ _APART = ("q_proj", "k_proj", "v_proj")  # where keys or values have other featu
 class MaskedMultiheadAttention(OpenedModule, nn.MultiheadAttention):
     """nn.MultiheadAttention in which layers `in_proj` and `out_proj` hold the weights, each masked or dense.
 
+    Examples:
+        >>> attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        >>> sparse = convert(attention, prune(attention, 0.8))
+        >>> x = torch.randn(3, 5, 16)
+        >>> sparse(x, x, x)[0].shape
+        torch.Size([3, 5, 16])
+
     Axes: L targets, S sources, N batch, E features, H heads, D = E / H. Where keys or values have other features,
     `q_proj`, `k_proj` and `v_proj` stand for `in_proj`. Of queries that are not the keys too, `in_proj` computes all
     3 E features and takes E of them: at a density below a third that is less than what the dense module multiplies.

@@ -50,16 +50,7 @@ class MaskedConvolution(MaskedLayer):
         # Refuses what the dense layer does and makes tuples of single numbers.
         like = self.dense_type(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
                                padding_mode, "meta")  # fmt: skip
-        for name in self.arguments:
-            setattr(self, name, getattr(like, name))
-        if min(in_channels, out_channels) < 1:
-            raise ValueError(f"in_channels, out_channels: expected at least 1, got {in_channels}, {out_channels}")
-        dimensions = 1 if issubclass(self.dense_type, nn.Conv1d) else 2  # a weight may have those of its kernel_size
-        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
-            sizes = getattr(self, name)
-            if not isinstance(sizes, str) and (len(sizes) != dimensions or min(sizes) < least):
-                expected = "one number" if dimensions == 1 else "two numbers"
-                raise ValueError(f"{name}: expected {expected} of at least {least}, got {sizes}")
+        take_arguments(self, like, 1 if issubclass(self.dense_type, nn.Conv1d) else 2)
         sides = _sides(self)
         # F.pad starts at the last dimension.
         self._pad_first = None if padding_mode == "zeros" else sides[2:] + sides[:2]
@@ -105,6 +96,11 @@ class MaskedConvolution(MaskedLayer):
 class MaskedConv2d(MaskedConvolution):
     """nn.Conv2d over a fixed mask: y = x * W + b, where only the surviving weights of W exist.
 
+    Examples:
+        >>> layer = MaskedConv2d(3, 16, 3, padding=1, mask=torch.rand(16, 3, 3, 3) < 0.2)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 16, 8, 8])
+
     `values` (nnz,) is the parameter, in CSR order of W as the matrix (O, C / groups * kernel_h * kernel_w);
     `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers. Gradients and optimiser state are nnz-sized too.
     `weight` is the dense weight, made where it is used. Arguments are those of nn.Conv2d, and `mask` by keyword: see
@@ -128,7 +124,13 @@ class MaskedConv2d(MaskedConvolution):
 
 
 class MaskedConv1d(MaskedConvolution):
-    """nn.Conv1d over a fixed mask: as MaskedConv2d, of images of height 1."""
+    """nn.Conv1d over a fixed mask: as MaskedConv2d, of images of height 1.
+
+    Examples:
+        >>> layer = MaskedConv1d(3, 16, 3, padding=1, mask=torch.rand(16, 3, 3) < 0.2)
+        >>> layer(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 16, 8])
+    """
 
     dense_type = nn.Conv1d
 
@@ -151,6 +153,20 @@ class MaskedConv1d(MaskedConvolution):
         padding = self.padding if self._pad_first is None else 0
         y = F.conv1d(padded.squeeze(-2), weight, bias, self.stride, padding, self.dilation, self.groups)
         return y.unsqueeze(-2)
+
+
+def take_arguments(layer: MaskedLayer, like: nn.Module, dimensions: int) -> None:
+    """Those of a dense convolution; ValueError for no channels and for sizes that no kernel takes."""
+    for name in layer.arguments:
+        setattr(layer, name, getattr(like, name))
+    if min(like.in_channels, like.out_channels) < 1:
+        channels = f"{like.in_channels}, {like.out_channels}"
+        raise ValueError(f"in_channels, out_channels: expected at least 1, got {channels}")
+    for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+        sizes = getattr(layer, name)
+        if not isinstance(sizes, str) and (len(sizes) != dimensions or min(sizes) < least):
+            expected = "one number" if dimensions == 1 else "two numbers"
+            raise ValueError(f"{name}: expected {expected} of at least {least}, got {sizes}")
 
 
 def geometry_of(conv: MaskedConvolution | nn.Conv1d | nn.Conv2d) -> Geometry:

@@ -12,12 +12,18 @@ from .. import ops
 from ..kernels.reference import Geometry
 from ..pattern import Pattern
 from .base import MaskedLayer
+from .conv import take_arguments
 
 WHY = "there are kernels for single weights of a transposed convolution only"
 
 
 class MaskedConvTranspose2d(MaskedLayer):
     """nn.ConvTranspose2d over a fixed mask: y is the gradient of the image in the convolution of the same weight.
+
+    Examples:
+        >>> layer = MaskedConvTranspose2d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2, 2) < 0.5)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 16, 16])
 
     Args:
         mask: bool (in_channels, out_channels / groups, *kernel_size), by keyword, True where a weight survives; None
@@ -53,13 +59,7 @@ class MaskedConvTranspose2d(MaskedLayer):
         # Refuses what the dense layer does and makes tuples of single numbers.
         like = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups,
                                   False, dilation, padding_mode, "meta")  # fmt: skip
-        for name in self.arguments:
-            setattr(self, name, getattr(like, name))
-        if min(in_channels, out_channels) < 1:
-            raise ValueError(f"in_channels, out_channels: expected at least 1, got {in_channels}, {out_channels}")
-        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
-            if min(getattr(self, name)) < least:
-                raise ValueError(f"{name}: expected two numbers of at least {least}, got {getattr(self, name)}")
+        take_arguments(self, like, 2)
         top, left = self.padding
         sides = top, top, left, left
         self.geometry = Geometry(out_channels, *self.kernel_size, *self.stride, *sides, *self.dilation, groups)

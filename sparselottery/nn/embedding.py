@@ -64,6 +64,11 @@ class _Rows(MaskedLayer):
 class MaskedEmbedding(_Rows):
     """nn.Embedding over a fixed mask: y = W[ids], where only the surviving weights of W exist.
 
+    Examples:
+        >>> layer = MaskedEmbedding(100, 16, mask=torch.rand(100, 16) < 0.5)
+        >>> layer(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 16])
+
     Args:
         mask: bool (num_embeddings, embedding_dim), by keyword, True where a weight survives; None keeps all of them.
         all others: as in nn.Embedding; max_norm, scale_grad_by_freq and sparse are refused.
@@ -104,6 +109,11 @@ class MaskedEmbedding(_Rows):
 
 class MaskedEmbeddingBag(_Rows):
     """nn.EmbeddingBag over a fixed mask: sums, means or maxima of rows.
+
+    Examples:
+        >>> layer = MaskedEmbeddingBag(100, 16, mode="sum", mask=torch.rand(100, 16) < 0.5)
+        >>> layer(torch.tensor([[1, 2, 3], [4, 5, 6]])).shape
+        torch.Size([2, 16])
 
     Args:
         mask: bool (num_embeddings, embedding_dim), by keyword, True where a weight survives; None keeps all of them.

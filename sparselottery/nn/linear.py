@@ -18,6 +18,11 @@ from .executions import NATIVE
 class MaskedLinear(MaskedLayer):
     """nn.Linear over a fixed mask: y = x Wᵀ + b, where only the surviving weights of W exist.
 
+    Examples:
+        >>> layer = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.5)
+        >>> layer(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
+
     `values` (nnz,) is the parameter, in CSR order; `crow_indices` (O + 1,) and `col_indices` (nnz,) are int32 buffers.
     Gradients and optimiser state are nnz-sized too. `weight` is the dense weight, made where it is used.
 

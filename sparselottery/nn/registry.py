@@ -50,6 +50,19 @@ _HARMLESS = {
 def register(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> None:
     """Have layers of a dense type masked by a masked type of one's own: by `prune`, `convert` and all that follows.
 
+    Examples:
+        >>> class Scaled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return 3 * super().forward(x)
+        >>> class MaskedScaled(ScatteredLayer):
+        ...     dense_type, arguments = Scaled, ("in_features", "out_features")
+        ...     def multiply(self, weight, bias, x):
+        ...         return 3 * nn.functional.linear(x, weight, bias)
+        >>> register(Scaled, MaskedScaled)
+        >>> model = nn.Sequential(Scaled(8, 4))
+        >>> type(convert(model, prune(model, 0.5))[0]).__name__
+        'MaskedScaled'
+
     masked_type: a subclass of `ScatteredLayer`, whose docstring shows a whole one, or of `MaskedLayer`, with this dense
     type as its `dense_type`. A type that is registered again gets the new one.
     Raises TypeError for anything else, and says what is missing.

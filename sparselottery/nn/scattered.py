@@ -22,19 +22,28 @@ WHY = "there are no kernels for such a layer: its values are scattered into a de
 class ScatteredLayer(MaskedLayer):
     """A masked layer of a dense type with a `weight` and perhaps a `bias`, which `multiply` makes y of.
 
+    Examples:
+        >>> class Scaled(nn.Module):
+        ...     def __init__(self, size, scale):
+        ...         super().__init__()
+        ...         self.size, self.scale = size, scale
+        ...         self.weight = nn.Parameter(torch.ones(size, size))
+        ...     def forward(self, x):
+        ...         return self.scale * nn.functional.linear(x, self.weight)
+        >>> class MaskedScaled(ScatteredLayer):
+        ...     dense_type = Scaled
+        ...     arguments = ("size", "scale")
+        ...     chooses_bias = False
+        ...     def multiply(self, weight, bias, x):
+        ...         return self.scale * nn.functional.linear(x, weight)
+        >>> register(Scaled, MaskedScaled)
+        >>> convert(Scaled(4, 3.0), {"weight": torch.eye(4) > 0})(torch.ones(4))
+        tensor([3., 3., 3., 3.], grad_fn=<MulBackward0>)
+
     A subclass names its `dense_type`, the `arguments` that this is made of and that are attributes of it, as they were
     given (all but bias, device and dtype), and writes `multiply`; where the constructor has no argument `bias`,
     `chooses_bias` is False. What else the constructor sets is an attribute of the masked layer too.
-    `register` then has it take the place of the dense ones:
-
-        class MaskedScaled(ScatteredLayer):
-            dense_type = Scaled  # Scaled(size, scale, bias=True), an nn.Module with weight and bias
-            arguments = ("size", "scale")
-
-            def multiply(self, weight, bias, x):
-                return self.scale * F.linear(x, weight, bias)
-
-        register(Scaled, MaskedScaled)
+    `register` then has it take the place of the dense ones.
 
     Args:
         mask: bool, of the weight's shape, by keyword, True where a weight survives; None keeps all.
@@ -111,7 +120,13 @@ _CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding
 
 
 class MaskedConv3d(ScatteredLayer):
-    """nn.Conv3d over a fixed mask; `mask` is bool (out_channels, in_channels / groups, *kernel_size)."""
+    """nn.Conv3d over a fixed mask; `mask` is bool (out_channels, in_channels / groups, *kernel_size).
+
+    Examples:
+        >>> layer = MaskedConv3d(3, 4, 3, padding=1, mask=torch.rand(4, 3, 3, 3, 3) < 0.2)
+        >>> layer(torch.randn(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 4, 4, 4, 4])
+    """
 
     dense_type = nn.Conv3d
     arguments = _CONVOLUTION
@@ -156,13 +171,25 @@ class MaskedConvTranspose(ScatteredLayer):
 
 
 class MaskedConvTranspose1d(MaskedConvTranspose):
-    """nn.ConvTranspose1d over a fixed mask."""
+    """nn.ConvTranspose1d over a fixed mask.
+
+    Examples:
+        >>> layer = MaskedConvTranspose1d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2) < 0.5)
+        >>> layer(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 4, 16])
+    """
 
     dense_type = nn.ConvTranspose1d
 
 
 class MaskedConvTranspose3d(MaskedConvTranspose):
-    """nn.ConvTranspose3d over a fixed mask."""
+    """nn.ConvTranspose3d over a fixed mask.
+
+    Examples:
+        >>> layer = MaskedConvTranspose3d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2, 2, 2) < 0.5)
+        >>> layer(torch.randn(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 4, 8, 8, 8])
+    """
 
     dense_type = nn.ConvTranspose3d
 

@@ -23,6 +23,12 @@ _KEEPS_STRIDES = {*ELEMENTWISE, *NOTHING}
 class MaskedSequential(nn.Sequential):
     """nn.Sequential in which some runs of children are one native call each, forward and backward.
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> sparse = convert(model, prune(model, 0.9))
+        >>> type(sparse).__name__, sparse(torch.randn(5, 64)).shape
+        ('MaskedSequential', torch.Size([5, 10]))
+
     They are MaskedLinear, ReLU, MaskedLinear, ... and MaskedConv2d with the ReLU after it; on the CPU with the
     MaxPool2d, too, and in evaluation without gradients the BatchNorm2d. Where only elementwise modules stand before the
     next MaskedLinear, activations stay batch-minor. The children keep their names, so the state_dict is that of an

@@ -21,6 +21,11 @@ class _Conv1D:
 class MaskedTransposedLinear(MaskedLinear):
     """transformers' Conv1D over a fixed mask: y = x W + b, where only the surviving weights of W exist.
 
+    Examples:
+        >>> layer = MaskedTransposedLinear(nf=4, nx=8, mask=torch.rand(8, 4) < 0.5)
+        >>> layer(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
+
     Its pattern is that of MaskedLinear, of Wᵀ (nf, nx), and so are its kernels; mask and dense weight are (nx, nf).
 
     Args:

@@ -46,6 +46,25 @@ def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
+def operands(
+    x: Tensor, values: Tensor, bias: Tensor | None, col_indices: Tensor, outputs: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, values and bias of a convolution, as autocast has them; TypeError or ValueError for those that do not fit."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values, bias = autocast(x, dtype), autocast(values, dtype), autocast(bias, dtype)
+    if x.dtype != values.dtype:
+        raise TypeError(f"x: expected {values.dtype}, the dtype of the values, got {x.dtype}")
+    if values.is_cpu != x.is_cpu:
+        raise misplaced(x, values)
+    if values.shape != col_indices.shape:
+        raise misfit("values", values, x.dtype, col_indices.shape)
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (outputs,)):
+        raise misfit("bias", bias, x.dtype, (outputs,))
+    return x, values, bias
+
+
 def blocks_taken(device: torch.device, geometry: Geometry | None = None) -> tuple[Block, ...]:
     """Those of `BLOCKS` for which a device has kernels: of a linear layer, or of a convolution of this geometry."""
     return tuple(block for block in BLOCKS if gpu.takes_block(block, device, geometry)) if gpu.runs_on(device) else ()

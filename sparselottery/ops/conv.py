@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import cpu, gpu, native, reference
 from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, in_torch, misfit, misplaced, untraced
+from .common import LIBRARY, Block, in_torch, operands, untraced
 
 LIBRARY.define(
     "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
@@ -57,18 +57,7 @@ def conv2d(
     Raises TypeError if x, values and bias differ in dtype, ValueError if sizes are not those of the indices and the
     geometry or the kernel does not fit into the padded image.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, values, bias = autocast(x, dtype), autocast(values, dtype), autocast(bias, dtype)
-    if x.dtype != values.dtype:
-        raise TypeError(f"x: expected {values.dtype}, the dtype of the values, got {x.dtype}")
-    if values.is_cpu != x.is_cpu:
-        raise misplaced(x, values)
-    if values.shape != col_indices.shape:
-        raise misfit("values", values, x.dtype, col_indices.shape)
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (crow_indices.shape[0] - 1,)):
-        raise misfit("bias", bias, x.dtype, (crow_indices.shape[0] - 1,))
+    x, values, bias = operands(x, values, bias, col_indices, crow_indices.shape[0] - 1)
     if x.dim() != 4 or x.shape[1] != geometry.channels:
         raise ValueError(f"x: expected shape (N, {geometry.channels}, H, W), got {tuple(x.shape)}")
     if min(geometry.output_size(x.shape[2], x.shape[3])) < 1:

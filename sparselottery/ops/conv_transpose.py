@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.reference import Geometry, conv_weight, image_format
-from .common import LIBRARY, autocast, misfit, misplaced
+from .common import LIBRARY, operands
 from .conv import _forward as convolve
 from .conv import _gradients as gradients
 
@@ -47,16 +47,7 @@ def conv_transpose2d(
     Under autocast everything is computed from inputs rounded to its dtype.
     Raises TypeError if x, values and bias differ in dtype, ValueError if sizes do not fit.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, values, bias = autocast(x, dtype), autocast(values, dtype), autocast(bias, dtype)
-    if x.dtype != values.dtype:
-        raise TypeError(f"x: expected {values.dtype}, the dtype of the values, got {x.dtype}")
-    if values.is_cpu != x.is_cpu:
-        raise misplaced(x, values)
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (geometry.channels,)):
-        raise misfit("bias", bias, x.dtype, (geometry.channels,))
+    x, values, bias = operands(x, values, bias, col_indices, geometry.channels)
     filters = len(crow_indices) - 1
     if x.dim() != 4 or x.shape[1] != filters:
         raise ValueError(f"x: expected shape (N, {filters}, H, W), got {tuple(x.shape)}")

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from .. import ops
 from ..architecture import build
 from ..calls import ExampleInput, arguments
+from ..contents import Contents
 from ..copying import copied
-from ..files import Contents, read, refusals_name
+from ..files import read, refusals_name
 from ..kernels import native
 from ..nn import MaskedLayer, OpenedModule, keep_from_fast_path, opened_type_of
 from ..survey import Survey, survey
@@ -33,6 +34,13 @@ class _Bound(tuple):
 
 class SparseModel(nn.Module):
     """A frozen model: evaluation only, without gradients; several threads may call it at once.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4)).eval()
+        >>> report = export(convert(model, prune(model, 0.5)), "net.safetensors", format="safetensors")
+        >>> net = load_sparse("net.safetensors")
+        >>> isinstance(net, SparseModel), net.training
+        (True, False)
 
     It computes in the dtypes of its file. `net` is the module tree, under the names of the file; its tensors are not to
     be changed, as kernels have packed them. torch.fx and torch.export, which read signatures, take `net`.
@@ -100,6 +108,13 @@ def load_sparse(
     example_input: ExampleInput | None = None,
 ) -> SparseModel:
     """The model of a ticket or export in safetensors, frozen for inference on a device.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4)).eval()
+        >>> report = export(convert(model, prune(model, 0.5)), "net.safetensors", format="safetensors")
+        >>> net = load_sparse("net.safetensors")
+        >>> net(torch.zeros(1, 8)).shape
+        torch.Size([1, 4])
 
     model: for a file that knows no architecture, a model of it. It is left as it is. The copy that is used takes
     evaluation mode, the file's tensors, and the model's own values only of buffers that no file holds (those that are
