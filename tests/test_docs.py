@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import sparselottery
 from benchmarks import results, scoreboard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,33 @@ def test_the_scoreboard_is_that_of_the_rows():
     commits = re.compile(r"\| [^|]* \|$", flags=re.MULTILINE)  # the last column: in a shallow clone git knows none
     made = scoreboard.page(results.folders([]), commit=lambda path: "")
     assert commits.sub("", scoreboard.PAGE.read_text()) == commits.sub("", made)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_tables_of_numbers_name_their_rows(page):
+    """The section of a table with decimals, or headed "Measured", links a committed file or says that none was kept."""
+    for section in re.split(r"^(?=## )", page.read_text(), flags=re.MULTILINE):
+        cells = [cell.strip(" *") for line in section.splitlines() if line[:1] == "|" for cell in line.split("|")]
+        if section.startswith("## Measured") or any(re.fullmatch(r"\d+\.\d+", cell) for cell in cells):
+            assert re.search(r"results/\S+\.csv|no rows were kept|no rows kept", section), section
+
+
+def test_links_into_results_are_of_committed_files():
+    for page in PAGES:
+        for name in re.findall(r"\]\((?:\.\./)?(results/[^)#]+)\)", page.read_text()):
+            assert (ROOT / "benchmarks" / name).exists(), f"{page.name}: {name}"
+
+
+def test_make_has_the_targets_that_are_named():
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *ROOT.glob(".github/workflows/*.yml")]
+    named = [re.findall(r"(?:`|run: |^ {4})make ([a-z0-9 -]+)", page.read_text(), flags=re.MULTILINE) for page in texts]
+    found = {target for calls in named for call in calls for target in call.split()}
+    assert {"demo", "test", "lint", "docs"} <= found <= targets
+
+
+def test_one_version():
+    assert f"\nversion: {sparselottery.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_page_has_a_place_in_the_navigation():
