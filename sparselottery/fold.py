@@ -25,38 +25,40 @@ def fold(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Modu
         >>> torch.allclose(fold(sparse, x)(x), sparse(x), atol=1e-5)
         True
 
-    Masks of permuted blocks (`prune` with `permute`) then have these blocks as they are where the units of one layer
-    are the inputs of the next in an nn.Sequential (`links`): no kernel gathers what another has written. What stays
-    permuted are the inputs of the first layer of such a chain, and what the blocks of two layers want otherwise.
+    Masks of permuted blocks (`prune` with `permute`) then have these blocks as they are where the units of some layers
+    are the inputs of others (`links`), through residual additions too: no kernel gathers what another has written. What
+    stays permuted are the inputs of the first layer of a chain, and what the blocks of two layers want otherwise.
     Sums are of the same terms in another order: equal up to rounding.
 
     example_input: a tensor, a tuple of the model's positional arguments or a dict of its keyword arguments: both models
-    are called with it, in evaluation mode. None: it is presumed that each nn.Sequential is called as a whole, and on
-    batches. A forward that calls children one by one, and reads what is between, would read units in another order.
+    are called with it, in evaluation mode. None: what `links` presumes is taken for true. A forward that torch.fx
+    cannot trace, and that reads what is between children of a child, would read units in another order.
     Raises ValueError if the two differ on the example beyond rounding; and without one if a BatchNorm1d or a PReLU of
     several parameters follows a linear layer whose units are moved: of inputs (N, C, L) it normalises C, and not units.
     """
     layers = masked_weights(model)
-    joined = [link for link in links(model) if link.outputs in layers and link.inputs in layers]
-    names = [name for name in layers if any(name in link[:2] for link in joined)]
+    joined = links(model)
+    names = [name for name in layers if any(name in link.outputs + link.inputs for link in joined)]
     grains = {name: Permuted(*permuted_block_of(layers[name].pattern, layers[name].shape)[0]) for name in names}
     state, masks, orders = dense_state(model), masks_of(model), {}
     for together in connected(names, joined):
         found = orders_in(masks, {name: grains[name] for name in together}, joined)[1]
         orders |= zip(together, found, strict=True)
     for link in joined:
-        units = orders[link.outputs].rows
-        if is_natural(units):
+        found = [orders[name].rows for name in link.outputs if name in orders]
+        found += [orders[name].columns for name in link.inputs if name in orders]
+        if not found or is_natural(units := found[0]):
             continue
         if example_input is None:
             _check_clear(model, link)
-        modules = (*link.between, _module(link.outputs))
+        modules = {*link.between, *map(_module, link.outputs)}
         for name, entry in state.items():
-            if name == link.inputs:
-                state[name], masks[name] = entry[:, units], masks[name][:, units]
-            elif _module(name) in modules and entry.shape[:1] == units.shape:
+            if _module(name) in modules and entry.shape[:1] == units.shape:
                 state[name] = entry[units]
-        masks[link.outputs] = masks[link.outputs][units]
+        for name in link.inputs:
+            state[name] = state[name][:, units]
+        masks |= {name: masks[name][units] for name in link.outputs if name in masks}
+        masks |= {name: masks[name][:, units] for name in link.inputs if name in masks}
     folded = converted_with(model, masks, state)
     load_dense_state(folded, state)
     if example_input is not None:
@@ -70,7 +72,7 @@ def _module(name: str) -> str:
 
 def _check_clear(model: nn.Module, link: Link) -> None:
     """Raise ValueError if it depends on the input whether what is between two layers is of the units."""
-    if type(model.get_submodule(_module(link.outputs))) not in LINEAR:
+    if not any(type(model.get_submodule(_module(name))) in LINEAR for name in link.outputs):
         return
     for name in link.between:
         module = model.get_submodule(name)
@@ -91,8 +93,8 @@ def _check_same(model: nn.Module, folded: nn.Module, example_input: ExampleInput
         bound = least * float(finite.abs().max()) if len(finite) and inexact else 0.0
         if before.shape != after.shape or not torch.allclose(before, after, rtol=0, atol=bound, equal_nan=True):
             raise ValueError(
-                "model: expected its nn.Sequentials to be called as a whole, on inputs of which linear layers' units "
-                "are dimension 1 where a norm follows; folded it returns something else of the example"
+                "model: expected its children to be called as a whole, on inputs of which linear layers' units are "
+                "dimension 1 where a norm follows; folded it returns something else of the example"
             )
 
 

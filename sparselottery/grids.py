@@ -32,7 +32,7 @@ class Rows:
 
 Block = tuple[int, int]
 Grain = Block | NofM | Permuted | Rows
-Links = Sequence[tuple]  # that begin with the names of two layers: the outputs of the first are inputs of the second
+Links = Sequence[tuple]  # that begin with two tuples of names: the outputs of the first are inputs of the second
 
 
 def grid_of(masks: Mapping[str, Tensor], name: str, block: Grain) -> Tensor:
@@ -66,10 +66,10 @@ def order_in(masks: Mapping[str, Tensor], name: str, grain: Permuted) -> Order:
 def connected(names: Sequence[str], links: Links) -> list[list[str]]:
     """The names in groups, in order, each of those that links join."""
     group = {name: [name] for name in names}
-    for one, other, *_ in links:
-        if one in group and other in group and group[one] is not group[other]:
-            joined = group[one] + group[other]
-            group |= dict.fromkeys(joined, joined)
+    for outputs, inputs, *_ in links:
+        parts = {id(group[name]): group[name] for name in (*outputs, *inputs) if name in group}
+        joined = [name for part in parts.values() for name in part]
+        group |= dict.fromkeys(joined, joined)
     return list({id(each): each for each in group.values()}.values())
 
 
@@ -78,14 +78,15 @@ def orders_in(
 ) -> tuple[list[tuple[int, int]], list[Order]]:
     """Which sides of these layers are one (see `shared_orders`), and orders in which all masks have whole blocks.
 
-    Sides that a link joins are one if the blocks have the same extent there, or one of them 1, and if all masks have an
-    order in common. Raises
-    ValueError for a mask without an order.
+    Sides that a link joins are one if the blocks have the same extent there, or 1, and if all masks have an order in
+    common. Raises ValueError for a mask without an order.
     """
     axes = {name: [2 * at, 2 * at + 1] for at, name in enumerate(grains)}
-    for one, other, *_ in links:
-        if one in axes and other in axes and len({grains[one].rows, grains[other].columns} - {1}) < 2:
-            axes[other][1] = axes[one][0]
+    for outputs, inputs, *_ in links:
+        sides = [(name, 0) for name in outputs if name in axes] + [(name, 1) for name in inputs if name in axes]
+        if len({grains[name].block[dim] for name, dim in sides} - {1}) < 2:
+            for name, dim in sides:
+                axes[name][dim] = axes[sides[0][0]][sides[0][1]]
     layers = [(Pattern.from_mask(masks[name].flatten(1)), masks[name].shape, grains[name].block) for name in grains]
     pairs = [(rows, columns) for rows, columns in axes.values()]
     if (orders := shared_orders(layers, pairs)) is None:

@@ -18,12 +18,11 @@ from torch.nn.parameter import is_lazy
 from .contents import Contents
 from .convert import dense_entries, masked_weights, masks_of, prunable
 from .files import json_copy
-from .links import links
 from .masks import Granularity, Masks, Score, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
 from .oriented import Views, fitted
-from .pruning import complete
+from .pruning import complete, links_for
 from .random_state import random_state_kept, seed_all
 from .runs import RunFolder
 from .scores import Scores, by_given, by_magnitude_of_survivors
@@ -122,7 +121,7 @@ def find_ticket(
     views = Views(found, chosen)
     chosen = fitted(chosen, views.seen(masks))
     check_blocks(views.seen(masks), chosen)
-    linked = links(model)
+    linked = links_for(model, chosen)
     if rounds > 1 and (fixed := [pool for pool in chosen if pool.fraction and isinstance(pool.block, NofM)]):
         raise ValueError(f"rounds: expected 1, as one leaves {fixed[0].block} of {fixed[0].names[0]}, got {rounds}")
     recipe = {"fraction": fraction, **how, "rewind_step": rewind_step, "reset": reset, "settings": settings}

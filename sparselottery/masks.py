@@ -168,9 +168,9 @@ def prune_pools(masks: Mapping[str, Tensor], chosen: Iterable[Pool], score: Scor
     """New masks, in which each pool has lost exactly round(fraction * n) of its n surviving blocks: the lowest scores.
 
     Of rows each layer keeps the one with the highest score. Ties go by index, layers in the order of the pool; only one
-    pool's scores are held at a time. `masks` is left as it is and nothing returned aliases it. links: layers of which
-    the outputs of the first are the inputs of the second: permuted blocks as high in the one as they are wide in the
-    other share an order there. Raises ValueError for a layer to be pruned whose mask has not whole blocks.
+    pool's scores are held at a time. `masks` is left as it is and nothing returned aliases it. links: names of
+    layers whose outputs are inputs of others, and of those: permuted blocks as high in the ones as they are wide in the
+    others share an order there. Raises ValueError for a layer to be pruned whose mask has not whole blocks.
     """
     chosen = [pool for pool in chosen if pool.fraction]
     permuted = [pool for pool in chosen if isinstance(pool.block, Permuted)]
@@ -210,10 +210,14 @@ def _prune_permuted(masks: Mapping[str, Tensor], chosen: Sequence[Pool], score: 
         like = torch.zeros(masks[name].shape, dtype=torch.float64, device=masks[name].device)
         dense[name] = like.masked_scatter_(masks[name], score(name, (1, 1)).double())
     for outputs, inputs, *_ in links:
-        for name, side, other in ((outputs, 0, inputs), (inputs, 1, outputs)):
-            if name in dense and alive[name] and other in masks:
-                dead = ~masks[other].transpose(0, 1 - side).flatten(1).any(1)
-                dense[name].index_fill_(side, dead.nonzero()[:, 0], float(dense[name][masks[name]].min()))
+        for names, side, others in ((outputs, 0, inputs), (inputs, 1, outputs)):
+            if not all(other in masks for other in others):
+                continue
+            live = [masks[other].transpose(0, 1 - side).flatten(1).any(1) for other in others]
+            dead = (~torch.stack(live).any(0)).nonzero()[:, 0]
+            for name in names:
+                if name in dense and alive[name]:
+                    dense[name].index_fill_(side, dead, float(dense[name][masks[name]].min()))
     orders = {}
     for names in connected(list(pool_of), links):
         grains = {name: pool_of[name].block for name in names}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .convert import masks_of, prunable
-from .links import links
-from .masks import Granularity, Masks, as_mask, check, pools, prune_pools
+from .links import Link, links
+from .masks import Granularity, Masks, Pool, as_mask, check, pools, prune_pools
+from .orders import Permuted
 from .oriented import Views, fitted
 from .scores import Scores, at_random, by_given, by_magnitude
 from .survey import survey
@@ -66,8 +67,8 @@ def prune(
             `ignore`.
         permute: blocks (R, C) are those of each weight with its rows and columns in another order, looked for anew each
             time so that those kept hold the most (see `orders`). It takes seconds for 4096 x 4096, and is a property of
-            the mask: nothing but that is to be kept. Layers of an nn.Sequential that follow each other (`links`) share
-            the order of the units between them, and weights of units that lead nowhere count as the lowest.
+            the mask: nothing but that is to be kept. Layers that follow each other (`links`) share the order of the
+            units between them, and weights of units that lead nowhere count as the lowest.
         generator: for "random"; None uses torch's.
     Returns a mask for every weight that `convert` can mask, in module order, embeddings among them; of a weight that
     several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
@@ -95,7 +96,7 @@ def prune(
     else:
         score = at_random(seen, generator) if method == "random" else by_magnitude(views.seen(weights), seen)
     found.tell(model, stacklevel=2)
-    return views.restored(prune_pools(seen, chosen, score, links(model)))
+    return views.restored(prune_pools(seen, chosen, score, links_for(model, chosen)))
 
 
 def complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
@@ -105,3 +106,8 @@ def complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Mask
     check(masks, weights)
     whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     return whole | {name: as_mask(name, mask).to(weights[name].device) for name, mask in masks.items()}
+
+
+def links_for(model: nn.Module, chosen: Sequence[Pool]) -> list[Link]:
+    """Those that pruning asks for: of blocks in an order of their own."""
+    return links(model) if any(isinstance(pool.block, Permuted) for pool in chosen) else []

@@ -1,17 +1,17 @@
-"""Units that two layers have in common, and permutations folded into both."""
+"""Units that layers have in common."""
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
-from blocks import is_blocky
+import torch.nn.functional as F
+from branches import Branches
 from torch import nn
 
-from sparselottery import convert, fold, prune
-from sparselottery.grids import orders_in
+from sparselottery import convert, prune
 from sparselottery.links import Link, links
-from sparselottery.nn import MaskedSequential
-from sparselottery.orders import Order, Permuted
 
 
 def chain(*between, outputs=16, inputs=16):
@@ -19,12 +19,12 @@ def chain(*between, outputs=16, inputs=16):
 
 
 def pairs(model):
-    return [link[:2] for link in links(model)]
+    return [(*link.outputs, *link.inputs) for link in links(model)]
 
 
 def test_units_pass_through_what_treats_them_alike():
     model = chain(nn.BatchNorm1d(16), nn.PReLU(16), nn.Dropout(), nn.Identity())
-    assert links(model) == [Link("0.weight", "5.weight", ("1", "2", "3", "4"))]
+    assert links(model) == [Link(("0.weight",), ("5.weight",), ("1", "2", "3", "4"))]
     assert pairs(convert(model, prune(model, 0.5))) == [("0.weight", "5.weight")]
 
 
@@ -42,7 +42,6 @@ def test_channels_are_units():
     [
         chain(nn.Softmax(1)),
         chain(nn.LayerNorm(16)),
-        chain(nn.Sequential(nn.ReLU())),
         chain(nn.Unflatten(1, (8, 2)), nn.Flatten()),
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4)),
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)),
@@ -75,13 +74,96 @@ def test_a_layer_that_is_used_twice_is_in_no_link():
     assert len(links(nn.Sequential(nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8)))) == 2
 
 
+def test_chains_in_chains_are_one():
+    assert pairs(chain(nn.Sequential(nn.ReLU(), nn.Sequential()))) == [("0.weight", "2.weight")]
+
+
 class Own(nn.Sequential):
     def forward(self, x):
         return self[0](x) + super().forward(x)
 
 
-def test_a_forward_of_its_own_may_read_units():
+def test_a_layer_that_is_called_twice_is_in_no_link():
     assert links(Own(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))) == []
+
+
+def test_branches_that_are_added_share_their_units():
+    net = Branches(operator.add)
+    found = links(net)
+    assert [sorted(link.outputs) for link in found] == [["enter.weight", "two.weight"], ["one.weight"]]
+    assert [sorted(link.inputs) for link in found] == [["leave.weight", "one.weight"], ["two.weight"]]
+    assert [link.between for link in found] == [("norm",), ("between",)]
+    assert links(convert(net, prune(net, 0.5))) == found
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, y: torch.cat([x[:, :4], y[:, 4:]], 1),
+        lambda x, y: x + y.flip(1),
+        lambda x, y: x + y.softmax(1),
+        lambda x, y: x + y * torch.arange(8).view(-1, 1, 1),
+        lambda x, y: F.layer_norm(x + y, x.shape[1:]),
+    ],
+)
+def test_units_that_something_else_reads_stay(join):
+    assert pairs(Branches(join)) == [("one.weight", "two.weight")]
+
+
+def test_what_reads_a_weight_itself_fixes_its_units():
+    class Reads(Branches):
+        def forward(self, x):
+            return super().forward(x) * self.one.bias.sum()
+
+    assert links(Reads(torch.add)) == []
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_block_see_its_units(hook):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ReLU()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = chain(Plain())
+    assert pairs(model) == [("0.weight", "2.weight")]
+    getattr(model[1], hook)(lambda *_: None)
+    assert links(model) == []
+
+
+def test_a_forward_is_traced_on_a_copy_without_data():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = chain(nn.ReLU()), 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x, *, scale=2.0):
+            self.calls += 1
+            self.seen += 1
+            assert next(self.parameters()).is_meta
+            return self.net(x) * scale * torch.rand(()) if scale > 1 else x
+
+    model, state = Counts(), torch.get_rng_state()
+    assert pairs(model) == [("net.0.weight", "net.2.weight")]
+    assert model.calls == model.seen == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_where_a_forward_cannot_be_traced_those_of_its_children_are():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleList([Branches(operator.add)])
+
+        def forward(self, x):
+            return self.body[0](x) if x.sum() > 0 else x
+
+    assert len(links(Asks())) == 2
+    assert links(Asks())[0].between == ("body.0.norm",)
 
 
 @pytest.mark.parametrize("child", [0, 1, 2])
@@ -105,169 +187,3 @@ def test_a_chain_with_a_forward_of_its_own_has_no_links():
     model = chain(nn.ReLU())
     model.forward = lambda x: model[0](x)
     assert links(model) == []
-
-
-GRAINS = {"0.weight": (4, 4), "3.weight": (4, 4)}
-
-
-def net():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(24, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), nn.PReLU(12), nn.Linear(12, 3)
-    )
-    model(torch.randn(9, 24))
-    with torch.no_grad():
-        model[1].weight.uniform_(0.5, 2)
-        model[4].weight.uniform_(0.1, 0.9)
-        for scaled in (0, 3):
-            model[scaled].weight.mul_(torch.rand(model[scaled].weight.shape[0], 1) + 0.2)
-    return model.eval()
-
-
-def test_linked_layers_share_an_order():
-    model, masks = net(), None
-    grains = {name: Permuted(*block) for name, block in GRAINS.items()}
-    for _ in range(3):
-        masks = prune(model, 0.3, masks, granularity=GRAINS, permute=True)
-        axes, orders = orders_in(masks, grains, links(model))
-        assert axes[1][1] == axes[0][0]
-        assert torch.equal(orders[0].rows, orders[1].columns)
-        assert all(is_blocky(order.permuted(masks[name]), (4, 4)) for order, name in zip(orders, GRAINS, strict=True))
-    assert not orders[0].is_natural
-
-
-def test_weights_of_units_that_lead_nowhere_go_first():
-    model = net()
-    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in (*GRAINS, "5.weight")}
-    masks["3.weight"][:, [0, 5, 6, 11]] = False  # hidden units without outputs
-    masks["5.weight"][:, :8] = False  # and 8 of the next layer
-    with torch.no_grad():
-        model[0].weight[[0, 5, 6, 11]] = 100
-        model[3].weight[:8] = 100
-    pruned = prune(model, 0.7, masks, granularity=GRAINS, permute=True)
-    assert not pruned["0.weight"][[0, 5, 6, 11]].any()
-    assert not pruned["3.weight"][:8].any()
-    alone = prune(nn.ModuleDict(dict(model.named_children())), 0.7, masks, granularity=GRAINS, permute=True)
-    assert alone["0.weight"][[0, 5, 6, 11]].all()
-
-
-def test_masks_without_a_common_order_keep_their_own():
-    model = net()
-    masks = {}
-    for seed, (name, block) in enumerate(GRAINS.items()):
-        alone = {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool)}
-        torch.manual_seed(seed)
-        order = Order(*map(torch.randperm, alone[name].shape))
-        grid = torch.rand(*(size // step for size, step in zip(alone[name].shape, block, strict=True))) < 0.5
-        masks[name] = order.permuted(grid.repeat_interleave(4, 0).repeat_interleave(4, 1))
-    grains = {name: Permuted(*block) for name, block in GRAINS.items()}
-    axes, _ = orders_in(masks, grains, links(model))
-    assert axes == [(0, 1), (2, 3)]
-    pruned = prune(model, 0.4, masks, granularity=GRAINS, permute=True)
-    assert not any((pruned[name] & ~mask).any() for name, mask in masks.items())
-
-
-def test_folded_units_are_in_the_order_of_the_blocks(monkeypatch):
-    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((4, 4),))
-    model = net()
-    masked = convert(model, prune(model, 0.6, granularity=GRAINS, permute=True)).eval()
-    folded = fold(masked, torch.randn(7, 24))
-    assert type(folded) is MaskedSequential
-    assert not folded.training
-    x = torch.randn(7, 24)
-    torch.testing.assert_close(folded(x), masked(x))
-    assert not is_blocky(masked[3].mask, (4, 4))
-    assert is_blocky(folded[3].mask, (4, 4))
-    rows = folded[0].mask.unflatten(0, (4, 4))
-    assert torch.equal(rows.all(1), rows.any(1))  # its columns, the inputs of the net, stay where they are
-    assert folded[0].nnz == masked[0].nnz
-    torch.testing.assert_close(fold(folded, x)(x), folded(x))
-
-
-def test_what_has_no_blocks_is_folded_into_nothing():
-    model = net()
-    masked = convert(model, prune(model, 0.5))
-    folded = fold(masked, torch.randn(7, 24))
-    assert all(map(torch.equal, folded.state_dict().values(), masked.state_dict().values()))
-
-
-class Skips(nn.Module):
-    """Calls the children of a Sequential one by one, and returns what is between them."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def forward(self, x, twice=False):
-        found = []
-        for layer in self.layers:
-            x = layer(x)
-            found.append(2 * x if twice else x)
-        return {"all": found}
-
-
-@pytest.mark.parametrize("example", [torch.randn(5, 24), (torch.randn(5, 24), True), {"x": torch.randn(5, 24)}])
-def test_an_example_shows_what_the_structure_does_not(example, monkeypatch):
-    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
-    torch.manual_seed(0)
-    model = Skips()
-    masks = {"layers.0.weight": (torch.rand(8, 24) < 0.5).repeat(2, 1), "layers.2.weight": torch.rand(3, 16) < 0.5}
-    masked = convert(model, masks)
-    with pytest.raises(ValueError, match=r"expected its nn\.Sequentials to be called as a whole"):
-        fold(masked, example)
-    assert masked.training
-    folded = fold(masked.layers, torch.randn(5, 24))
-    assert torch.equal(folded[0].mask[::2], folded[0].mask[1::2])
-
-
-@pytest.mark.parametrize("between", [nn.BatchNorm1d(16), nn.PReLU(16)])
-def test_a_norm_after_a_linear_layer_takes_an_example(between, monkeypatch):
-    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 16), between, nn.Linear(16, 3))
-    with torch.no_grad():
-        between.weight.uniform_(0.1, 0.9)
-    kind = type(between).__name__
-    natural = convert(model, {"0.weight": (torch.rand(8, 24) < 0.5).repeat_interleave(2, 0)})
-    assert torch.equal(fold(natural)[0].mask, natural[0].mask)  # nothing moves
-    masked = convert(model, {"0.weight": (torch.rand(8, 24) < 0.5).repeat(2, 1), "2.weight": torch.rand(3, 16) < 0.5})
-    with pytest.raises(ValueError, match=f"example_input: expected one, as {kind} '1' follows a linear layer"):
-        fold(masked)
-    with pytest.raises(ValueError, match="folded it returns something else of the example"):
-        fold(masked, torch.randn(4, 16, 24))
-    folded, x = fold(masked, torch.randn(4, 24)).eval(), torch.randn(7, 24)
-    torch.testing.assert_close(folded(x), masked.eval()(x))
-    assert not torch.equal(folded[0].mask, masked[0].mask)
-
-
-def test_channels_are_folded_through_norms_pools_and_flatten(monkeypatch):
-    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4),
-    )  # fmt: skip
-    x = torch.randn(9, 3, 12, 12)
-    model(x)
-    with torch.no_grad():
-        for at in (1, 2, 7):
-            model[at].weight.uniform_(0.1, 0.9)
-    masks = {name: (torch.rand(half, *shape) < 0.6).repeat(2, 1, 1, 1) for name, half, shape in
-             (("0.weight", 4, (3, 3, 3)), ("4.weight", 3, (8, 3, 3)))}  # fmt: skip
-    masked = convert(model, masks | {"8.weight": torch.rand(4, 6) < 0.8}).eval()
-    folded = fold(masked)
-    torch.testing.assert_close(folded(x), masked(x))
-    for at in (0, 4):
-        pairs_of_rows = folded[at].mask.unflatten(0, (-1, 2))
-        assert torch.equal(pairs_of_rows[:, 0], pairs_of_rows[:, 1])
-        assert not torch.equal(folded[at].mask, masked[at].mask)
-
-
-def test_tied_weights_stay_where_they_are():
-    model = nn.ModuleDict({"body": net(), "g": nn.Linear(8, 8), "h": nn.Linear(8, 8)})
-    model["h"].weight = model["g"].weight
-    masked = convert(model, prune(model, 0.5))
-    assert masked["h"].values is masked["g"].values
-    folded = fold(masked)
-    assert folded["h"].values is folded["g"].values
-    assert torch.equal(folded["g"].mask, masked["g"].mask)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..convert import prunable
+from ..links import links
 from ..masks import Masks, Pool, prune_pools, to_counts
 from ..scores import by_score
 
@@ -78,7 +79,7 @@ def synflow(
     After step i of `steps` a share d ** (i / steps) of each pool is left, d being the last one (Tanaka et al. 2020,
     Algorithm 1). No layer loses its last weight as long as the others leave it a share of the flow.
     """
-    pruned = dict(masks)
+    pruned, linked = dict(masks), links(model)
     for step in range(1, steps + 1):
         # Of the survivors now, the share that taken as often as there are steps to go leads to the end.
         now = [
@@ -86,7 +87,7 @@ def synflow(
             for pool in to_counts(pruned, chosen, like)
         ]
         flow = synaptic_flow(model, shape, pruned)
-        pruned = prune_pools(pruned, now, by_score(flow.__getitem__, pruned))
+        pruned = prune_pools(pruned, now, by_score(flow.__getitem__, pruned), linked)
     return pruned
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import dense_state
+from ..links import links
 from ..masks import Masks, Pool, Score, granularities, pools, prune_pools, rearrange, to_counts
 from ..scores import at_random, by_magnitude, by_score
 from ..ticket import Ticket
@@ -136,10 +137,11 @@ def _chosen(of: Round) -> list[Pool]:
     return [pool for pool in pools(list(of.theta.masks), **of.pruning) if pool.fraction]
 
 
-def _masked_by(of: Round, score: Score) -> Ticket:
-    """theta at the masks that the ladder would have with this score and as many survivors, in one pruning."""
+def _masked_by(of: Round, score: Score, chosen: list[Pool] | None = None) -> Ticket:
+    """theta at the masks with this score and as many survivors, in one pruning; chosen: None, as the ladder prunes."""
     start = of.theta.masks
-    return _ticket(of, masks=prune_pools(start, to_counts(start, _chosen(of), of.masks), score))
+    counted = to_counts(start, _chosen(of) if chosen is None else chosen, of.masks)
+    return _ticket(of, masks=prune_pools(start, counted, score, links(_net(of))))
 
 
 def _one_shot(of: Round, generator: torch.Generator) -> Ticket:
@@ -170,9 +172,8 @@ def _together(of: Round) -> list[Pool]:
 
 
 def _scored(scores: Callable[[nn.Module, Tensor, Tensor], at_init.Scores], of: Round, _: torch.Generator) -> Ticket:
-    start, found = of.theta.masks, scores(_net(of), of.images, of.labels)
-    score = by_score(found.__getitem__, start)
-    return _ticket(of, masks=prune_pools(start, to_counts(start, _together(of), of.masks), score))
+    found = scores(_net(of), of.images, of.labels)
+    return _masked_by(of, by_score(found.__getitem__, of.theta.masks), _together(of))
 
 
 def _synflow(of: Round, generator: torch.Generator) -> Ticket:
