@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparselottery import convert
+from sparselottery import convert, prune
 from sparselottery.convert import masks_of
 from sparselottery.export import export, load_torch_sparse
-from sparselottery.pattern import block_of
+from sparselottery.pattern import Pattern, block_of
 from sparselottery.ticket import Ticket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +78,36 @@ def test_bsr_blocks_are_those_of_the_mask(tmp_path):
     assert block_of(model[1].pattern, (32, 36)) == (16, 16)
     assert state["0.weight"].values().shape[1:] == (4, 16)  # 36 rows end in a cut-off block
     assert state["1.weight"].values().shape[1:] == (16, 4)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (40, 36), (32, 16, 3, 3)])
+def test_bsr_of_permuted_blocks_has_the_order_beside_it(tmp_path, shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(*shape[::-1]) if len(shape) == 2 else nn.Conv2d(*shape[1::-1], 3)
+    model = nn.Sequential(layer)
+    masks = prune(model, 0.6, granularity=(16, 16), permute=True)
+    assert block_of(Pattern.from_mask(masks["0.weight"].flatten(1)), shape) == (1, 1)
+    model = convert(model, masks)
+    export(model, tmp_path / "out", format="torch-bsr")
+    state = load_torch_sparse(tmp_path / "out")
+    assert state["0.weight"].values()[0].numel() >= 16
+    rows, columns = state["0.weight.rows"], state["0.weight.columns"]
+    weight = model[0].weight.detach().flatten(1)
+    assert torch.equal(state["0.weight"].to_dense(), weight[rows][:, columns])
+    x, y = torch.randn(5, weight.shape[1]), torch.empty(5, len(weight))
+    y[:, rows] = x[:, columns] @ state["0.weight"].to_dense().t()
+    torch.testing.assert_close(y, x @ weight.t())
+    tensors = load_file(tmp_path / "out")
+    with safe_open(tmp_path / "out", "pt") as file:
+        head = file.metadata()
+    for change in ({"0.weight.rows": rows.clone().fill_(0)}, {"0.weight.columns": columns[:-1].clone()},
+                   {"0.weight.rows": rows.long()}):  # fmt: skip
+        save_file({**tensors, **change}, tmp_path / "bad", head)
+        with pytest.raises(ValueError, match=r"0\.weight\.(rows|columns): expected an order"):
+            load_torch_sparse(tmp_path / "bad")
+    save_file({name: each for name, each in tensors.items() if name != "0.weight.rows"}, tmp_path / "bad", head)
+    with pytest.raises(ValueError, match=r"0\.weight\.rows: expected an order"):
+        load_torch_sparse(tmp_path / "bad")
 
 
 def test_torch_itself_multiplies_the_tensors(tmp_path):

@@ -8,9 +8,10 @@ import torch
 
 from sparselottery import prune
 from sparselottery.convert import convert, dense_state
-from sparselottery.grids import block_sums, grid_of, order_in
+from sparselottery.grids import block_sums, grid_of, order_in, orders_in
 from sparselottery.lab.controls import CONTROLS, MASK_ONLY, Control, Round, reinit
 from sparselottery.lab.models import conv_net, lenet_300_100
+from sparselottery.links import links
 from sparselottery.orders import Permuted
 from sparselottery.ticket import Ticket
 
@@ -171,6 +172,15 @@ def test_permuted_blocks_stay_permuted_blocks():
             sum(int(grid_of(each, layer, grain).sum()) for layer, grain in grains.items()) for each in (masks, of.masks)
         ]
         assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("name", ["one-shot", "random", "magnitude", "snip", "grasp", "synflow"])
+def test_layers_that_follow_each_other_share_an_order(name):
+    grains = {name: Permuted(*block) for name, block in BLOCKS["granularity"].items()}
+    masks = start(name, a_round(pruning={"fraction": 0.5, "granularity": grains}, number=1)).masks
+    axes, orders = orders_in(masks, grains, links(lenet()))
+    assert axes[1][1] == axes[0][0]
+    assert not orders[0].is_natural
 
 
 def test_blocks_stay_blocks():

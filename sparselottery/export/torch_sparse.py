@@ -6,7 +6,10 @@ entry "sparse": {"layout": "torch.sparse_bsr", "shapes": {"fc1.weight": [300, 78
 dimensions is the matrix (O, I), as these tensors are matrices. Everything else is dense under its own name.
 
 BSR blocks (R, C) are those of the mask, made smaller where they would be cut off at the matrix's border, and (R, 1) for
-convolutions, whose channels are not next to each other in the matrix; (1, 1) for a mask without blocks.
+convolutions, whose channels are not next to each other in the matrix; (1, 1) for a mask without blocks. Where the mask
+has its blocks in another order of rows and columns (`prune` with `permute`), the tensor is the permuted matrix, and the
+order stands beside it: weight[rows][:, columns], with "fc1.weight.rows" (O,) and "fc1.weight.columns" (I,), int32. Then
+y[:, rows] is what the tensor makes of x[:, columns].
 """
 
 from __future__ import annotations
@@ -21,17 +24,19 @@ import torch
 from torch import Tensor
 
 from ..contents import checked_shapes
-from ..files import digest, loads, read_safetensors, refusals_name, write_safetensors
+from ..files import DTYPES, digest, loads, read_safetensors, refusals_name, write_safetensors
+from ..orders import permuted_block_of, permuted_pattern
 from ..pattern import Pattern, block_of
 from ..storable import DTYPES
 from .job import OTHER_TENSORS, Job
 
 PARTS = ("crow_indices", "col_indices", "values")
+ORDER = ("rows", "columns")
 LAYOUTS = {"torch.sparse_csr": torch.sparse_csr_tensor, "torch.sparse_bsr": torch.sparse_bsr_tensor}
 
 
 def load_torch_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state_dict of an export as "torch-csr" or "torch-bsr", with sparse tensors in it.
+    """The state_dict of an export as "torch-csr" or "torch-bsr", with sparse tensors, the order of permuted ones beside.
 
     Raises OSError if the file cannot be read, ValueError naming it if it is foreign, damaged or not well formed.
     """
@@ -46,6 +51,7 @@ def load_torch_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             if name in tensors or any(key not in tensors for key in keys) or len(shape) != 2:
                 raise ValueError(f"{name}: expected {keys} of a matrix, and no dense weight")
             tensors[name] = _tensor(name, head["layout"], [tensors.pop(key) for key in keys], shape)
+            _check_order(name, tensors, shape)
         return tensors
 
 
@@ -65,7 +71,11 @@ def fault(job: Job, path: Path) -> str:
     if sparse.keys() != shapes.keys() or any(sparse[name].values().numel() != _nnz(job, name) for name in shapes):
         return OTHER_TENSORS
     for name, tensor in sparse.items():
-        state[name] = tensor.to_dense().view(shapes[name])
+        matrix = tensor.to_dense()
+        if f"{name}.rows" in state:
+            rows, columns = (state.pop(f"{name}.{part}").argsort() for part in ORDER)
+            matrix = matrix[rows][:, columns]
+        state[name] = matrix.view(shapes[name])
     return "" if digest({}, state) == digest({}, job.ticket.weights) else OTHER_TENSORS
 
 
@@ -78,17 +88,27 @@ def _write(job: Job, path: Path, layout: str) -> None:
     for name, (pattern, values) in job.ticket.csr().items():
         shapes[name] = pattern.shape
         if layout == "torch.sparse_bsr":
-            pattern, values = _blocks(pattern, values, _block(pattern, job.ticket.shapes[name]))
+            shape = job.ticket.shapes[name]
+            block, order = block_of(pattern, shape), None
+            if block == (1, 1):
+                block, order = permuted_block_of(pattern, shape)
+            if order is not None:
+                pattern, index = permuted_pattern(pattern, shape, order)
+                values, taps = values[index], torch.arange(math.prod(shape[2:]))
+                columns = order.columns[:, None] * len(taps) + taps
+                for part, lines in zip(ORDER, (order.rows, columns.flatten()), strict=True):
+                    tensors[f"{name}.{part}"] = lines.int()
+            pattern, values = _blocks(pattern, values, _uncut(block, shape))
         parts = pattern.crow_indices, pattern.col_indices, values
         tensors.update((f"{name}.{part}", tensor) for part, tensor in zip(PARTS, parts, strict=True))
     head = {"layout": layout, "shapes": shapes}
     write_safetensors(path, tensors, {"sparse": json.dumps(head)})  # one entry: safetensors keeps no order of several
 
 
-def _block(pattern: Pattern, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(R, C) of blocks of the mask that no border of the matrix cuts off."""
-    rows, columns = block_of(pattern, shape)
-    return math.gcd(rows, pattern.shape[0]) or 1, math.gcd(columns, pattern.shape[1]) or 1 if len(shape) == 2 else 1
+def _uncut(block: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int]:
+    """(R, C) of parts of the blocks that no border of the matrix cuts off."""
+    columns = math.gcd(block[1], shape[1]) if len(shape) == 2 else 1
+    return math.gcd(block[0], shape[0]) or 1, columns or 1
 
 
 def _blocks(pattern: Pattern, values: Tensor, block: tuple[int, int]) -> tuple[Pattern, Tensor]:
@@ -102,6 +122,15 @@ def _blocks(pattern: Pattern, values: Tensor, block: tuple[int, int]) -> tuple[P
     by_row = [part.view(rows, -1, columns).transpose(0, 1) for part in values.split((counts * rows * columns).tolist())]
     blocks = torch.cat(by_row) if by_row else values.new_empty(0, rows, columns)
     return Pattern(crow_indices.contiguous(), col_indices.contiguous(), grid), blocks.contiguous()
+
+
+def _check_order(name: str, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
+    """Raise ValueError for an order that is not one of each of the matrix's rows, and of its columns."""
+    found = {part: tensors[f"{name}.{part}"] for part in ORDER if f"{name}.{part}" in tensors}
+    for part, size in zip(ORDER, shape, strict=True) if found else ():
+        lines = found.get(part)
+        if lines is None or lines.dtype != torch.int32 or not torch.equal(lines.sort()[0], torch.arange(size).int()):
+            raise ValueError(f"{name}.{part}: expected an order of {size}, int32, got {lines}")
 
 
 def _tensor(name: str, layout: str, parts: list[Tensor], shape: tuple[int, int]) -> Tensor:
