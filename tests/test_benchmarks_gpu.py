@@ -100,16 +100,25 @@ LAYERS = [
     Linear("forward", 1, 32, 16, "1x1", 0.2, "bf16"),
     Conv("forward+backward", 1, 3, 2, "1x1", 0.2, "fp32"),
     Conv("forward", 1, 16, 2, "16x16", 0.2, "tf32"),
+    Linear("forward", 16, 32, 64, "2:4", 0.5, "bf16"),
 ]
+
+
+def test_two_of_four_weights_survive():
+    found = [case for case in cases.cases("linear") if case.pattern == "2:4"]
+    assert {(case.op, case.dtype, case.density) for case in found} == {("forward", "bf16", 0.5)}
+    mask = cases.mask_of(found[0], torch.Generator().manual_seed(0))
+    assert mask.shape == found[0].weight_shape
+    assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=cases.label)
 def test_a_layer_is_measured(case):
     outcome = measure.measure(case, 0.0, DEVICE)
     assert not outcome.lost
-    assert outcome.missing.keys() <= {"torch_csr", "torch_bsr"}  # which do not exist everywhere
+    assert outcome.missing.keys() <= {"torch_csr", "torch_bsr", "torch_semi_structured"}  # which are not everywhere
     impls = {row["impl"]: row for row in outcome.rows}
-    kernels = "sparse" if case.pattern == "1x1" else "block"
+    kernels = "sparse" if case.pattern in ("1x1", "2:4") else "block"
     assert {bars.OURS, f"{bars.OURS}_{kernels}", f"{bars.OURS}_dense"} <= impls.keys()
     assert set(bars.DENSE[case.part]) <= impls.keys()
     for row in outcome.rows:

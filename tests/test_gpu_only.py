@@ -14,7 +14,8 @@ from gpus import DEVICE
 from torch import nn
 
 from benchmarks.gpu.problems import precision
-from sparselottery import MaskedConv2d, MaskedLinear, convert, to_dense
+from sparselottery import MaskedConv2d, MaskedLinear, convert, prune, to_dense
+from sparselottery.export import to_semi_structured
 from sparselottery.kernels import gpu
 from sparselottery.kernels.gpu import launch
 from sparselottery.lab.training import stepper
@@ -209,3 +210,13 @@ def test_launch_shapes_are_seen_in_a_backward_of_this_thread():
     with torch.autograd.set_multithreading_enabled(False), launch.recorded() as launches:
         torch.autograd.grad(y, x, torch.ones_like(y))
     assert launches
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+def test_two_of_four_by_sparse_tensor_cores(dtype):
+    net = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 96)).to(dtype)
+    net = convert(net, prune(net, 0.5, granularity="2:4")).to(DEVICE)
+    fast, x = to_semi_structured(net), rows(64, 128, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=2e-2, atol=2e-2)

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu.bars import OURS
-from benchmarks.gpu.cases import block
+from benchmarks.gpu.cases import TWO_OF_FOUR, block
 from benchmarks.gpu.problems import Problem
 from benchmarks.gpu.timing import Entry, clock
 from benchmarks.timing import Candidate
 from sparselottery import convert
 from sparselottery.execution import choose_execution
+from sparselottery.export import to_semi_structured
 from sparselottery.graphs import BrokenCaptureError
 
 LEARNING_RATE = 1e-9  # the weights hardly move, so that results stay alike
@@ -42,6 +43,8 @@ def entries(problem: Problem, pattern: str, op: str) -> dict[str, Entry]:
         name, suffix = "nn_conv2d" if problem.is_conv else "nn_linear", "_channels_last" if last else ""
         found[name + suffix] = Entry(partial(_dense, problem, op, False, last), True)
         found["masked_dense" + suffix] = Entry(partial(_dense, problem, op, True, last), True)
+    if pattern == TWO_OF_FOUR:
+        found["torch_semi_structured"] = Entry(partial(_semi_structured, problem), True)
     height, width = block(pattern)
     if not problem.is_conv and op != "step":
         if width == 1:
@@ -156,6 +159,18 @@ def _torch_csr(problem: Problem, op: str) -> Candidate:
             torch.index_select(weight.values(), 0, order, out=weight_t.values())
             gvalues = torch.sparse.sampled_addmm(weight, gy.t(), x, beta=0).values()
             outputs[1:] = [(weight_t @ gy.t()).t().contiguous(), gvalues, gy.sum(0)]
+
+    return Candidate(run, lambda: outputs)
+
+
+def _semi_structured(problem: Problem) -> Candidate:
+    """Sparse tensor cores, by torch's own tensor."""
+    layer = to_semi_structured(nn.Sequential(convert(problem.layer(), {"weight": problem.mask})))
+    outputs: list[Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            outputs[:] = [layer(problem.x)]
 
     return Candidate(run, lambda: outputs)
 

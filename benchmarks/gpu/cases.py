@@ -17,6 +17,7 @@ from benchmarks.gpu.bars import BARS
 DENSITIES = (0.1, 0.2, 0.05, 0.5, 0.02)
 PATTERNS = ("1x1", "64x64", "128x128", "64x1", "32x32", "16x16")  # R x C weights that survive together
 LINEAR_ONLY = ("64x1", "128x128")
+TWO_OF_FOUR = "2:4"  # weights in each group of a row: in inference, beside torch's sparse tensor cores
 DTYPES = ("bf16", "fp32", "tf32")  # of fp32 tensors: strictly so, or multiplied as TF32
 OPS = ("forward+backward", "forward", "step")  # step: with fused Adam
 LINEARS = ((4096, 4096, 4096), (1, 4096, 11008), (16, 4096, 11008), (64, 4096, 11008), (32, 4096, 11008),
@@ -114,6 +115,8 @@ def _layers(part: str, smoke: bool) -> Iterator[Case]:
         these = [kind(op, *shape, pattern, density, dtype) for op in OPS]
         if (part == "linear" or pattern not in LINEAR_ONLY) and _exists(these[0]):
             yield from these
+    for shape in LINEARS if part == "linear" and not smoke else ():
+        yield Linear("forward", *shape, TWO_OF_FOUR, 0.5, "bf16")
 
 
 def _steps(smoke: bool) -> Iterator[Step]:
@@ -128,9 +131,20 @@ def _rank(part: str, case: Case) -> int:
 
 
 def block(pattern: str) -> tuple[int, int]:
-    """(R, C) of "RxC"."""
+    """(R, C) of "RxC"; single weights of 2:4."""
+    if pattern == TWO_OF_FOUR:
+        return 1, 1
     rows, columns = pattern.split("x")
     return int(rows), int(columns)
+
+
+def mask_of(case: Linear | Conv, generator: torch.Generator) -> Tensor:
+    """A random mask of the case's pattern and density, of its weight's shape, on the generator's device."""
+    if case.pattern != TWO_OF_FOUR:
+        return random_mask(case.weight_shape, block(case.pattern), case.density, generator)
+    rows, columns = case.weight_shape
+    order = torch.rand(rows, columns // 4, 4, generator=generator, device=generator.device).argsort(2)
+    return (order < 2).view(rows, columns)
 
 
 def random_mask(shape: tuple[int, ...], block: tuple[int, int], density: float, generator: torch.Generator) -> Tensor:

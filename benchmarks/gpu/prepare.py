@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 import torch
 from torch import nn
 
-from benchmarks.gpu.cases import Case, Conv, Linear, Step, block, label, random_mask
+from benchmarks.gpu.cases import Case, Conv, Linear, Step, label, mask_of
 from benchmarks.gpu.problems import TORCH_DTYPE, precision
 from benchmarks.gpu.worker import take_tensors_of
 from sparselottery import convert
@@ -72,7 +72,7 @@ def launches(case: Linear | Conv, device: str) -> list[Launch]:
     like = {"device": device, "dtype": dtype}
     layer = nn.Conv2d(inputs, outputs, 3, padding=1, **like) if images else nn.Linear(inputs, outputs, **like)
     generator = torch.Generator(device).manual_seed(0)
-    mask = random_mask(case.weight_shape, block(case.pattern), case.density, generator)
+    mask = mask_of(case, generator)
     masked = convert(layer, {"weight": mask})
     x = torch.zeros(case.batch, inputs, *images, **like)
     x = x.contiguous(memory_format=torch.channels_last) if images else x

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.cases import Conv, Linear, block, random_mask
+from benchmarks.gpu.cases import Conv, Linear, mask_of
 
 TORCH_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 1e-2}  # relative to the norm of the truth; TF32 itself misses 1e-4
@@ -61,7 +61,7 @@ def _problem(case: Linear | Conv, device: str) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     images = (case.size, case.size) if isinstance(case, Conv) else ()
     shape, inputs = case.weight_shape, case.weight_shape[1]
-    mask = random_mask(shape, block(case.pattern), case.density, generator)
+    mask = mask_of(case, generator)
 
     def randn(*size: int) -> Tensor:
         numbers = torch.randn(size, generator=generator, device=device).to(TORCH_DTYPE[case.dtype])

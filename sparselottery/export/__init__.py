@@ -27,10 +27,11 @@ from . import dense, onnx, pt2, torch_sparse
 from .dead import remove_dead as remove_dead_units
 from .job import OTHER_TENSORS, Job, close, difference
 from .npz import is_npz, load_npz, save_npz
+from .semi_structured import to_semi_structured
 from .simplify import fold_batchnorm as fold_batchnorms
 from .torch_sparse import load_torch_sparse
 
-__all__ = ["FORMATS", "ExportReport", "export", "load_npz", "load_torch_sparse", "save_npz"]
+__all__ = ["FORMATS", "ExportReport", "export", "load_npz", "load_torch_sparse", "save_npz", "to_semi_structured"]
 
 
 class ExportReport(NamedTuple):

@@ -36,7 +36,7 @@ LAYOUTS = {"torch.sparse_csr": torch.sparse_csr_tensor, "torch.sparse_bsr": torc
 
 
 def load_torch_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state_dict of an export as "torch-csr" or "torch-bsr", with sparse tensors, the order of permuted ones beside.
+    """The state_dict of an export as "torch-csr" or "torch-bsr": sparse tensors, with the order of permuted ones.
 
     Raises OSError if the file cannot be read, ValueError naming it if it is foreign, damaged or not well formed.
     """
