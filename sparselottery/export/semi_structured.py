@@ -15,13 +15,15 @@ HALVES = (torch.float16, torch.bfloat16)
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """A dense copy of a converted model for inference, whose 2:4 linear weights are SparseSemiStructuredTensors.
 
+    Examples:
+        >>> model = nn.Linear(128, 64)
+        >>> sparse = convert(model, prune(model, 0.5, granularity="2:4"))
+        >>> fast = to_semi_structured(sparse.half().cuda())  # doctest: +SKIP
+
     model: on a CUDA device, in fp16 or bf16; `prune(..., granularity="2:4")` leaves such masks. Linear layers of other
     masks become dense, as do all other layers.
     Raises ValueError for a model without a linear layer of at most 2 in each 4 weights, on another device or of another
     dtype; RuntimeError, from torch, for a shape that it does not take.
-
-        model = convert(model, prune(model, 0.5, granularity="2:4")).half().cuda()
-        fast = to_semi_structured(model)
     """
     names = [name for name, layer in masked_weights(model).items() if _is_two_of_four(layer)]
     if not names:

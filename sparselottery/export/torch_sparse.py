@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..contents import checked_shapes
-from ..files import DTYPES, digest, loads, read_safetensors, refusals_name, write_safetensors
+from ..files import digest, loads, read_safetensors, refusals_name, write_safetensors
 from ..orders import permuted_block_of, permuted_pattern
 from ..pattern import Pattern, block_of
 from ..storable import DTYPES
