@@ -10,6 +10,7 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -43,6 +44,7 @@ LABELS = {
     "nn_conv2d_channels_last": "nn.Conv2d channels_last",
 }
 LADDER = "imp-mnist"  # accuracy and seconds of a whole ladder
+GRAINS = "granularity", "grains"  # accuracy of blocks, and milliseconds
 TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 
 
@@ -55,6 +57,10 @@ def main(folder: Path) -> None:
     if (source := folder / f"{LADDER}.csv").exists():
         draw_ladder(source, folder / "ladder.svg")
         print(f"{source} -> {folder / 'ladder.svg'}")
+    sources = [folder / f"{name}.csv" for name in GRAINS]
+    if all(source.exists() for source in sources):
+        draw_grains(*sources, folder / "grains.svg")
+        print(f"{sources[0]} -> {folder / 'grains.svg'}")
 
 
 def draw(source: Path, title: str, target: Path) -> None:
@@ -112,6 +118,41 @@ def draw_ladder(source: Path, target: Path) -> None:
     iterations = f"{first[0]['iterations']:,.0f} iterations a training"
     figure.suptitle(f"{head['machine']}, fp32, {iterations}\n{head['versions']}, {head['date']}", fontsize=7)
     save(figure, target)
+
+
+def draw_grains(accuracies: Path, times: Path, target: Path) -> None:
+    """Test accuracy against milliseconds of a step, and of a frozen net: a line for each granularity, by density."""
+    (_, trained), (head, timed) = results.read(accuracies), results.read(times)
+    accuracy = _by_grain(trained, sorted({row["density"] for row in timed}))
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4), layout="constrained")
+    for axis, (op, what) in zip(
+        axes, (("step", "a step of 60 samples"), ("frozen", "frozen, 64 samples")), strict=True
+    ):
+        ours = [row for row in timed if (row["op"], row["impl"]) == (op, results.OURS)]
+        for at, grain in enumerate(dict.fromkeys(row["granularity"] for row in ours)):
+            found = {row["density"]: row["ms"] for row in ours if row["granularity"] == grain}
+            points = [(ms, accuracy[grain, density]) for density, ms in found.items() if (grain, density) in accuracy]
+            style = {"linestyle": "--" if grain.endswith("-permuted") else "-", "color": f"C{(at + 1) // 2}"}
+            axis.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, label=grain, **style)
+        axis.axhline(accuracy["1x1", 1.0], color="black", linewidth=0.8, linestyle=":", label="the whole net")
+        axis.set(xscale="log", xlabel=f"ms, {what}")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3, linewidth=0.5)
+    axes[0].set_ylabel("test accuracy at early stop, %")
+    axes[0].legend(fontsize=7)
+    title = f"Lenet-300-100 on MNIST, 25, 14, 7 and 3.6 % of the weights left; {head['machine']}"
+    figure.suptitle(f"{title}\n{head['versions']}, {head['date']}", fontsize=7)
+    save(figure, target)
+
+
+def _by_grain(rows: list[dict], densities: list[float]) -> dict[tuple[str, float], float]:
+    """The mean accuracy of the trials, by granularity and the nearest of the densities, or 1.0."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        nearest = min([*densities, 1.0], key=lambda density: abs(density - row["density"]))
+        found.setdefault((row["granularity"], nearest), []).append(row["accuracy"])
+    return {key: fmean(each) for key, each in found.items()}
 
 
 def save(figure: Figure, target: Path) -> None:

@@ -259,3 +259,26 @@ def test_a_shape_is_a_panel(tmp_path):
     drawn = (tmp_path / "conv.svg").read_text()
     assert [f"2 x 3 -&gt; 4, 3x3/1, {size}x{size}" in drawn for size in (8, 16, 32)] == [True, True, False]
     assert "nn.Conv2d channels_last" in drawn
+
+
+def test_accuracy_stands_against_milliseconds(tmp_path):
+    trained = [
+        {"granularity": grain, "trial": trial, "round": at, "density": density, "accuracy": 90 + trial}
+        for grain in ("1x1", "8x8", "8x8-permuted")
+        for trial in (0, 1)
+        for at, density in enumerate((1.0, 0.26, 0.07))
+    ]
+    timed = [
+        {"op": op, "granularity": grain, "density": density, "impl": impl, "ms": 2 * density}
+        for op in ("step", "frozen")
+        for grain in ("1x1", "8x8-permuted")
+        for density in (0.25, 0.07, 0.036)
+        for impl in (results.OURS, "dense")
+    ]
+    results.write(tmp_path / "granularity.csv", trained)
+    results.write(tmp_path / "grains.csv", timed)
+    assert plot._by_grain(trained, [0.25, 0.07])["8x8", 0.25] == 90.5
+    plot.main(tmp_path)
+    drawn = (tmp_path / "grains.svg").read_text()
+    assert [f">{label}<" in drawn for label in ("1x1", "8x8", "8x8-permuted")] == [False] * 3  # letters are paths
+    assert [f"<!-- {label} -->" in drawn for label in ("1x1", "8x8", "8x8-permuted")] == [True, False, True]
