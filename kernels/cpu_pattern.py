@@ -5,28 +5,19 @@ Tensors are contiguous, on the CPU, and nobody traces or transforms what is done
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import native
 
-SIZES = (2, 4, 8)  # bytes of an element that can be carried
+_INDICES = native.empty(0, dtype=torch.int32)  # what indices are made like
 
 
-def crow_indices(mask: Tensor) -> tuple[Tensor, int]:
-    """Of a bool mask (O, I), and how many of its elements are True; more than int32 holds, they are not valid."""
-    rows, columns = mask.shape
-    found = native.empty(rows + 1, dtype=torch.int32)
-    threads = torch.get_num_threads()
-    return found, native.LIBRARY.mask_rows(mask.data_ptr(), rows, columns, found.data_ptr(), threads)
-
-
-def col_indices(mask: Tensor, crow_indices: Tensor, nnz: int) -> Tensor:
-    """Of the same mask."""
-    found = native.empty(nnz, dtype=torch.int32)
-    pointers = crow_indices.data_ptr(), found.data_ptr()
-    native.LIBRARY.mask_columns(mask.data_ptr(), *mask.shape, *pointers, torch.get_num_threads())
-    return found
+def compiled(mask: Tensor, most: int) -> tuple[Tensor, Tensor | None, int]:
+    """crow_indices (O + 1,), col_indices (nnz,) and nnz of a bool mask (O, I); no columns if nnz is above `most`."""
+    return native.LIBRARY.compiled(mask, _INDICES, most, torch.get_num_threads())
 
 
 def is_valid(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> bool:
@@ -46,11 +37,14 @@ def sources(columns: int, crow_indices: Tensor, col_indices: Tensor, their_rows:
     return found
 
 
-def carry(tensor: Tensor, sources: Tensor, fill: float) -> Tensor:
-    """The elements of a tensor (n,) at `sources`, and `fill` where these are n."""
-    carried = tensor.new_empty(sources.numel())
-    newcomer = tensor.new_full((1,), fill) if fill else None
-    pointers = tensor.data_ptr(), carried.data_ptr(), newcomer.data_ptr() if fill else 0
-    sizes = sources.numel(), tensor.numel(), tensor.element_size()
-    native.LIBRARY.carry(sources.data_ptr(), *sizes, *pointers, torch.get_num_threads())
-    return carried
+def carried(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], columns: int, tensors: Sequence[Tensor], fills: Sequence[float]
+) -> list[Tensor] | None:
+    """Of each tensor with an element a value of the pattern `theirs`, (crow_indices, col_indices), one for `ours`.
+
+    What is not there has the fill of the tensor. None if one has no ordinary memory, or elements of another size than
+    2, 4 or 8 bytes.
+    """
+    newcomers = [tensor.new_full((1,), fill) if fill else None for tensor, fill in zip(tensors, fills, strict=True)]
+    given = tensors, newcomers, native.ORDINARY, torch.get_num_threads()
+    return native.LIBRARY.carried(*ours, *theirs, columns, *given)

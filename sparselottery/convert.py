@@ -222,12 +222,14 @@ def dense_entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def dense_names(model: nn.Module) -> dict[str, str]:
     """Of parameters in opened modules, the names in the dense model."""
-    return {
-        f"{prefix}.{ours}" if prefix else ours: f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, OpenedModule)
-        for ours, name in module.dense_names.items()
-    }
+    modules = model.named_modules(remove_duplicate=False)
+    opened = [_names_in(prefix, module) for prefix, module in modules if isinstance(module, OpenedModule)]
+    return {ours: name for names in opened for ours, name in names.items()}
+
+
+def _names_in(prefix: str, module: OpenedModule) -> dict[str, str]:
+    before = f"{prefix}." if prefix else ""
+    return {before + ours: before + name for ours, name in module.dense_names.items()}
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -237,9 +239,13 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """All masked layers, keyed by weight name."""
-    names = dense_names(model)
-    found = {_weight_name(name): module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
-    return {names.get(name, name): layer for name, layer in found.items()}
+    names, found = {}, {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, MaskedLayer):
+            found.setdefault(module, _weight_name(name))
+        elif isinstance(module, OpenedModule):
+            names |= _names_in(name, module)
+    return {names.get(name, name): layer for layer, name in found.items()}
 
 
 def masked_weights(model: nn.Module) -> dict[str, MaskedLayer]:

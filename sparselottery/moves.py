@@ -10,7 +10,7 @@ optimiser and the schedule of that, hooks, and DistributedDataParallel.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Real
 from typing import Any
@@ -27,7 +27,6 @@ from .kernels import cpu_pattern, native
 from .masks import as_mask
 from .nn import MaskedLayer
 from .nn.base import layers_alive
-from .ops.common import untraced
 from .pattern import Pattern, matrix_shape
 from .weight_decay import known_optimizers
 
@@ -36,22 +35,46 @@ _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 
 class Move:
-    """A weight's pattern `before` and another `after` it: what becomes of tensors with an element a value."""
+    """Values that go from the pattern `before` to another `after` it: who holds them, and what goes with them."""
 
-    def __init__(self, before: Pattern, after: Pattern) -> None:
-        self.before, self.after = before, after
-        self._sources = after.indices_in(before)
+    def __init__(self, layer: MaskedLayer, after: Pattern) -> None:
+        self.values, self.layers, self.before, self.after = layer.values, [layer], layer.pattern, after
+        self.states: list[tuple[dict[str, Any], str, float]] = []  # of optimisers: dict, key, and what newcomers have
 
-    def __call__(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
-        """(before.nnz,) -> (after.nnz,): the elements of the survivors, bit for bit, and `fill` for each newcomer."""
-        tensor = tensor.detach()
-        if native.available() and tensor.is_cpu and tensor.element_size() in cpu_pattern.SIZES and untraced(tensor):
-            return cpu_pattern.carry(tensor.contiguous(), self._sources, fill)
-        padded = torch.cat([tensor, tensor.new_full((1,), fill)])  # newcomers read its end
-        return padded.index_select(0, self._sources.to(tensor.device))
+    def tensors(self) -> list[Tensor | None]:
+        """With an element a value: the values, their gradient, and the states."""
+        return [self.values.data, self.values.grad, *[state[key] for state, key, _ in self.states]]
+
+    def moved(self, fill: float) -> list[Tensor | None]:
+        """The same at the pattern after it, where newcomers have the value `fill`."""
+        fills = (fill, 0.0, *[fresh for *_, fresh in self.states])
+        there = [(each, of_each) for each, of_each in zip(self.tensors(), fills, strict=True) if each is not None]
+        moved: list[Tensor | None] = [*carried(self.before, self.after, *zip(*there, strict=True))]
+        if self.values.grad is None:
+            moved.insert(1, None)
+        return moved
+
+    def put(self, tensors: Sequence[Tensor | None]) -> None:
+        """Others in their places."""
+        _exchange(self.values, *tensors[:2])
+        for (state, key, _), tensor in zip(self.states, tensors[2:], strict=True):
+            state[key] = tensor
 
 
-Moves = dict[nn.Parameter, Move]  # by the values that move
+Moves = dict[int, Move]  # by the id of the values
+
+
+def carried(before: Pattern, after: Pattern, tensors: Sequence[Tensor], fills: Sequence[float]) -> list[Tensor]:
+    """Each (before.nnz,) -> (after.nnz,): the elements of the survivors, bit for bit, and its fill for newcomers."""
+    if native.available():
+        done = cpu_pattern.carried(after.indices, before.indices, after.shape[1], tensors, fills)
+        if done is not None:
+            return done
+    sources = after.indices_in(before)
+    return [  # newcomers read the end
+        torch.cat([each, each.new_full((1,), fill)]).index_select(0, sources.to(each.device))
+        for each, fill in zip(tensors, fills, strict=True)
+    ]
 
 
 def set_masks(
@@ -92,22 +115,19 @@ def set_masks(
         raise TypeError(f"fill: expected a number, got {type(fill).__name__}")
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         moves = _moves(masked_layers(model), masks)
-        layers = _layers_of(moves)
-        states = list(_moved_states(_given(optimizer, model, moves), moves))
-        grads = {values: move(values.grad) for values, move in moves.items() if values.grad is not None}
-        data = {values: move(values, fill) for values, move in moves.items()}
-        reducers = _reducers({values for values, after in data.items() if after.shape != values.shape})
+        _find_layers(moves)
+        _find_states(_given(optimizer, model, moves), moves)
+        moved = [(move, move.moved(fill)) for move in moves.values()]
+        reducers = _reducers({move.values for move in moves.values() if move.after.nnz != move.before.nnz})
         for reducer, state in reducers:  # undone in the opposite order
             undo.callback(_renew, reducer, state)
-        for values in moves:
-            undo.callback(_exchange, values, values.data, values.grad)
-            _exchange(values, data[values], grads.get(values))
-        for state, key, tensor in states:
-            undo.callback(state.__setitem__, key, state[key])
-            state[key] = tensor
-        for layer in layers:
-            undo.callback(_restore, layer, dict(vars(layer)), dict(layer._buffers))
-            layer.take(moves[layer.values].after)
+        for move, tensors in moved:
+            undo.callback(move.put, move.tensors())
+            move.put(tensors)
+        for move in moves.values():
+            for layer in move.layers:
+                undo.callback(_restore, layer, dict(vars(layer)), dict(layer._buffers))
+                layer.take(move.after)
         for reducer, state in reducers:
             _renew(reducer, state)
         undo.pop_all()
@@ -130,9 +150,9 @@ def _moves(layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor | Patte
             raise ValueError(f"masks[{name!r}]: expected a layer with data, got one on the meta device")
         layer.check()
         after = _pattern(name, layer, mask)
-        if values not in moves:
-            moves[values] = Move(layer.pattern, after)
-        elif not _equal(moves[values].after, after):
+        if id(values) not in moves:
+            moves[id(values)] = Move(layer, after)
+        elif not _equal(moves[id(values)].after, after):
             raise ValueError(f"masks[{name!r}]: expected the mask of the layer that it shares its values with")
     return moves
 
@@ -158,14 +178,15 @@ def _equal(one: Pattern, other: Pattern) -> bool:
     return all(a is b or torch.equal(a, b) for a, b in zip(one.indices, other.indices, strict=True))
 
 
-def _layers_of(moves: Moves) -> list[MaskedLayer]:
-    """All layers that hold the values, wherever they are."""
-    layers = [layer for layer in layers_alive() if layer._parameters.get("values") in moves]
-    for layer in layers:
-        layer.check()
-        if not _equal(moves[layer.values].before, layer.pattern):
-            raise ValueError("masks: expected layers that share their values to have one mask, got two of them")
-    return layers
+def _find_layers(moves: Moves) -> None:
+    """All others that hold the values, wherever they are."""
+    for layer in layers_alive():
+        move = moves.get(id(layer._parameters.get("values")))
+        if move is not None and layer is not move.layers[0]:
+            layer.check()
+            if not _equal(move.before, layer.pattern):
+                raise ValueError("masks: expected layers that share their values to have one mask, got two of them")
+            move.layers.append(layer)
 
 
 def _given(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, moves: Moves) -> list[Optimizer]:
@@ -174,10 +195,12 @@ def _given(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, 
     for each in given:
         if not isinstance(each, Optimizer):
             raise TypeError(f"optimizer: expected torch.optim.Optimizers, got {type(each).__name__}")
-        trained = {parameter for group in each.param_groups for parameter in group["params"]}
-        if trained.isdisjoint(moves) and trained.isdisjoint(model.parameters()):
+        trained = {id(parameter) for group in each.param_groups for parameter in group["params"]}
+        if trained.isdisjoint(moves) and trained.isdisjoint(map(id, model.parameters())):
             raise ValueError(f"optimizer: expected one of the model, got {type(each).__name__} of other parameters")
-    forgotten = known_optimizers(lambda each: each not in given and any(_kept_by(each, values) for values in moves))
+    forgotten = known_optimizers(
+        lambda each: each not in given and any(_kept_by(each, move.values) for move in moves.values())
+    )
     if forgotten:
         raise ValueError(f"optimizer: expected all that train the layers, got no {type(forgotten[0]).__name__}")
     return given
@@ -187,28 +210,28 @@ def _kept_by(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Any]:
     """The state that the optimiser has for single values, or for who knows what: all but what is one number."""
 
     def is_one(entry: Any) -> bool:
-        leaves = [entry] if is_tensor(entry) else tree_leaves(entry)
-        return all(each.numel() == 1 and each.shape != values.shape for each in leaves if is_tensor(each))
+        if not is_tensor(entry):
+            return all(is_one(each) for each in tree_leaves(entry) if is_tensor(each))
+        return entry.numel() == 1 and entry.shape != values.shape
 
     return {key: entry for key, entry in optimizer.state.get(values, {}).items() if not is_one(entry)}
 
 
-def _moved_states(optimizers: list[Optimizer], moves: Moves) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """The dict, the key and the new tensor of all state that moves."""
+def _find_states(optimizers: list[Optimizer], moves: Moves) -> None:
+    """All that moves, checked."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for values in moves.keys() & set(group["params"]):
-                if isinstance(optimizer, LBFGS):
-                    raise ValueError(
-                        "optimizer: expected state of each parameter, got LBFGS, which has one of them all"
-                    )
-                for key, entry in _kept_by(optimizer, values).items():
-                    if not isinstance(entry, Tensor) or entry.shape != values.shape:
-                        got = tuple(entry.shape) if isinstance(entry, Tensor) else f"a {type(entry).__name__}"
-                        name = f"{type(optimizer).__name__}'s {key!r}"
-                        raise ValueError(f"optimizer: expected {name} to be of shape {tuple(values.shape)}, got {got}")
-                    fresh = float(group.get(_FRESH.get(key), 0.0))
-                    yield optimizer.state[values], key, moves[values](entry, fresh)
+        options = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+        for move in (move for each, move in moves.items() if each in options):
+            parameter, group = move.values, options[id(move.values)]
+            if isinstance(optimizer, LBFGS):
+                raise ValueError("optimizer: expected state of each parameter, got LBFGS, which has one of them all")
+            for key, entry in _kept_by(optimizer, parameter).items():
+                if not isinstance(entry, Tensor) or entry.shape != parameter.shape:
+                    got = tuple(entry.shape) if isinstance(entry, Tensor) else f"a {type(entry).__name__}"
+                    name = f"{type(optimizer).__name__}'s {key!r}"
+                    raise ValueError(f"optimizer: expected {name} to be of shape {tuple(parameter.shape)}, got {got}")
+                fresh = float(group.get(_FRESH.get(key), 0.0))
+                move.states.append((optimizer.state[parameter], key, fresh))
 
 
 def _exchange(values: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:

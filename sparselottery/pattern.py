@@ -87,15 +87,14 @@ class Pattern:
             return pattern, None if dense is None else dense.new_empty(0)
         shape, fast = (mask.shape[0], mask.shape[1]), dense is None and native.available() and divisible(mask)
         if fast:
-            mask = mask.contiguous()
-            crow_indices, nnz = cpu_pattern.crow_indices(mask)
+            crow_indices, columns, nnz = cpu_pattern.compiled(mask.contiguous(), MAX_INT32)
         else:
             counts = torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1)) if divisible(mask) else mask.sum(dim=1)
             nnz = int(counts.sum())
         if nnz > MAX_INT32 or max(shape) > MAX_INT32:
             raise ValueError(f"mask: expected at most {MAX_INT32} survivors, got {nnz}")
         if fast:
-            return cls(crow_indices, cpu_pattern.col_indices(mask, crow_indices, nnz), shape), None
+            return cls(crow_indices, columns, shape), None
         crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=crow_indices[1:])
         if not divisible(mask):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparselottery import MaskedLinear, Pattern, set_masks
+from sparselottery import MaskedLinear, Pattern, moves, set_masks
 from sparselottery.kernels import cpu_pattern, native
-from sparselottery.moves import Move
+from sparselottery.moves import carried
 from sparselottery.nn import dense
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
@@ -88,27 +88,27 @@ def test_indices_of_which_one_alone_is_wrong():
 def test_elements_that_are_carried(shape, dtype, fill, monkeypatch):
     one, other = map(Pattern.from_mask, masks(shape))
     for before, after in ((one, other), (other, one), (Pattern.from_mask(torch.zeros(shape).bool()), one)):
-        move, elements = Move(before, after), torch.randn(2 * before.nnz).mul(9).to(dtype)
-        for each in (
-            elements[: before.nnz],
-            elements[::2],
-            elements[before.nnz :].requires_grad_(dtype.is_floating_point),
-        ):
-            assert same(*both(monkeypatch, lambda each=each, move=move: move(each, fill)))
+        elements = torch.randn(2 * before.nnz).mul(9).to(dtype)
+        halves = elements[: before.nnz], elements[before.nnz :].requires_grad_(dtype.is_floating_point)
+        tensors, fills = [*halves, elements.detach()[::2]], [fill, 0.0, fill]
+        ours, theirs = both(monkeypatch, lambda b=before, a=after, t=tensors, f=fills: carried(b, a, t, f))
+        assert all(map(same, ours, theirs))
 
 
 def test_what_native_code_carries_and_what_it_leaves_to_torch(monkeypatch):
-    carried, carry = [], cpu_pattern.carry
-    monkeypatch.setattr(cpu_pattern, "carry", lambda *args: carried.append(args[0]) or carry(*args))
-    move = Move(*map(Pattern.from_mask, masks((7, 63))))
-    count = move.before.nnz
+    before, after = map(Pattern.from_mask, masks((7, 63)))
+    sources, count = after.indices_in(before), before.nnz
+    by_torch, cat = [], torch.cat
+    monkeypatch.setattr(moves.torch, "cat", lambda each: by_torch.append(each[0]) or cat(each))
     for elements in (torch.randn(count), torch.randn(count, dtype=torch.complex64).imag):
-        assert same(move(elements, 2.0), torch.cat([elements, torch.tensor([2.0])])[move._sources])
-    assert len(carried) == 2
+        (moved,) = carried(before, after, [elements], [2.0])
+        assert same(moved, cat([elements, torch.tensor([2.0])])[sources])
+    assert not by_torch
     turned = torch.randn(count, dtype=torch.complex64).conj().imag  # a negative that is still to be taken
     for elements in (turned, torch.randn(count, dtype=torch.complex128), torch.ones(count, dtype=torch.bool)):
-        assert same(move(elements), torch.cat([elements, elements.new_zeros(1)])[move._sources])
-    assert len(carried) == 2
+        (moved,) = carried(before, after, [elements], [0.0])
+        assert same(moved, cat([elements, elements.new_zeros(1)])[sources])
+    assert len(by_torch) == 3
 
 
 def test_the_dense_weight_moves_in_its_buffer(monkeypatch):

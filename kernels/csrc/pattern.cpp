@@ -45,18 +45,67 @@ uint64_t bits_of(const uint8_t* bytes) {
 #endif
 }
 
+// Columns from `first` on, one for each bit that is set -> where the next ones go. All up to `end` may be written over.
+int32_t* write_columns(uint64_t bits, int32_t first, int32_t* to, const int32_t* end) {
+#if defined(__AVX512F__)
+    if (end - to >= 64) {  // the next ones write over what is beyond
+        const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512i columns = _mm512_add_epi32(_mm512_set1_epi32(first), numbers);
+        for (int i = 0; i < 4; ++i, bits >>= 16) {
+            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), columns));
+            to += __builtin_popcount(bits & 0xffff);
+            columns = _mm512_add_epi32(columns, _mm512_set1_epi32(16));
+        }
+        return to;
+    }
+#endif
+    int32_t* const next = to + __builtin_popcountll(bits);
+    for (; bits && end - to >= kRun; to += kRun)  // without a branch for each
+        for (int i = 0; i < kRun; ++i, bits &= bits - 1) to[i] = first + __builtin_ctzll(bits | 1ull << 63);
+    for (; bits; bits &= bits - 1) *to++ = first + __builtin_ctzll(bits);
+    return next;
+}
+
+template <class T>
+void carry_some(const int32_t* __restrict sources, int64_t begin, int64_t end, int32_t before, const T* __restrict from,
+                T* __restrict to, T newcomer) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        for (; begin + 16 <= end; begin += 16) {
+            const __m512i at = _mm512_loadu_si512(sources + begin), fill = _mm512_set1_epi32(int32_t(newcomer));
+            const __mmask16 known = _mm512_cmplt_epi32_mask(at, _mm512_set1_epi32(before));
+            _mm512_storeu_si512(to + begin, _mm512_mask_i32gather_epi32(fill, known, at, from, 4));
+        }
+#endif
+    for (int64_t k = begin; k < end; ++k) {  // without a branch, which is often taken wrongly
+        const int32_t source = sources[k];
+        const T survivor = from[source < before ? source : 0];
+        to[k] = source < before ? survivor : newcomer;
+    }
+}
+
 template <class T>
 void carry(const int32_t* sources, int64_t count, int64_t before, const T* from, T* to, const T* fill, int64_t threads) {
     const T newcomer = fill ? *fill : T(0);
     if (!before) from = &newcomer;
     expect_writes(to, count * sizeof(T));
     shared(count, count, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {  // without a branch, which is often taken wrongly
-            const int32_t known = sources[k] < before;
-            const T survivor = from[known * sources[k]];
-            to[k] = known ? survivor : newcomer;
-        }
+        carry_some(sources, begin, end, int32_t(before), from, to, newcomer);
     });
+}
+
+// Of some rows. Of a row, `at` tells the index of each column; what an earlier row has left there is less than its first.
+void find_some(int64_t begin, int64_t end, const int32_t* __restrict our_rows, const int32_t* __restrict our_columns,
+               const int32_t* __restrict their_rows, const int32_t* __restrict their_columns, int32_t none,
+               int32_t* __restrict sources, int32_t* __restrict at) {
+    for (int64_t r = begin; r < end; ++r) {
+        const int32_t first = their_rows[r];
+        for (int32_t k = first; k < their_rows[r + 1]; ++k) at[their_columns[k]] = k;
+        for (int32_t k = our_rows[r]; k < our_rows[r + 1]; ++k) {
+            const int32_t source = at[our_columns[k]];
+            sources[k] = source >= first ? source : none;
+        }
+    }
 }
 
 }  // namespace
@@ -89,15 +138,8 @@ EXPORT int64_t sparselottery_mask_columns(const uint8_t* mask, int64_t rows, int
             const uint8_t* const row = mask + r * columns;
             int32_t* to = col_indices + crow_indices[r];
             int64_t c = 0;
-            for (; c + 64 <= columns; c += 64) {
-                uint64_t bits = bits_of(row + c);
-                int32_t* at = to;
-                to += __builtin_popcountll(bits);
-                for (; bits && end - at >= kRun; at += kRun)  // without a branch for each
-                    for (int i = 0; i < kRun; ++i, bits &= bits - 1)  // the next ones write over what is beyond
-                        at[i] = int32_t(c) + __builtin_ctzll(bits | 1ull << 63);
-                for (; bits; bits &= bits - 1) *at++ = int32_t(c) + __builtin_ctzll(bits);
-            }
+            for (; c + 64 <= columns; c += 64)
+                if (const uint64_t bits = bits_of(row + c)) to = write_columns(bits, int32_t(c), to, end);
             for (; c < columns; ++c)
                 if (row[c]) *to++ = int32_t(c);
         }
@@ -120,24 +162,15 @@ EXPORT int64_t sparselottery_is_pattern(int64_t rows, int64_t columns, int64_t n
     return true;
 }
 
-// Of each value of the pattern `ours` its index among the values of `theirs`, as many as these where it is not there. Of a
-// row, `at` tells the index of each column; what an earlier row has left there is less than the row's first.
+// Of each value of the pattern `ours` its index among the values of `theirs`, as many as these where it is not there.
 EXPORT int64_t sparselottery_sources(int64_t rows, int64_t columns, const int32_t* our_rows, const int32_t* our_columns,
                                      const int32_t* their_rows, const int32_t* their_columns, int32_t* sources,
                                      int64_t threads) {
-    const int32_t none = their_rows[rows];
     expect_writes(sources, our_rows[rows] * int64_t(4));
-    shared(rows, our_rows[rows] + int64_t(none), threads, [&](int64_t begin, int64_t end) {
+    shared(rows, our_rows[rows] + int64_t(their_rows[rows]), threads, [&](int64_t begin, int64_t end) {
         int32_t* const at = scratch.get<int32_t>(columns);
         std::fill_n(at, columns, -1);
-        for (int64_t r = begin; r < end; ++r) {
-            const int32_t first = their_rows[r];
-            for (int32_t k = first; k < their_rows[r + 1]; ++k) at[their_columns[k]] = k;
-            for (int32_t k = our_rows[r]; k < our_rows[r + 1]; ++k) {
-                const int32_t source = at[our_columns[k]];
-                sources[k] = source >= first ? source : none;
-            }
-        }
+        find_some(begin, end, our_rows, our_columns, their_rows, their_columns, their_rows[rows], sources, at);
     });
     return DONE;
 }

@@ -17,12 +17,9 @@ void sparselottery_net(const void* net, const float* x, float* y, int64_t batch)
 void sparselottery_rows(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_train(const void* args);
-int64_t sparselottery_mask_rows(const uint8_t*, int64_t, int64_t, int32_t*, int64_t);
-int64_t sparselottery_mask_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int64_t);
 int64_t sparselottery_is_pattern(int64_t, int64_t, int64_t, const int32_t*, const int32_t*);
 int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
                               int64_t);
-int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const void*, void*, const void*, int64_t);
 extern const int64_t sparselottery_abi_chain[], sparselottery_abi_net[],
     sparselottery_abi_plan[], sparselottery_abi_rows[], sparselottery_abi_train[];
 }
@@ -46,6 +43,7 @@ void know() {
         {"dtype", &known.dtype},
         {"geometry", &known.geometry},
         {"is_cpu", &known.is_cpu},
+        {"itemsize", &known.itemsize},
         {"new_empty", &known.new_empty},
         {"new_empty_strided", &known.new_empty_strided},
         {"_pad_first", &known.pad_first},
@@ -251,11 +249,10 @@ PyMethodDef methods[] = {
     {"plan", fast(Build<sparselottery_plan>::function), METH_FASTCALL, nullptr},
     {"conv_plan", fast(Build<sparselottery_conv_plan>::function), METH_FASTCALL, nullptr},
     {"unpack", fast(unpack), METH_FASTCALL, nullptr},
-    {"mask_rows", fast(Call<sparselottery_mask_rows>::function), METH_FASTCALL, nullptr},
-    {"mask_columns", fast(Call<sparselottery_mask_columns>::function), METH_FASTCALL, nullptr},
     {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
+    {"compiled", fast(compiled), METH_FASTCALL, nullptr},
+    {"carried", fast(carried), METH_FASTCALL, nullptr},
     {"sources", fast(Call<sparselottery_sources>::function), METH_FASTCALL, nullptr},
-    {"carry", fast(Call<sparselottery_carry>::function), METH_FASTCALL, nullptr},
     {"net", fast(infer<sparselottery_net>), METH_FASTCALL, nullptr},
     {"rows", fast(infer<sparselottery_rows>), METH_FASTCALL, nullptr},
     {"chain_infer", fast(infer<sparselottery_chain_infer>), METH_FASTCALL, nullptr},

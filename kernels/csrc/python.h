@@ -16,7 +16,7 @@ struct NoPlan {};  // nor is a plan that of its layer
 
 extern struct Known {
     PyObject *bias, *buffers, *col_indices, *contiguous, *copy, *crow_indices, *current_level, *data_ptr, *dtype;  // names
-    PyObject *geometry, *is_cpu, *new_empty, *new_empty_strided, *pad_first, *parameters, *plan, *raw_repr, *remembered;
+    PyObject *geometry, *is_cpu, *itemsize, *new_empty, *new_empty_strided, *pad_first, *parameters, *plan, *raw_repr, *remembered;
     PyObject *requires_grad, *shape, *stride, *values, *version;
     PyObject *bfloat16, *float16, *float32, *float64, *int32, *uint8, *get_num_threads, *is_grad_enabled;  // of torch
 } known;
@@ -189,6 +189,10 @@ PyObject* conv_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv_after_conv(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* conv_gradients(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+// Of python_pattern.cpp.
+PyObject* compiled(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* carried(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // Of python_frozen.cpp.
 PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count);

@@ -166,4 +166,5 @@ def of(layer: nn.Module, wish: str | None) -> type[Execution]:
         return Dense
     if wish and BY_NAME[wish].why_not(layer) is None:
         return BY_NAME[wish]
-    return next((each for each in (Block, Permuted, Sparse) if each.why_not(layer) is None), Dense)
+    natural = (Block, Permuted, Sparse) if ops.blocks_taken(layer.values.device, layer.geometry) else (Sparse,)
+    return next((each for each in natural if each.why_not(layer) is None), Dense)
