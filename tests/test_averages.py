@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparselottery import convert, prune, to_dense
+from sparselottery import convert, prune, set_masks, to_dense
 from sparselottery.convert import masks_of
 
 
@@ -68,6 +70,29 @@ def test_rounded_indices_that_are_some_pattern_are_refused(kind):
             average(x)
     average.module.load_state_dict(net.state_dict())
     torch.testing.assert_close(average(x), net(x))
+
+
+def test_a_model_whose_masks_have_moved_is_refused_until_the_average_has_them_too():
+    """Equally many survivors of all rows, so that buffers are of the same sizes."""
+    rows = [torch.eye(8, dtype=torch.bool).roll(shift, 1) for shift in (0, 3)]
+    net = convert(
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), {"0.weight": rows[0], "2.weight": rows[0]}
+    )
+    x, average = torch.randn(3, 8), averaged(net)
+    average(x)
+    set_masks(net, {"0.weight": rows[1]})
+    refused = copy.deepcopy(average)
+    refused.update_parameters(net)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"set_masks\(average.module, masks\)"):
+            refused(x)
+    refused.module.load_state_dict(net.state_dict())
+    torch.testing.assert_close(refused(x), net(x))
+    set_masks(average.module, {"0.weight": rows[1]})
+    average.update_parameters(net)
+    average(x)
+    for name in ("crow_indices", "col_indices"):
+        assert torch.equal(getattr(average.module[0], name), getattr(net[0], name))
 
 
 def test_all_buffers_written_in_place_with_those_of_a_like_model(model):

@@ -159,20 +159,30 @@ class ExecutedLayer(CheckpointedLayer):
         """Forgets what was made of the last pattern or type of device; if that `changed`, what was measured as well.
 
         Raises ValueError where all buffers were written to in place, and what is made of the indices now is not what
-        was written: so an average of all buffers shows, even if the indices that it has rounded are some pattern's.
+        was written: so an average of all buffers shows, even if the indices that it has rounded are some pattern's. Or
+        where the indices of a copy are others than before: so an average shows that got those of a model whose masks
+        have moved, but values of both.
         """
-        known, before = self._known, dict(self._buffers)
+        known, before, digest = self._known, dict(self._buffers), self._digest
         if changed and self.measured:
             self._execution = self.measured = None
         self._buffers["plan"] = self._no_plan()
         vars(self).update(_mask_block=None, _mask_order=None)
         self._prepare()
-        if all(before[name] is each and each._version != version for name, each, version in known) and not all(
-            _equal(before[name], self._buffers[name]) for name, *_ in known[2:]
-        ):
-            self._known = known  # so the next call is refused, too
-            self._buffers.update(before)
-            raise ValueError(self._unlike("plan: expected that of the indices, got another"))
+        if not all(before[name] is each and each._version != version for name, each, version in known):
+            return
+        if not all(_equal(before[name], self._buffers[name]) for name, *_ in known[2:]):
+            why = self._unlike("plan: expected that of the indices, got another")
+        elif digest != self._digest:
+            why = (
+                "values: expected an average of one pattern, got a model's whose masks have moved: before "
+                "average.update_parameters(model), set_masks(average.module, masks) as the model's"
+            )
+        else:
+            return
+        vars(self).update(_known=known, _digest=digest)  # so the next call is refused, too
+        self._buffers.update(before)
+        raise ValueError(why)
 
 
 def _equal(written: Tensor, made: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ half a microsecond. Where something changed, the indices are validated and all t
 from __future__ import annotations
 
 import weakref
+import zlib
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class IndexedLayer(nn.Module):
     """
 
     _known: tuple[tuple[str, Tensor | None, int], ...] = _UNKNOWN  # (buffer, tensor, version)
+    _digest: int | None = None  # of a copy, as an average is one: of the indices when they were remembered
 
     def _indices_changed(self) -> None:
         """The buffers are not those remembered: validates them and calls `_settle`, or raises ValueError."""
@@ -76,6 +78,8 @@ class IndexedLayer(nn.Module):
         known = tuple([(name, each := buffers[name], each._version) for name in names])
         has_data = not any(each.is_meta for _, each, _ in known)
         vars(self)["_known"] = known if has_data else _UNKNOWN  # nn.Module's way takes ten times as long
+        if self._digest is not None:
+            vars(self)["_digest"] = _digest_of(self.crow_indices, self.col_indices)
 
     def _forget(self) -> None:
         self._known = _UNKNOWN
@@ -104,6 +108,7 @@ class IndexedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._known is not _UNKNOWN and all(self._buffers[name] is each for name, each, _ in self._known):
+            vars(self)["_digest"] = 0  # wanted
             self._remember(*(name for name, *_ in self._known))  # versions of the copies are others
 
 
@@ -117,6 +122,14 @@ class Seen:
         """Has the layer the same index tensors, which nobody has written to since?"""
         found = layer.crow_indices, layer.col_indices
         return all(ref() is each and each._version == v for each, (ref, v) in zip(found, self._marks, strict=True))
+
+
+def _digest_of(*indices: Tensor) -> int:
+    digest = 0
+    for each in indices:
+        if _has_data(each):
+            digest = zlib.crc32((each if each.is_cpu else each.cpu()).contiguous().numpy(), digest)
+    return digest
 
 
 def _has_data(tensor: Tensor) -> bool:
