@@ -104,9 +104,9 @@ def set_masks(
     as the moments of SGD, Adam and AdamW, also fused, foreach and capturable.
 
     A backward through calls before this one raises RuntimeError, and CUDA graphs have to be captured anew. An average
-    of the model (`AveragedModel`) is a model of its own: give it the same masks. DistributedDataParallel goes on where
-    all processes give the same masks at the same time; its buckets are made anew if the number of survivors changes,
-    and its communication hooks go on, unless they have a state.
+    of the model (`AveragedModel`) is a model of its own: give it the same masks before its next update, or it raises
+    ValueError. DistributedDataParallel goes on where all processes give the same masks at the same time; its buckets
+    are made anew if the number of survivors changes, and its communication hooks go on, unless they have a state.
     Raises ValueError if a name is not that of a masked layer's weight, a mask does not fit, layers that share their
     values would differ, an optimiser has state of a layer and is not given, or is given and has no parameter of the
     model or state of another kind; TypeError if a mask is not boolean or an optimiser is none.

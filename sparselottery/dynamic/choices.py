@@ -21,8 +21,8 @@ def highest(scores: Tensor, k: int) -> Tensor:
     return lowest(-scores, k)
 
 
-def kept(pool: Pool, k: int, score: Callable[[str, MaskedLayer], Tensor]) -> Tensor | None:
-    """The places of the k survivors with the highest scores; None if a score is not finite."""
+def kept(pool: Pool, k: int, target: int, score: Callable[[str, MaskedLayer], Tensor]) -> Tensor | None:
+    """The places of the k survivors with the highest scores; None if a score is not finite. target: as `Pool.stays`."""
     of_values = pool.of_values()
     places = pool.distinct(of_values)
     if k == len(places):
@@ -32,7 +32,7 @@ def kept(pool: Pool, k: int, score: Callable[[str, MaskedLayer], Tensor]) -> Ten
         raise ValueError(f"drop: expected a score for each of {len(of_values)} weights, got {tuple(scores.shape)}")
     if not finite(scores):
         return None
-    return pieces.take(places, ~lowest(pool.means(scores, of_values, places), len(places) - k))
+    return pieces.take(places, pool.stays(pool.means(scores, of_values, places), places, k, target))
 
 
 def at_random(pool: Pool, without: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -67,7 +67,7 @@ class Watch:
         """Of a weight the gradient, flattened: where each strip begins in it, and the strip."""
         layer = self._layers[name][0]
         pairs, columns = self._pairs(name), matrix_shape(layer.shape)[1]
-        for start, stop in _strips(layer, self._rows[name]):
+        for start, stop in strips_of(layer, self._rows[name]):
             strip = layer.values.new_zeros(stop - start, *layer.shape[1:])
             for x, gy in pairs:
                 strip += _strip(layer, x, gy, slice(start, stop))
@@ -100,7 +100,7 @@ def _prepared(layer: MaskedLayer, x: Tensor, gy: Tensor) -> tuple[Tensor, Tensor
     return F.pad(x, (sides.left, sides.right, sides.top, sides.bottom)), gy
 
 
-def _strips(layer: MaskedLayer, multiple: int) -> Iterator[tuple[int, int]]:
+def strips_of(layer: MaskedLayer, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Rows from, to, those of whole blocks. Of a convolution in groups, the rows of whole groups."""
     rows, columns = matrix_shape(layer.shape)
     unit = math.lcm(multiple, rows // layer.groups if layer.groups > 1 else 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import masked_layers
-from ..masks import Block, Granularity, Rows, block_sums, granularities
+from ..masks import Block, Granularity, Rows, block_sums, granularities, lowest
 from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from ..pattern import Pattern, has_blocks, matrix_shape
@@ -68,6 +68,14 @@ class Pool:
         index = torch.searchsorted(places, of_values)
         sums = scores.new_zeros(len(places), dtype=torch.float64).index_add_(0, index, scores.double())
         return sums / torch.bincount(index, minlength=len(places))
+
+    def target(self, share: float) -> int:
+        """How many of the places survive at a density."""
+        return round(share * self.total)
+
+    def stays(self, scores: Tensor, places: Tensor, k: int, target: int) -> Tensor:
+        """Bool, of scores at distinct places: the k highest. target: how many there are when others have come."""
+        return ~lowest(scores, len(places) - k)
 
     def patterns(self, places: Tensor) -> dict[str, Pattern]:
         """Of each layer, given the ascending places of all."""
@@ -139,12 +147,16 @@ def sharing(model: nn.Module, ignore: Sequence[str]) -> dict[str, list[MaskedLay
     return taking_part
 
 
-def blocks_of(layers: Mapping[str, MaskedLayer], granularity: Granularity, grow: str) -> dict[str, tuple[int, int]]:
-    """Of each layer. Those of one weight are the same for all that is done."""
-    blocks = granularities(layers, granularity)
-    for name, block in blocks.items():
-        if isinstance(block, (NofM, Rows)):
-            raise ValueError(f"granularity: expected blocks (rows, columns), got {block} for {name}")
-        if block != (1, 1) and grow == "momentum":
-            raise ValueError(f"grow: expected random or gradient with blocks, as {block} of {name}, got {grow!r}")
-    return blocks
+def grains_of(
+    layers: Mapping[str, MaskedLayer], granularity: Granularity, grow: str, sampled: bool
+) -> dict[str, Block | NofM]:
+    """Blocks, or N:M, of each layer. Those of one weight are the same for all that is done."""
+    grains = granularities(layers, granularity)
+    for name, grain in grains.items():
+        if isinstance(grain, Rows):
+            raise ValueError(f"granularity: expected blocks (rows, columns) or N:M, got {grain} for {name}")
+        if grain != (1, 1) and grow == "momentum":
+            raise ValueError(f"grow: expected random or gradient with blocks, as {grain} of {name}, got {grow!r}")
+        if isinstance(grain, NofM) and sampled:
+            raise ValueError(f"candidates: expected None with {grain} of {name}, of which all in a group are asked")
+    return grains

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ranks
-from ..masks import Granularity
+from ..masks import Block, Granularity
 from ..moves import set_masks
+from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from .choices import at_random, by_gradient, finite, gradients_at, highest, kept, merged
 from .distributions import DISTRIBUTIONS, Distribution
 from .drops import DROP, Score, magnitude
 from .gradients import Watch
-from .pools import Pool, blocks_of, sharing
+from .groups import Groups
+from .pools import Pool, grains_of, sharing
 from .schedules import Schedule, constant
 
 GROWTH = ("random", "gradient", "momentum")
@@ -61,6 +63,8 @@ class MaskUpdater:
             all are, a strip of rows after another. "momentum" takes 10 for None.
         granularity: (rows, columns) of blocks that go and come whole, by the means of their scores, or by layer as in
             `prune`. Densities are then shares of the blocks. With "global" all layers have the same; not "momentum".
+            "N:M": weights come where others of their group of M went, and a density is that of each group, in M-ths,
+            at least N of them; masks begin as `prune` leaves them, or whole. Not "global", "momentum" or `candidates`.
         ignore: names or fnmatch patterns of layers that keep their masks.
         seed: of all that is drawn, the same for all processes.
 
@@ -113,11 +117,12 @@ class MaskUpdater:
         layers = {name: together[0] for name, together in shared.items()}
         self._shapes = {name: layer.shape for name, layer in layers.items()}
         together = [layers] if self._distribution is None else [{name: layer} for name, layer in layers.items()]
-        blocks = blocks_of(layers, granularity, grow)
-        if self._distribution is None and len(set(blocks.values())) > 1:
-            raise ValueError(f"granularity: expected the same of all layers that compete, got {blocks}")
-        self._pools = [Pool(each, blocks[next(iter(each))]) for each in together]
-        self._watch = Watch(shared, {name: rows for name, (rows, _) in blocks.items()})
+        grains = grains_of(layers, granularity, grow, candidates is not None)
+        kinds = set(grains.values())
+        if self._distribution is None and (len(kinds) > 1 or any(isinstance(kind, NofM) for kind in kinds)):
+            raise ValueError(f"granularity: expected the same blocks of all layers that compete, got {grains}")
+        self._pools = [_pool(each, grains[next(iter(each))]) for each in together]
+        self._watch = Watch(shared, {name: pool.block[0] for pool in self._pools for name in pool.layers})
         self._generator = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._late = False  # an update was put off
@@ -187,7 +192,7 @@ class MaskUpdater:
             share = density if shares is None else shares[next(iter(pool.layers))]
             if not 0 <= share <= 1:
                 raise ValueError(f"distribution: expected densities in [0, 1], got {shares}")
-            target = round(share * pool.total)
+            target = pool.target(share)
             stay = min(pool.count, target)
             stay -= round(fraction * stay)
             plan.append((stay, 0 if start else target - stay))
@@ -216,7 +221,7 @@ class MaskUpdater:
     def _choose(self, number: int, stay: int, come: int, start: bool) -> Tensor | None:
         """The places that survive in a pool; None if scores are not finite."""
         pool = self._pools[number]
-        places = kept(pool, stay, self._at_random if start else self._score)
+        places = kept(pool, stay, stay + come, self._at_random if start else self._score)
         if places is None or come == 0:
             return places
         if stay + come == pool.total:
@@ -227,6 +232,8 @@ class MaskUpdater:
     def _grow(self, number: int, places: Tensor, come: int) -> Tensor | None:
         """`come` places of a pool that are not among those that stay."""
         pool = self._pools[number]
+        if isinstance(pool, Groups):
+            return pool.grown(places, len(places) + come, self._generator if self.grow == "random" else self._watch)
         if self.grow == "random":
             return at_random(pool, places, come, self._generator)
         if self.grow == "gradient":
@@ -288,3 +295,7 @@ class MaskUpdater:
             gradient = gradients_at(pool, places, self._watch)
             if bool(gradient.isfinite().all()):  # else the optimiser has left out this step as well
                 momentum.mul_(DECAY).add_(gradient)
+
+
+def _pool(layers: dict[str, MaskedLayer], grain: Block | NofM) -> Pool:
+    return Groups(layers, grain) if isinstance(grain, NofM) else Pool(layers, grain)
