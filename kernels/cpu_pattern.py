@@ -26,6 +26,21 @@ def is_valid(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) 
     return bool(native.LIBRARY.is_pattern(*shape, col_indices.numel(), *pointers))
 
 
+def positions(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:
+    """Of each value of valid CSR its place in the matrix when flattened: int64 (nnz,)."""
+    found = native.empty(col_indices.numel(), dtype=torch.int64)
+    pointers = crow_indices.data_ptr(), col_indices.data_ptr(), found.data_ptr()
+    native.LIBRARY.positions(crow_indices.numel() - 1, columns, *pointers)
+    return found
+
+
+def at_positions(positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """The CSR indices of values at these places, int64 (nnz,); None if they do not ascend in the matrix."""
+    indices = native.empty(shape[0] + 1, dtype=torch.int32), native.empty(positions.numel(), dtype=torch.int32)
+    pointers = positions.data_ptr(), *(each.data_ptr() for each in indices)
+    return indices if native.LIBRARY.at_positions(*shape, positions.numel(), *pointers) else None
+
+
 def sources(columns: int, crow_indices: Tensor, col_indices: Tensor, their_rows: Tensor, their_columns: Tensor):
     """Of each value of a pattern its index among those of another of its shape, their number where it has none.
 

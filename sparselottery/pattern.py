@@ -126,6 +126,10 @@ class Pattern:
             raise TypeError(f"positions: expected a 1-D int64 tensor, got {positions.dtype} {tuple(positions.shape)}")
         if len(positions) > MAX_INT32 or max(shape) > MAX_INT32:
             raise ValueError(f"positions: expected at most {MAX_INT32} survivors, rows and columns, got {shape}")
+        if native.available() and divisible(positions):
+            indices = cpu_pattern.at_positions(positions.contiguous(), shape)
+            if indices is not None:
+                return cls(*indices, (shape[0], shape[1]))
         total = shape[0] * shape[1]
         if len(positions) and not (
             int(positions[0]) >= 0 and int(positions[-1]) < total and bool((positions[1:] > positions[:-1]).all())
@@ -210,6 +214,8 @@ class Pattern:
 
     def positions(self) -> Tensor:
         """Of each value in the matrix when flattened: int64 (nnz,)."""
+        if native.available() and divisible(*self.indices):
+            return cpu_pattern.positions(*(each.contiguous() for each in self.indices), self.shape[1])
         if divisible(*self.indices):
             starts = np.arange(self.shape[0], dtype=np.int64) * self.shape[1]
             return torch.from_numpy(np.repeat(starts, np.diff(self.crow_indices.numpy()))).add_(self.col_indices)

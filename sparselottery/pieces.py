@@ -77,6 +77,8 @@ def keep(tensor: Tensor, mask: Tensor) -> None:
 def take(tensor: Tensor, mask: Tensor) -> Tensor:
     """A copy of the elements of a tensor (...) where a mask (...) on its device is True: (n,), by index."""
     flat, flags = tensor.flatten(), mask.flatten()
+    if len(flat) <= SIZE and divisible(flat, flags):
+        return flat.index_select(0, places(flags))
     survivors = count(flags)
     if not divisible(flat, flags):
         return flat.clone() if survivors == flags.numel() else flat[flags]

@@ -55,6 +55,25 @@ def test_indices_in_another_pattern(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_positions_there_and_back(shape, monkeypatch):
+    for mask in (*masks(shape), torch.zeros(shape).bool(), torch.ones(shape).bool()):
+        pattern = Pattern.from_mask(mask)
+        positions = mask.flatten().nonzero().squeeze(1)
+        assert all(same(each, positions) for each in both(monkeypatch, pattern.positions))
+        for each in both(monkeypatch, lambda at=positions: Pattern.from_positions(at, shape)):
+            assert all(map(same, each.indices, pattern.indices))
+
+
+@pytest.mark.parametrize("positions", [[-1, 2], [2, 2], [3, 2], [2, 12], [12], [11, 0]])
+def test_positions_that_are_none(positions, monkeypatch):
+    def refused():
+        with pytest.raises(ValueError, match=r"positions: expected strictly ascending positions in \[0, 12\)"):
+            Pattern.from_positions(torch.tensor(positions), (3, 4))
+
+    both(monkeypatch, refused)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_indices_that_are_valid(shape):
     rows, columns = shape
     for mask in masks(shape):

@@ -162,6 +162,33 @@ EXPORT int64_t sparselottery_is_pattern(int64_t rows, int64_t columns, int64_t n
     return true;
 }
 
+// Of each value its place in the matrix when flattened.
+EXPORT int64_t sparselottery_positions(int64_t rows, int64_t columns, const int32_t* crow_indices, const int32_t* col_indices,
+                                       int64_t* positions) {
+    expect_writes(positions, crow_indices[rows] * int64_t(8));
+    for (int64_t r = 0; r < rows; ++r)
+        for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k) positions[k] = r * columns + col_indices[k];
+    return DONE;
+}
+
+// The inverse; false where these are no ascending positions in the matrix.
+EXPORT int64_t sparselottery_at_positions(int64_t rows, int64_t columns, int64_t nnz, const int64_t* positions,
+                                          int32_t* crow_indices, int32_t* col_indices) {
+    if (nnz && (positions[0] < 0 || positions[nnz - 1] >= rows * columns)) return false;
+    expect_writes(col_indices, nnz * int64_t(4));
+    int64_t row = 0, begin = 0, last = -1;  // of the row: its first position
+    bool ascending = true;
+    crow_indices[0] = 0;
+    for (int64_t k = 0; k < nnz; ++k) {
+        const int64_t at = positions[k];
+        ascending &= at > last;
+        for (; row < rows - 1 && at >= begin + columns; begin += columns) crow_indices[++row] = int32_t(k);
+        col_indices[k] = int32_t(at - begin), last = at;
+    }
+    while (row < rows) crow_indices[++row] = int32_t(nnz);
+    return ascending;
+}
+
 // Of each value of the pattern `ours` its index among the values of `theirs`, as many as these where it is not there.
 EXPORT int64_t sparselottery_sources(int64_t rows, int64_t columns, const int32_t* our_rows, const int32_t* our_columns,
                                      const int32_t* their_rows, const int32_t* their_columns, int32_t* sources,

@@ -18,6 +18,8 @@ void sparselottery_rows(const void* net, const float* x, float* y, int64_t batch
 void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_train(const void* args);
 int64_t sparselottery_is_pattern(int64_t, int64_t, int64_t, const int32_t*, const int32_t*);
+int64_t sparselottery_positions(int64_t, int64_t, const int32_t*, const int32_t*, int64_t*);
+int64_t sparselottery_at_positions(int64_t, int64_t, int64_t, const int64_t*, int32_t*, int32_t*);
 int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
                               int64_t);
 extern const int64_t sparselottery_abi_chain[], sparselottery_abi_net[],
@@ -252,6 +254,8 @@ PyMethodDef methods[] = {
     {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
     {"compiled", fast(compiled), METH_FASTCALL, nullptr},
     {"carried", fast(carried), METH_FASTCALL, nullptr},
+    {"positions", fast(Call<sparselottery_positions>::function), METH_FASTCALL, nullptr},
+    {"at_positions", fast(Call<sparselottery_at_positions>::function), METH_FASTCALL, nullptr},
     {"sources", fast(Call<sparselottery_sources>::function), METH_FASTCALL, nullptr},
     {"net", fast(infer<sparselottery_net>), METH_FASTCALL, nullptr},
     {"rows", fast(infer<sparselottery_rows>), METH_FASTCALL, nullptr},
