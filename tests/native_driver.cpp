@@ -24,6 +24,8 @@ void sparselottery_net(const void*, const float*, float*, int64_t);
 void sparselottery_train(const void*);
 int64_t sparselottery_mask_rows(const uint8_t*, int64_t, int64_t, int32_t*, int64_t);
 int64_t sparselottery_mask_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int64_t);
+int64_t sparselottery_positions(int64_t, int64_t, const int32_t*, const int32_t*, int64_t*);
+int64_t sparselottery_at_positions(int64_t, int64_t, int64_t, const int64_t*, int32_t*, int32_t*);
 int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
                               int64_t);
 int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const void*, void*, const void*, int64_t);
@@ -296,6 +298,12 @@ void patterns(int rows, int columns) {
     const int64_t found = sparselottery_mask_rows(mask.data(), rows, columns, begin.data(), threads);
     sparselottery_mask_columns(mask.data(), rows, columns, begin.data(), at.data(), threads);
     if (found != int64_t(at.size()) || begin != after.begin || at != after.at) std::puts("another pattern"), ++differences;
+    std::vector<int64_t> positions(at.size()), places(at.size());
+    after.each([&](int r, int c, int k) { places[k] = int64_t(r) * columns + c; });
+    sparselottery_positions(rows, columns, begin.data(), at.data(), positions.data());
+    std::vector<int32_t> again(rows + 1), columns_again(at.size());
+    const bool ascend = sparselottery_at_positions(rows, columns, at.size(), places.data(), again.data(), columns_again.data());
+    if (positions != places || !ascend || again != begin || columns_again != at) std::puts("other positions"), ++differences;
     sparselottery_sources(rows, columns, begin.data(), at.data(), before.begin.data(), before.at.data(), sources.data(),
                           threads);
     std::vector<T> dense(rows * columns, T(7)), moved(at.size()), expected(at.size());
