@@ -227,6 +227,19 @@ def test_threads_change_no_bit(level, batch, dtype):
             assert torch.equal(result, alone[name]), (threads, name)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize("batch", [330, 700, 1111])
+def test_inference_in_the_same_memory_tile_after_tile(batch, dtype):
+    """What nobody keeps of a tile, the next one of the same thread overwrites, and no other's."""
+    chain = make(batch, [600, 400, 7], density=0.3 if dtype != torch.bfloat16 else 0.01).to(dtype)
+    expected = truth(chain)["y"].to(dtype)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for batch_minor in (False, True):
+            args = chain.x, chain.values, chain.biases, *chain.indices(), batch_minor, False
+            assert torch.equal(cpu.chain_forward(*args)[0], expected)
+
+
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("batch", [1, 17])

@@ -292,8 +292,22 @@ def test_more_dimensions_take_the_short_way(monkeypatch):
     expected.sum().backward()
     expected_gx, x.grad = x.grad, None
     monkeypatch.setattr("sparselottery.nn.linear._chain", None)
+    strided = (
+        x.transpose(0, 1),
+        x[:, -1:],
+        x[:1].expand(3, 3, 20),
+        torch.randn(4, 3, 2, 20)[:, :, 0],
+        x[:, :, None, None],
+    )
+    strided = *strided, torch.randn(2, 3, 40)[..., ::2], torch.randn(2, 5, 20)[:, :3], torch.randn(1, 1, 20).mT.mT
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected)
+        wanted = [layer.to_dense()(each) for each in strided]
+        with monkeypatch.context() as without:
+            without.setattr(torch.Tensor, "flatten", None)  # the native call reads them as they are
+            torch.testing.assert_close(layer(x), expected)
+            found = [layer(each) for each in strided]
+        torch.testing.assert_close(found, wanted)
+        assert all(each.is_contiguous() for each in found)
     y = layer(x)
     y.sum().backward()
     torch.testing.assert_close(y, expected)

@@ -101,21 +101,26 @@ void forward(const Args& a, const Layer* layers) {
         }
         // A tile goes through all layers before the next: its activations stay in the caches, those of one core where a
         // thread has it alone (moving a line to another core costs 30 to 300 ns); then nobody waits.
+        const bool reuse = a.inference && tiles.count > 2 * team_size();  // then a thread's tiles fit before those left over
         const auto forward_tile = [&](int64_t i, bool alone) {
             const int64_t width = tiles.width(i);
+            const auto at = [&](void* input, int64_t features) {  // tile i of an input; of what nobody keeps, a thread has one
+                T* packed = static_cast<T*>(input);
+                return alone && reuse ? packed + features * kWidest<T> * thread_index() : tiles.of(packed, features, i);
+            };
             const Range features = alone ? Range{0, a.features} : share(a.features, thread_index(), team_size());
-            pack_tile<T, S>(a.x, a.batch, a.features, i, features, static_cast<T*>(layers[0].input));
+            pack_tile<T, S>(a.x, a.batch, a.features, i, features, at(layers[0].input, a.features));
             keep<T, S>(layers[0], a.batch, a.features, i, features, false);
             if (!alone) barrier();
             const T* values = all;
             for (int64_t l = 0; l < a.layers; values += operands(layers[l]), ++l) {
                 const Layer &layer = layers[l], *next = l + 1 < a.layers ? layers + l + 1 : nullptr;
                 const Schedule s = read_plan(layer.plan).forward;
-                const T* x = tiles.of(static_cast<const T*>(layer.input), s.cols, i);
+                const T* x = at(layer.input, s.cols);
                 const T* bias = narrow && layer.bias ? values + layer.nnz : static_cast<const T*>(layer.bias);
                 const auto strip_forward = [&](int64_t strip) {
                     const int64_t row = first_row(s, strip);
-                    T* y = next ? tiles.of(static_cast<T*>(next->input), s.rows, i) + row * width
+                    T* y = next ? at(next->input, s.rows) + row * width
                                 : scratch.get<T>(s.strip * kWidest<T>);
                     forward_strip<T>(s, strip, in_csr ? static_cast<const T*>(layer.values) : values + first_entry(s, strip),
                                      in_csr, bias, x, y, width, next);
@@ -194,10 +199,11 @@ void backward(const Args& a, const Layer* layers) {
         std::vector<std::vector<int64_t>> mine(a.layers);
         for (int64_t i = 0; i < tiles.count; ++i) {
             const int64_t width = tiles.width(i);
-            pack_tile<T, S>(a.x, a.batch, out_features, i, share(out_features, part, parts), static_cast<T*>(a.packed_gy));
+            pack_tile<T, S>(a.x, a.batch, out_features, i, share(out_features, part, parts),
+                            tiles.of(static_cast<T*>(a.packed_gy), out_features, i));
             if (a.input.data)
                 pack_tile<T, S>(a.input, a.batch, a.features, i, share(a.features, part, parts),
-                                static_cast<T*>(layers[0].input));
+                                tiles.of(static_cast<T*>(layers[0].input), a.features, i));
             for (int64_t l = 0; l < a.layers; ++l) {
                 const int64_t features = l ? layers[l - 1].rows : a.features;
                 keep<T, S>(layers[l], a.batch, features, i, share(features, part, parts), true);

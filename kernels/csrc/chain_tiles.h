@@ -11,14 +11,14 @@
 template <class T, class S>
 constexpr bool kNarrow = sizeof(S) < sizeof(T);
 
-// Tile i of x, some of its features -> packed.
+// Tile i of x, some of its features -> that tile, packed.
 template <class T, class S>
-void pack_tile(const ChainMatrix& x, int64_t batch, int64_t features, int64_t i, Range some, T* packed) {
+void pack_tile(const ChainMatrix& x, int64_t batch, int64_t features, int64_t i, Range some, T* tile) {
     const BatchTiles<T> tiles(batch);
     const int64_t begin = tiles.begin(i), width = tiles.width(i);
     const S* first = static_cast<const S*>(x.data) + begin * (x.batch_minor ? 1 : x.stride);
     (x.batch_minor ? repack<T, S> : pack<T, S>)(first, x.stride, std::min(batch - begin, width), some.begin, some.end,
-                                                tiles.of(packed, features, i), width, width);
+                                                tile, width, width);
 }
 
 // Rows [row, row + rows) of tile i, packed -> y; a batch-minor one to its last column.

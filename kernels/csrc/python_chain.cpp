@@ -76,7 +76,7 @@ Output run(const Matrix& x, Chain& chain, bool batch_minor, bool save, int64_t t
     if (!x.rows) throw Unfit();
     const int64_t layers = chain.layers.size(), feature = leading_dim(x.rows) * x.size();
     const int64_t width = chain.width(layers);
-    Output out{empty(x.held.get(), x.rows, width, batch_minor),
+    Output out{x.rank > 2 ? empty(x.held.get(), x.rank, x.shape, width) : empty(x.held.get(), x.rows, width, batch_minor),
                save ? empty(x.held.get(), chain.saved() * leading_dim(x.rows)) : none()};
     // What is not saved is in memory of our own.
     const int64_t own = chain.own(save) * feature;
@@ -110,15 +110,16 @@ PyObject* chain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-// A call of layers (x, ORDINARY of native.py, layers, batch_minor, threads) -> y or, if gradients are asked for, ((y, saved),
+// A call of layers (x, ORDINARY of native.py, layers, batch_minor, threads) -> y or, of a matrix with gradients, ((y, saved),
 // (crow_indices, col_indices, plans), (x, values..., biases...)). None if anything is unusual: Python then finds out what.
 PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return usual([=]() -> PyObject* {
         take(count, 5);
         PyObject* input = args[0];
         if (!is_ordinary(input, args[1])) throw Unfit();
-        const Matrix x(input);
-        if (x.as.batch_minor) throw Unfit();
+        const Matrix x(input, true);
+        const bool minor = is_true(args[3]);
+        if (x.as.batch_minor || (minor && x.rank > 2)) throw Unfit();
         const Sequence layers(args[2]);
         const int64_t size = layers.size();
         std::vector<Tables> tables;
@@ -131,7 +132,8 @@ PyObject* chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
             save = save || is_trained({of.values, of.bias});
         }
         save = is_grad_enabled() && (save || is_trained({input}));
-        const Output out = run(x, chain, is_true(args[3]), save, threads_for(chain.multiply_adds(), args[4]));
+        if (save && x.rank > 2) throw Unfit();  // autograd has matrices
+        const Output out = run(x, chain, minor, save, threads_for(chain.multiply_adds(), args[4]));
         if (!save) return Py_NewRef(out.y.get());
         const Object crows(PyTuple_New(size)), cols(PyTuple_New(size)), plans(PyTuple_New(size));
         const Object inputs(PyTuple_New(1 + 2 * size));

@@ -92,19 +92,25 @@ struct View {
 
 inline Object contiguous(PyObject* tensor) { return Object(PyObject_CallMethodNoArgs(tensor, known.contiguous)); }
 
-// A matrix (N, I) of floating numbers, as it stands, or a copy where its strides are none we read.
+// A matrix (N, I) of floating numbers, as it stands, or a copy where its strides are none we read. With `any_rank` (*, I).
 struct Matrix {
-    explicit Matrix(PyObject* tensor) : held(Py_NewRef(tensor)) {
-        View view(tensor);
-        kind = view.kind;
-        if (kind > HALF || view.dims != 2) throw Unfit();
-        rows = view.shape[0], columns = view.shape[1];
-        const int64_t row = view.strides[0], column = view.strides[1];
+    explicit Matrix(PyObject* tensor, bool any_rank = false) : held(Py_NewRef(tensor)) {
+        const View view(tensor);
+        kind = view.kind, rank = view.dims;
+        if (kind > HALF || rank < 2 || (rank > 2 && !any_rank)) throw Unfit();
+        std::copy_n(view.shape, rank, shape);
+        rows = shape[rank - 2], columns = shape[rank - 1];
+        int64_t row = view.strides[rank - 2];
+        const int64_t column = view.strides[rank - 1];
+        for (int64_t d = rank - 3; d >= 0; rows *= shape[d--]) {
+            if (rows == 1) row = view.strides[d];
+            else if (shape[d] != 1 && view.strides[d] != row * rows) row = 0;  // no equal steps from row to row: a copy
+        }
         // As reference.is_packed.
         packed = row == 1 && column % kLanes == 0 && rows % kLanes == 0 && column >= rows;
         as = {view.data, column == 1 ? row : column, packed || (column != 1 && row == 1)};
         if (packed) as.stride = column;
-        if (column != 1 && row != 1) {
+        if ((column != 1 && row != 1) || (!row && rank > 2)) {
             held = contiguous(tensor);
             as.data = View(held.get()).data, as.stride = columns;
         }
@@ -114,6 +120,7 @@ struct Matrix {
     bool narrow() const { return kind == BRAIN || kind == HALF; }
     int64_t size() const { return kind == DOUBLE ? 8 : 4; }  // bytes of a number that is computed with
     bool packed;
+    int64_t rank, shape[5];  // as it was given
     int64_t rows, columns;
     ChainMatrix as;
 };
@@ -162,6 +169,14 @@ inline int64_t leading_dim(int64_t batch) {
 }
 
 inline Object empty(PyObject* like, int64_t elements) { return empty<1>(like, {elements}, {1}); }
+
+// (*, I), of the shape of another but for I.
+inline Object empty(PyObject* like, int64_t rank, const int64_t* shape, int64_t columns) {
+    const Object sizes(PyTuple_New(rank));
+    for (int64_t d = 0; d < rank; ++d)
+        PyTuple_SET_ITEM(sizes.get(), d, Object(PyLong_FromLongLong(d + 1 < rank ? shape[d] : columns)).give());
+    return empty(like, sizes.get());
+}
 
 // (N, I), row-major or packed (I, ld).
 inline Object empty(PyObject* like, int64_t rows, int64_t columns, bool packed) {

@@ -83,10 +83,10 @@ def call_chain(x: Tensor, layers: Sequence[torch.nn.Module], batch_minor: bool =
     """`chain` of masked layers, where all is as usual, by one native call that looks for itself; else None."""
     if native.LIBRARY is None or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return None
-    if type(x) is Tensor and x.dim() > 2 and not batch_minor and is_ordinary(x):  # as language models call
+    y = native.LIBRARY.chain(x, native.ORDINARY, layers, batch_minor, torch.get_num_threads())
+    if y is None and type(x) is Tensor and x.dim() > 2 and not batch_minor and is_ordinary(x):  # gradients are of rows
         y = call_chain(x.flatten(0, -2), layers)
         return None if y is None else y.view(*x.shape[:-1], y.shape[1])
-    y = native.LIBRARY.chain(x, native.ORDINARY, layers, batch_minor, torch.get_num_threads())
     if type(y) is not tuple:
         return reference.unpack(y, len(x)) if batch_minor and y is not None else y
     (y, saved), indices, inputs = y
