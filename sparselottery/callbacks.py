@@ -19,6 +19,9 @@ class MovingMasks(Callback):
     method: makes the updater, called as `method(module, optimizer)`; those of `dynamic` with their other arguments
     given. The net in the module has masked layers (`convert`) before `fit`. Checkpoints of the Trainer hold what the
     updater needs, and a training goes on from them as if it had not stopped.
+
+    Rounds of pruning, each a training from the initial weights, are around the Trainer: `find_ticket(module, train)`,
+    in whose `train(module)` a new Trainer fits the module (examples/lightning_ticket.py).
     """
 
     def __init__(self, method: Callable[..., MaskUpdater]) -> None:

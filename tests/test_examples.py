@@ -45,3 +45,10 @@ def test_lightning(run):
     pytest.importorskip("lightning")
     kept = round(0.1 * 64 * 256) + round(0.1 * 256 * 256) + round(0.1 * 256 * 2)
     assert run("lightning_pruning.py", 40).startswith(f"{kept:,} weights are left")
+
+
+def test_rounds_of_lightning(run, tmp_path):
+    pytest.importorskip("lightning")
+    rounds = [line.split(",")[0] for line in run("lightning_ticket.py", 3).splitlines()]
+    assert rounds == [f"round {number}: {0.5**number:.1%} of the weights" for number in range(4)]
+    assert (tmp_path / "ticket.safetensors").exists()
