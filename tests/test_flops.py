@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -115,6 +116,24 @@ def test_whichever_is_imported_first(first):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "16\n", done.stderr
+
+
+@pytest.mark.parametrize("first", ["sparselottery", "ptflops.aten_ops"])
+def test_ptflops(tmp_path, first):
+    """What is read of it: a table from ops to functions of their arguments, which count multiply-adds."""
+    (tmp_path / "ptflops").mkdir()
+    (tmp_path / "ptflops" / "__init__.py").touch()
+    (tmp_path / "ptflops" / "aten_ops.py").write_text("ATEN_OPS_MAPPING = {}")
+    code = (
+        f"import {first}, torch, sparselottery\n"
+        "from ptflops.aten_ops import ATEN_OPS_MAPPING as table\n"
+        "ops, x = torch.ops.sparselottery, torch.ones(4, 3)\n"
+        "print(table[ops.chain]([x, [torch.ones(2)], [None]], ()), ops.conv2d_backward in table)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    assert done.stdout == "8 True\n", done.stderr
 
 
 def test_explain():

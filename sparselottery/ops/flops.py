@@ -1,12 +1,14 @@
 """What `torch.utils.flop_counter` counts of the ops: 2 nnz for each row or output pixel, and the same of each gradient.
 
-Registered when that module is imported, as it imports Triton: most programs never count.
+And ptflops by its backend "aten", in multiply-adds. Registered when these are imported: most programs never count.
+fvcore counts what torch.jit.trace records, and that is dense.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from itertools import accumulate
@@ -16,12 +18,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map_only
 
 from ..kernels.reference import Geometry
 
 Shape = Sequence[int]
-COUNTER = "torch.utils.flop_counter"
+COUNTER, PTFLOPS = "torch.utils.flop_counter", "ptflops.aten_ops"
+COUNTERS = COUNTER, "ptflops.aten_engine"  # where their modes are
 
 
 def chain_flops(x: Shape, values: Sequence[Shape], *_: Any, **__: Any) -> int:
@@ -76,10 +81,18 @@ def _register(flop_counter: ModuleType) -> None:
         flop_counter.register_flop_formula(getattr(torch.ops.sparselottery, name))(formula)
 
 
+def _register_macs(aten_ops: ModuleType) -> None:
+    def macs(formula: Callable[..., int], inputs: Sequence[Any], outputs: Any) -> int:
+        return formula(*tree_map_only(Tensor, lambda each: each.shape, tuple(inputs))) // 2
+
+    for name, formula in FORMULAS.items():
+        aten_ops.ATEN_OPS_MAPPING[getattr(torch.ops.sparselottery, name)] = partial(macs, formula)
+
+
 def are_counted() -> bool:
-    """Does a FlopCounterMode, and no other mode, look at the calls?"""
+    """Does a counter of FLOPs, and nothing else, look at the calls?"""
     modes = _get_current_dispatch_mode_stack()
-    return bool(modes) and all(type(mode).__module__ == COUNTER for mode in modes)
+    return bool(modes) and all(type(mode).__module__ in COUNTERS for mode in modes)
 
 
 class _WhenImported:
@@ -103,9 +116,10 @@ class _WhenImported:
         return spec
 
 
-def count_when_imported(name: str = COUNTER) -> None:
-    """Register the formulas: now, if the module is there, else when somebody imports it."""
-    if name in sys.modules:
-        _register(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _WhenImported(name, _register))
+def count_when_imported() -> None:
+    """Register the formulas: now, if a counter is there, else when somebody imports it."""
+    for name, register in ((COUNTER, _register), (PTFLOPS, _register_macs)):
+        if name in sys.modules:
+            register(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _WhenImported(name, register))
