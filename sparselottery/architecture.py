@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn import MaskedLayer, MaskedSequential, fuse
+from .nn import MaskedLayer, MaskedSequential, fuse, has_own_forward
 from .pattern import MAX_INT32
 
 MAX_DEPTH = 50
@@ -141,7 +141,9 @@ def _describe(module: nn.Module, depth: int) -> dict[str, Any] | None:
 
 
 def _altered(module: nn.Module) -> bool:
-    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+    return (
+        "forward" in vars(module) or has_own_forward(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+    )
 
 
 def _argument(module: nn.Module, name: str) -> Any:

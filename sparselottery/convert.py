@@ -19,6 +19,7 @@ from .copying import copied
 from .execution import choose_execution
 from .masks import as_mask
 from .nn import MaskedLayer, MaskedSequential, OpenedModule, keep_from_fast_path, masked_type_of, opened_type_of
+from .nn.carried import own_buffers
 from .nn.weight import plain
 from .pretrained import saved_sparse
 from .survey import TORCH_PRUNED, Survey, Use, survey
@@ -303,7 +304,7 @@ def _rebuild(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
         f"{name}.{buffer}" if name else buffer
         for name, module in model.named_modules()
         if isinstance(module, MaskedLayer)
-        for buffer in module._buffers
+        for buffer in module._buffers.keys() - own_buffers(module).keys()
     ]
     if indices:
         setattr(model, IGNORED, list(dict.fromkeys([*getattr(model, IGNORED, ()), *indices])))

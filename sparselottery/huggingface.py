@@ -70,16 +70,9 @@ class SparseQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is saved; the model's config, which is saved next, gets its entry.
-
-        Raises ValueError for masked experts.
-        """
-        for name, module in model.named_modules():
-            if isinstance(module, MaskedExperts):
-                raise ValueError(
-                    f"model: expected experts without masks, got {name!r} with masks: transformers saves a tensor "
-                    "of each expert. Ticket.from_model(model).save keeps them"
-                )
+        """What is saved; the model's config, which is saved next, gets its entry."""
+        if any(isinstance(module, MaskedExperts) for module in model.modules()):
+            model._weight_conversions = []  # else transformers cuts all experts into one dense tensor each
         masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
         first: dict[nn.Parameter, str] = {}
         for name, layer in masked.items():
@@ -123,6 +116,9 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, module in list(model.named_modules()):
+            if isinstance(module, (_Stored, _Shared)):
+                _make_buffers(model, name, module)
+        for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
                 model.set_submodule(name, module.masked(name))
         for name, module in list(model.named_modules()):
@@ -144,6 +140,7 @@ class SparseQuantizer(HfQuantizer):
                 dense.weight = weights.setdefault(module.values, dense.weight)
                 model.set_submodule(name, dense)
         keep_from_fast_path(model)
+        model._weight_conversions = None  # as of its type
         return model
 
 
@@ -204,6 +201,20 @@ def _masked(dense: nn.Module, mask: Tensor, stored: _Stored | _Shared) -> Masked
     return layer
 
 
+def _make_buffers(model: PreTrainedModel, name: str, stored: _Stored | _Shared) -> None:
+    """The buffers of a dense layer that no file holds, as the model that it is in initialises them."""
+    (dense,) = stored._dense
+    missing = {key: each for key, each in dense._buffers.items() if each is not None and each.is_meta}
+    if missing:
+        device = next(each.device for each in model.parameters() if not each.is_meta)
+        dense._buffers.update({key: torch.empty_like(each, device=device) for key, each in missing.items()})
+        for parameter in dense.parameters():
+            parameter._is_hf_initialized = True  # it is another's to fill
+        within = [each for path, each in model.named_modules() if isinstance(each, PreTrainedModel)
+                  and (not path or name.startswith(f"{path}."))]  # fmt: skip
+        within[-1]._init_weights(dense)
+
+
 def _name_in(model: PreTrainedModel, name: str) -> str | None:
     """The layer's name in a model that may be the base of the one that was saved, or hold it as its base.
 
@@ -233,6 +244,7 @@ def set_quantizer(model: nn.Module) -> None:
                 module.hf_quantizer = SparseQuantizer(SparseConfig())
         elif isinstance(getattr(module, "hf_quantizer", None), SparseQuantizer):
             module.hf_quantizer.remove_quantization_config(module)
+            module._weight_conversions = None  # as of its type
 
 
 def allow_lora(config: Any) -> Any:

@@ -21,7 +21,7 @@ from .files import json_copy
 from .masks import Granularity, Masks, Score, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
-from .oriented import Views, fitted
+from .oriented import Views, fitted, tell_of_small
 from .pruning import complete, links_for
 from .random_state import random_state_kept, seed_all
 from .runs import RunFolder
@@ -120,7 +120,8 @@ def find_ticket(
     chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
     views = Views(found, chosen)
     chosen = fitted(chosen, views.seen(masks))
-    check_blocks(views.seen(masks), chosen)
+    check_blocks(seen := views.seen(masks), chosen)
+    tell_of_small(chosen, seen, stacklevel=2)
     linked = links_for(model, chosen)
     if rounds > 1 and (fixed := [pool for pool in chosen if pool.fraction and isinstance(pool.block, NofM)]):
         raise ValueError(f"rounds: expected 1, as one leaves {fixed[0].block} of {fixed[0].names[0]}, got {rounds}")

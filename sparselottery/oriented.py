@@ -7,19 +7,20 @@ weights are pruned where they are.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .grids import Grain, Rows, check_smaller
+from .grids import Block, Grain, Rows, check_smaller
 from .masks import Masks, Pool
-from .nn import MaskedConvTranspose2d, MaskedEmbedding, MaskedEmbeddingBag
+from .nn import MaskedConvTranspose, MaskedConvTranspose3d, MaskedEmbedding, MaskedEmbeddingBag
 from .nn.experts import MaskedMatrices
-from .nn.scattered import MaskedConvTranspose
 from .orders import Permuted
 from .survey import Survey, Weight
+from .weight_decay import SparseLotteryWarning
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag, MaskedEmbedding, MaskedEmbeddingBag)
 
@@ -93,6 +94,29 @@ def fitted(chosen: Sequence[Pool], masks: Mapping[str, Tensor]) -> list[Pool]:
     return found
 
 
+def tell_of_small(chosen: Sequence[Pool], masks: Mapping[str, Tensor], stacklevel: int) -> None:
+    """Warn (`SparseLotteryWarning`) of pools with nothing pruned of whose few blocks the fraction rounds to none."""
+    small: list[str] = []
+    for pool in chosen:
+        if pool.fraction and isinstance(pool.block, (tuple, Permuted)):
+            blocks = sum(_blocks(masks[name].shape, pool.block) for name in pool.names)
+            if blocks and round(pool.fraction * blocks) == 0 and all(bool(masks[name].all()) for name in pool.names):
+                small.append(f"{pool.fraction:g} of the {blocks} of {', '.join(pool.names)}")
+    if small:
+        warnings.warn(
+            f"nothing is pruned where the fraction is less than half a weight or block: {'; '.join(small)}. "
+            "scope='global' has layers compete, `rates` gives single ones another fraction, and `ignore` says that "
+            "they are meant to stay",
+            SparseLotteryWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _blocks(shape: Sequence[int], grain: Block | Permuted) -> int:
+    rows, columns = grain.block if isinstance(grain, Permuted) else grain
+    return math.ceil(shape[0] / rows) * math.ceil(shape[1] / columns) * math.prod(shape[2:])
+
+
 def _view(weight: Weight, grain: Grain) -> View | None:
     """None where the dense weight is (O, C', ...)."""
     rows, kind = isinstance(grain, Rows), weight.masked_type
@@ -102,16 +126,20 @@ def _view(weight: Weight, grain: Grain) -> View | None:
             "ignore=[...] leaves a layer as it is"
         )
     if issubclass(kind, MaskedMatrices):  # blocks are of one expert, as others are of one tap
-        number = weight.shape[0]
+        number, turned = weight.shape[0], torch.Tensor.mT.__get__ if weight.layer.inputs_first else _as_it_is
         if rows:
-            return View(lambda dense: dense.flatten(0, 1), lambda seen: seen.unflatten(0, (number, -1)))
-        return View(lambda dense: dense.movedim(0, -1), lambda seen: seen.movedim(-1, 0))
+            return View(lambda dense: turned(dense).flatten(0, 1), lambda seen: turned(seen.unflatten(0, (number, -1))))
+        return View(lambda dense: turned(dense).movedim(0, -1), lambda seen: turned(seen.movedim(-1, 0)))
     if kind.transposed:
         return View(torch.t, torch.t)
-    if issubclass(kind, (MaskedConvTranspose, MaskedConvTranspose2d)):
+    if issubclass(kind, (MaskedConvTranspose, MaskedConvTranspose3d)):
         groups = weight.layer.groups
         return View(lambda dense: _turned(dense, groups), lambda seen: _turned(seen, groups))
     return None
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _turned(tensor: Tensor, groups: int) -> Tensor:

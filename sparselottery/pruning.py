@@ -11,7 +11,7 @@ from .convert import masks_of, prunable
 from .links import Link, links
 from .masks import Granularity, Masks, Pool, as_mask, check, pools, prune_pools
 from .orders import Permuted
-from .oriented import Views, fitted
+from .oriented import Views, fitted, tell_of_small
 from .scores import Scores, at_random, by_given, by_magnitude
 from .survey import survey
 
@@ -72,7 +72,8 @@ def prune(
         generator: for "random"; None uses torch's.
     Returns a mask for every weight that `convert` can mask, in module order, embeddings among them; of a weight that
     several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
-    all weights of two dimensions or more, and says why.
+    all weights of two dimensions or more, and says why; and of whole layers so small that the fraction of them rounds
+    to nothing.
     Raises ValueError or TypeError for a model without such layers, weights that are not finite, a fraction outside
     [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, "rows" or "N:M",
     blocks of which a layer to be pruned is no more than one, "rows" of an embedding, whose rows are words, a mask that
@@ -96,6 +97,7 @@ def prune(
     else:
         score = at_random(seen, generator) if method == "random" else by_magnitude(views.seen(weights), seen)
     found.tell(model, stacklevel=2)
+    tell_of_small(chosen, seen, stacklevel=2)
     return views.restored(prune_pools(seen, chosen, score, links_for(model, chosen)))
 
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .nn import MaskedLayer, OpenedModule, masked_type_of, name_of, opened_type_of
+from .nn.carried import own_buffers
 from .weight_decay import SparseLotteryWarning
 
 NOTABLE = 0.1  # share of a model's weights that cannot be pruned, above which nothing is said in silence
@@ -204,7 +205,8 @@ def _torch_pruned(module: nn.Module) -> bool:
 def _why_altered(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced"
-    if more := [part for part in (*module._parameters, *module._buffers, *module._modules) if part not in PARTS]:
+    parts, taken = (*module._parameters, *module._buffers, *module._modules), {*PARTS, *own_buffers(module)}
+    if more := [part for part in parts if part not in taken]:
         return f"it holds more than a weight and a bias: {', '.join(more)}"
     return None
 

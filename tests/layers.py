@@ -23,6 +23,12 @@ def attends(*features, **more):
     return attention, (images(2, 4, 8), images(2, 5, kdim), images(2, 5, vdim)) if features else (x, x, x)
 
 
+def remembers(itself):
+    """Queries, and a memory that is keys and values; or keys beside queries that are the values."""
+    x, memory = images(2, 4, 8), images(2, 4, 8)
+    return nn.MultiheadAttention(8, 2, batch_first=True), (x, memory, x if itself else memory)
+
+
 LAYERS = {
     "Conv1d": lambda: (nn.Conv1d(3, 6, 3, padding=1), (images(2, 3, 11),)),
     "Conv1d, unbatched": lambda: (nn.Conv1d(3, 6, 3), (images(3, 11),)),
@@ -35,6 +41,9 @@ LAYERS = {
     ),
     "Conv3d, circular": lambda: (nn.Conv3d(4, 4, 3, 2, 1, 1, 2, True, "circular"), (images(4, 4, 3, 5),)),
     "ConvTranspose1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), (images(2, 4, 7),)),
+    "ConvTranspose1d, unbatched": lambda: (nn.ConvTranspose1d(4, 6, 4, 2, 1, dilation=3), (images(4, 7),)),
+    "ConvTranspose1d to a size": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, 1, bias=False), (images(2, 4, 7), [14])),
+    "ConvTranspose1d padded beyond": lambda: (nn.ConvTranspose1d(4, 6, 3, 1, 0, 1, dilation=2), (images(2, 4, 5),)),
     "ConvTranspose2d": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, bias=False), (images(2, 4, 5, 3),)),
     "ConvTranspose2d to a size": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, 1), (images(2, 4, 5, 3), [10, 6])),
     "ConvTranspose2d in groups": lambda: (
@@ -54,5 +63,7 @@ LAYERS = {
     ),
     "MultiheadAttention": attends,
     "MultiheadAttention across": lambda: attends(8, 8, bias=False),
+    "MultiheadAttention of a memory": lambda: remembers(False),
+    "MultiheadAttention of itself and keys": lambda: remembers(True),
     "MultiheadAttention of others": lambda: attends(5, 6, add_bias_kv=True, add_zero_attn=True),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sparselottery import convert, prune, to_dense
-from sparselottery.convert import masked_layers
+from sparselottery.convert import masked_layers, masks_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,7 +31,13 @@ def tied_t5():
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("make", [tied_gpt2, tied_bert, tied_t5])
+def tied_gemma():
+    """Its embedding has a forward and a buffer of its own."""
+    config = transformers.Gemma3TextConfig(**LM, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [tied_gpt2, tied_bert, tied_t5, tied_gemma])
 def test_tied_weights_stay_tied(make, tmp_path):
     model = make()
     sparse = convert(model, prune(model, 0.7))
@@ -82,13 +88,22 @@ def test_opened_layers(tmp_path):
         torch.testing.assert_close(loaded.dequantize()(images).pooler_output, expected)
 
 
-def test_experts_are_refused(tmp_path):
+def test_experts(tmp_path):
     config = transformers.MixtralConfig(
         **LM, num_key_value_heads=1, num_local_experts=2, experts_implementation="eager"
     )
     sparse = pruned(transformers.MixtralForCausalLM(config))
-    with pytest.raises(ValueError, match=r"got 'model.layers.0.mlp.experts' with masks: transformers"):
-        sparse.save_pretrained(tmp_path)
+    sparse.save_pretrained(tmp_path / "masked")
+    found = load(sparse, tmp_path / "masked")
+    assert masks_of(found).keys() == masks_of(sparse).keys()
+    expected = sparse(IDS).logits
+    assert found(IDS).logits.equal(expected)
+    found.save_pretrained(tmp_path / "again")
+    assert load(sparse, tmp_path / "again")(IDS).logits.equal(expected)
+    to_dense(found).save_pretrained(tmp_path / "dense")
+    names = load_file(tmp_path / "dense" / "model.safetensors")
+    assert any(".experts.1.w2" in name for name in names)  # as other programs know them
+    torch.testing.assert_close(load(sparse, tmp_path / "dense")(IDS).logits, expected)
     names = [name for name in prune(sparse, 0) if "experts" not in name]
     part = convert(
         to_dense(sparse), {name: mask for name, mask in prune(to_dense(sparse), 0.7).items() if name in names}

@@ -88,6 +88,7 @@ def test_grasp_keeps_what_the_gradient_flow_would_lose_most(batch):
         assert 2 * score == pytest.approx(gradient.square().sum().item() - after, rel=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:nothing is pruned")
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99))
 def test_synaptic_flow_is_conserved(hidden, seed):
     """All of it passes through every layer (Tanaka et al. 2020, theorem 2), and through every unit of a hidden one."""

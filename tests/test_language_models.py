@@ -52,6 +52,32 @@ MODELS = {
     ),
     "Llama": (lambda: made("LlamaForCausalLM", "LlamaConfig", **SMALL), {"input_ids": IDS}, 1.0),
     "Mixtral": (lambda: made("MixtralForCausalLM", "MixtralConfig", **SMALL, **EXPERTS), {"input_ids": IDS}, 0.98),
+    "GPT-OSS": (
+        lambda: made("GptOssForCausalLM", "GptOssConfig", **SMALL, **EXPERTS, head_dim=12, num_experts_per_tok=2,
+                     sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+        {"input_ids": IDS},
+        0.97,
+    ),
+    "BART": (
+        lambda: made("BartForConditionalGeneration", "BartConfig", d_model=24, vocab_size=64, encoder_layers=1,
+                     decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48,
+                     decoder_ffn_dim=48, max_position_embeddings=16),
+        {"input_ids": IDS},
+        1.0,
+    ),
+    "OPT": (
+        lambda: made("OPTForCausalLM", "OPTConfig", vocab_size=64, hidden_size=24, ffn_dim=48, num_hidden_layers=2,
+                     num_attention_heads=2, word_embed_proj_dim=24),
+        {"input_ids": IDS},
+        1.0,
+    ),
+    "Gemma 3": (
+        lambda: made("Gemma3ForCausalLM", "Gemma3TextConfig", **SMALL, num_key_value_heads=1, head_dim=12),
+        {"input_ids": IDS},
+        1.0,
+    ),
+    "Falcon": (lambda: made("FalconForCausalLM", "FalconConfig", **SMALL), {"input_ids": IDS}, 1.0),
+    "RoFormer": (lambda: made("RoFormerForMaskedLM", "RoFormerConfig", **SMALL), {"input_ids": IDS}, 1.0),
     "ViT": (
         lambda: made("ViTForImageClassification", "ViTConfig", **(SMALL | {"image_size": 16, "patch_size": 4})),
         {"pixel_values": IMAGES},

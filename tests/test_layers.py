@@ -9,6 +9,7 @@ import torch
 from layers import LAYERS, images
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparselottery import (
     Ticket,
@@ -224,6 +225,30 @@ def test_scattered_layers_take_what_torch_takes():
         converted[0].execution = "sparse"
     with pytest.raises(ValueError, match="Only"):
         type(converted[0])(4, 4, 3, padding_mode="circular")
+
+
+def test_attention_computes_no_more_features_than_it_reads():
+    model = Net(nn.MultiheadAttention(8, 2, batch_first=True)).double()
+    converted = convert(model, prune(model, 0.6))
+    (x, memory), layer = images(2, 2, 4, 8), converted.layer.in_proj
+    counts = [int(layer.mask[rows].sum()) for rows in (slice(8), slice(8, 24))]
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counted:
+            y = converted.layer(x, memory, memory, need_weights=False)[0]
+        flops = counted.get_flop_counts()["Global"]
+        assert flops[torch.ops.sparselottery.chain] == 2 * 8 * (sum(counts) + converted.layer.out_proj.nnz)
+        set_masks(converted, prune(converted, 0.5))
+        counts = [int(layer.mask[rows].sum()) for rows in (slice(8), slice(8, 24))]
+    seen = []
+    layer.register_forward_hook(lambda layer, args, y: seen.append(y.shape[-1]))
+    assert_same(converted.layer(x, memory, memory)[0], to_dense(converted).layer(x, memory, memory)[0])
+    assert seen == [24, 24]
+    layer._forward_hooks.clear()
+    layer.execution = "dense"
+    assert_same(converted.layer(x, memory, memory)[0], to_dense(converted).layer(x, memory, memory)[0])
+    alone = convert(model, {"layer.out_proj.weight": torch.eye(8) > 0})
+    y = to_dense(alone).layer(x, memory, memory)[0]
+    assert_same(alone.layer(x, memory, memory)[0], y)
 
 
 class Several(nn.Module):

@@ -109,19 +109,25 @@ def test_blocks_of_transposed_layers_are_blocks_of_the_pattern():
     assert block_of(converted.pattern, converted.shape) == (16, 1)
 
 
-def test_blocks_and_rows_are_of_one_expert():
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_blocks_and_rows_are_of_one_expert(inputs_first):
     torch.manual_seed(0)
-    experts = Matrices(3, 7, 5)
+    experts = Matrices(3, 7, 5, inputs_first)
     nn.init.normal_(experts.weight)
-    mask = prune(experts, 0.5, granularity=(4, 2))["weight"]
+
+    def prune_turned(*args, **kwargs):
+        mask = prune(experts, *args, **kwargs)["weight"]
+        return mask.mT if inputs_first else mask
+
+    mask = prune_turned(0.5, granularity=(4, 2))
     assert all(is_blocky(each, (4, 2)) for each in mask)
     assert sum(len({(r // 4, c // 2) for r, c in each.nonzero().tolist()}) for each in mask) == 9
     experts.weight.data[1] += 9
-    rows = prune(experts, 10 / 21, granularity="rows")["weight"]
+    rows = prune_turned(10 / 21, granularity="rows")
     assert torch.equal(rows.all(2), rows.any(2))
     assert rows[1].all()
     assert rows.any(2).sum() == 11
-    assert (prune(experts, 0.5, granularity="1:2")["weight"].sum(2) == 3).all()
+    assert (prune_turned(0.5, granularity="1:2").sum(2) == 3).all()
 
 
 @pytest.mark.parametrize("embedding", [nn.Embedding(8, 4), nn.EmbeddingBag(8, 4)])

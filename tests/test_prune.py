@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from sparselottery import convert
+from sparselottery import SparseLotteryWarning, convert, find_ticket
 from sparselottery.convert import masks_of
 from sparselottery.masks import survivors
 from sparselottery.pruning import prune
@@ -50,6 +50,25 @@ def test_prune_at_random_ignores_the_weights_and_follows_the_generator():
     assert not torch.equal(first["0.weight"], prune(net(), 0.5)["0.weight"])
 
 
+def test_layers_of_which_a_fraction_is_no_weight_are_told():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1, bias=False), nn.Linear(1, 2))
+    told = r"nothing is pruned where .* weight or block: 0\.2 of the 2 of 2\.weight\. scope="
+    with pytest.warns(SparseLotteryWarning, match=told) as warned:
+        masks = prune(model, 0.2)
+    assert warned[0].filename == __file__
+    assert [survivors({name: mask}) for name, mask in masks.items()] == [19, 5, 2]
+    with pytest.warns(SparseLotteryWarning, match=told):
+        find_ticket(model, lambda model: None, rounds=0)
+    with pytest.warns(SparseLotteryWarning, match="0.2 of the 2 of 0.weight; 0.2 of the 2 of 1.weight; "):
+        prune(model, 0.2, granularity={"0.*": (3, 4), "1.*": (1, 4)})
+    prune(model, 0.2, scope="global")
+    prune(model, 0.2, ignore=["2.weight"])
+    prune(model, 0.2, granularity="rows", rates={"1.*": 0})
+    masks["2.weight"][0] = False  # what has been pruned goes on as it does
+    prune(model, 0.2, masks)
+
+
+@pytest.mark.filterwarnings("ignore:nothing is pruned")
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1, exclude_max=True), max_size=6))
 def test_a_pruned_weight_never_returns(fractions):

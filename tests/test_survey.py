@@ -12,11 +12,6 @@ from sparselottery.convert import prunable
 from sparselottery.survey import survey
 
 
-class Doubled(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def tied(other, part="weight"):
     model = nn.Sequential(nn.Linear(4, 4), other)
     setattr(model[0], part, getattr(other, part))
@@ -67,7 +62,6 @@ UNMASKABLE = {
     "LazyLinear": (lambda: nn.Sequential(nn.LazyLinear(4)), "nn.LazyLinear has no shape .* call the model once first"),
     "max_norm": (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), "max_norm rewrites rows"),
     "sparse gradients": (lambda: nn.Sequential(nn.Embedding(5, 4, sparse=True)), "sparse=False has one"),
-    "Doubled": (lambda: nn.Sequential(Doubled(3, 4, 5)), "a subclass of nn.Conv2d: its forward may"),
     "OwnConvForward": (lambda: nn.Sequential(OwnConvForward(3, 4, 5)), "a subclass of nn.Conv2d: its forward may"),
     "tied to what is refused": (
         lambda: tied(nn.Embedding(4, 4, max_norm=1.0)),

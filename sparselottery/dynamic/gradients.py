@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, ranks
-from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear
+from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear, has_own_forward
 from ..pattern import Pattern, matrix_shape
 
 STRIP = 2**20  # weights of a strip
@@ -85,7 +85,7 @@ class Watch:
 
 def _prepared(layer: MaskedLayer, x: Tensor, gy: Tensor) -> tuple[Tensor, Tensor]:
     """In the dtype of the values; rows (N, I) and (N, O), or images (N, C, H, W), padded, and (N, O, OH, OW)."""
-    if not isinstance(layer, (MaskedLinear, MaskedConv2d)):
+    if not isinstance(layer, (MaskedLinear, MaskedConv2d)) or has_own_forward(layer):
         raise ValueError(
             "grow: expected linear layers and 2-D convolutions, whose gradients can be followed, got a "
             f"{type(layer).__name__}: name it in `ignore`, or grow at random"

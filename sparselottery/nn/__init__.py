@@ -3,18 +3,18 @@
 from .attention import MaskedMultiheadAttention
 from .base import MaskedLayer
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConvolution, geometry_of
-from .conv_transpose import MaskedConvTranspose2d
+from .conv_transpose import MaskedConvTranspose, MaskedConvTranspose1d, MaskedConvTranspose2d
 from .embedding import MaskedEmbedding, MaskedEmbeddingBag
 from .encoder import keep_from_fast_path
 from .executions import EXECUTIONS, NATIVE, Measured
 from .indices import IndexedLayer
 from .linear import MaskedLinear
 from .opened import OpenedModule
+from .own_forward import has_own_forward, with_forward_of
 from .registry import masked_type_of, name_of, opened_type_of, register
 from .runs import count_packs, native_runs
 from .scattered import (
     MaskedConv3d,
-    MaskedConvTranspose1d,
     MaskedConvTranspose3d,
     ScatteredLayer,
 )
@@ -28,6 +28,7 @@ __all__ = [
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedConv3d",
+    "MaskedConvTranspose",
     "MaskedConvTranspose1d",
     "MaskedConvTranspose2d",
     "MaskedConvTranspose3d",
@@ -44,10 +45,12 @@ __all__ = [
     "ScatteredLayer",
     "count_packs",
     "geometry_of",
+    "has_own_forward",
     "keep_from_fast_path",
     "masked_type_of",
     "name_of",
     "native_runs",
     "opened_type_of",
     "register",
+    "with_forward_of",
 ]

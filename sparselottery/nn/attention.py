@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .opened import OpenedModule, linear_of
+from .thirds import gives_thirds, thirds
 
 _APART = ("q_proj", "k_proj", "v_proj")  # where keys or values have other features than queries
 
@@ -26,8 +27,8 @@ class MaskedMultiheadAttention(OpenedModule, nn.MultiheadAttention):
         torch.Size([3, 5, 16])
 
     Axes: L targets, S sources, N batch, E features, H heads, D = E / H. Where keys or values have other features,
-    `q_proj`, `k_proj` and `v_proj` stand for `in_proj`. Of queries that are not the keys too, `in_proj` computes all
-    3 E features and takes E of them: at a density below a third that is less than what the dense module multiplies.
+    `q_proj`, `k_proj` and `v_proj` stand for `in_proj`. Of queries that are not the keys too, `in_proj` computes E of
+    its 3 E features; but all of them where it is observed, compiled or traced, or multiplies by blocks.
 
     All arguments are those of nn.MultiheadAttention; `convert` makes one with masks.
     """
@@ -81,11 +82,11 @@ class MaskedMultiheadAttention(OpenedModule, nn.MultiheadAttention):
             projected = [self._modules[name](x) for name, x in inputs]
             bias = self.in_proj_bias
             return projected if bias is None else [x + b for x, b in zip(projected, bias.chunk(3), strict=True)]
-        found: dict[int, tuple[Tensor, ...]] = {}
-        for x in (query, key, value):
-            if id(x) not in found:
-                found[id(x)] = self.in_proj(x).chunk(3, dim=-1)
-        return [found[id(x)][part] for part, x in enumerate((query, key, value))]
+        inputs = query, key, value
+        if any(x is not query for x in inputs) and gives_thirds(self.in_proj, query):
+            return thirds(self.in_proj, inputs)
+        found = {id(x): self.in_proj(x).chunk(3, dim=-1) for x in {id(x): x for x in inputs}.values()}
+        return [found[id(x)][part] for part, x in enumerate(inputs)]
 
     def forward(
         self,

@@ -14,9 +14,10 @@ from torch.autograd.graph import increment_version
 from .. import ops
 from ..kernels.reference import Geometry
 from ..pattern import Pattern, matrix_shape
-from .carried import carry, give_back
+from .carried import carry, give_back, own_buffers, register_buffers
 from .dense import scatter
 from .executed import ExecutedLayer
+from .own_forward import with_forward_of
 
 _ALIVE: WeakValueDictionary[int, MaskedLayer] = WeakValueDictionary()  # by id
 
@@ -115,7 +116,8 @@ class MaskedLayer(ExecutedLayer):
         """
         given, weight = weight, dense.weight
         arguments = cls._arguments_of(dense) | {"device": weight.device, "dtype": weight.dtype}
-        layer = cls(**arguments, mask=Survivors(mask, weight if given is None else given))
+        kind = with_forward_of(type(dense), cls.dense_type, cls)
+        layer = kind(**arguments, mask=Survivors(mask, weight if given is None else given))
         layer.values.requires_grad_(weight.requires_grad)
         carry(dense, layer, cls._dense_like(dense))
         return _with_bias_and_mode(layer, dense)
@@ -127,6 +129,7 @@ class MaskedLayer(ExecutedLayer):
         """
         values = self.values
         dense = give_back(self, self._dense_like(self)).to(values.dtype).to_empty(device=values.device)
+        register_buffers(dense, own_buffers(self))
         with torch.no_grad():
             dense.weight.copy_(self.weight)
         dense.weight.requires_grad_(values.requires_grad)

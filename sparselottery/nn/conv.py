@@ -172,11 +172,11 @@ def take_arguments(layer: MaskedLayer, like: nn.Module, dimensions: int) -> None
 def geometry_of(conv: MaskedConvolution | nn.Conv1d | nn.Conv2d) -> Geometry:
     """Of the convolution itself: where it does not pad by zeros, of the padded image."""
     sides = _sides(conv) if conv.padding_mode == "zeros" else (0, 0, 0, 0)
-    kernel_size, stride, dilation = (_pair(each, 1) for each in (conv.kernel_size, conv.stride, conv.dilation))
+    kernel_size, stride, dilation = (pair(each, 1) for each in (conv.kernel_size, conv.stride, conv.dilation))
     return Geometry(conv.in_channels, *kernel_size, *stride, *sides, *dilation, conv.groups)
 
 
-def _pair(sizes: tuple[int, ...], of_height: int) -> tuple[int, int]:
+def pair(sizes: tuple[int, ...], of_height: int) -> tuple[int, int]:
     """Of images: a single dimension is the width."""
     return sizes if len(sizes) == 2 else (of_height, *sizes)
 
@@ -184,10 +184,10 @@ def _pair(sizes: tuple[int, ...], of_height: int) -> tuple[int, int]:
 def _sides(conv: MaskedConvolution | nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:
     """The padding (top, bottom, left, right)."""
     if conv.padding == "same":
-        sizes = zip(_pair(conv.dilation, 1), _pair(conv.kernel_size, 1), strict=True)
+        sizes = zip(pair(conv.dilation, 1), pair(conv.kernel_size, 1), strict=True)
         total_h, total_w = (d * (k - 1) for d, k in sizes)
         return total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2
-    pad_h, pad_w = (0, 0) if conv.padding == "valid" else _pair(conv.padding, 0)
+    pad_h, pad_w = (0, 0) if conv.padding == "valid" else pair(conv.padding, 0)
     return pad_h, pad_h, pad_w, pad_w
 
 

@@ -1,4 +1,4 @@
-"""MaskedConvTranspose2d: a transposed convolution by the kernels for the gradients of a convolution."""
+"""MaskedConvTranspose1d and 2d: transposed convolutions by the kernels for the gradients of a convolution."""
 
 from __future__ import annotations
 
@@ -12,26 +12,22 @@ from .. import ops
 from ..kernels.reference import Geometry
 from ..pattern import Pattern
 from .base import MaskedLayer
-from .conv import take_arguments
+from .conv import pair, take_arguments
 
 WHY = "there are kernels for single weights of a transposed convolution only"
 
 
-class MaskedConvTranspose2d(MaskedLayer):
-    """nn.ConvTranspose2d over a fixed mask: y is the gradient of the image in the convolution of the same weight.
+class MaskedConvTranspose(MaskedLayer):
+    """A transposed convolution: y is the gradient of the image in the convolution of the same weight.
 
-    Examples:
-        >>> layer = MaskedConvTranspose2d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2, 2) < 0.5)
-        >>> layer(torch.randn(2, 3, 8, 8)).shape
-        torch.Size([2, 4, 16, 16])
+    One of a single dimension has images of height 1.
 
     Args:
         mask: bool (in_channels, out_channels / groups, *kernel_size), by keyword, True where a weight survives; None
             keeps all.
-        all others: as in nn.ConvTranspose2d, and refused as there.
+        all others: as in the dense layer, and refused as there.
     """
 
-    dense_type = nn.ConvTranspose2d
     arguments = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "dilation",
         "padding_mode",
@@ -42,13 +38,13 @@ class MaskedConvTranspose2d(MaskedLayer):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        output_padding: int | tuple[int, int] = 0,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
         groups: int = 1,
         bias: bool = True,
-        dilation: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, ...] = 1,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -57,13 +53,17 @@ class MaskedConvTranspose2d(MaskedLayer):
     ) -> None:
         super().__init__()
         # Refuses what the dense layer does and makes tuples of single numbers.
-        like = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups,
-                                  False, dilation, padding_mode, "meta")  # fmt: skip
-        take_arguments(self, like, 2)
-        top, left = self.padding
-        sides = top, top, left, left
-        self.geometry = Geometry(out_channels, *self.kernel_size, *self.stride, *sides, *self.dilation, groups)
+        like = self.dense_type(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, False,
+                               dilation, padding_mode, "meta")  # fmt: skip
+        take_arguments(self, like, self._dimensions)
+        top, left = pair(self.padding, 0)
+        kernel_size, stride, dilation = (pair(each, 1) for each in (self.kernel_size, self.stride, self.dilation))
+        self.geometry = Geometry(out_channels, *kernel_size, *stride, top, top, left, left, *dilation, groups)
         self._build(mask, bias, device, dtype)
+
+    @property
+    def _dimensions(self) -> int:
+        return 1 if issubclass(self.dense_type, nn.ConvTranspose1d) else 2
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,28 +78,54 @@ class MaskedConvTranspose2d(MaskedLayer):
         return ops.compile_conv_plan(pattern, self.geometry, block)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, O, OH, OW), or without N; output_size: as that of the dense layer."""
+        """(N, C, H, W) -> (N, O, OH, OW), or without H, or N; output_size: as that of the dense layer."""
         if ops.in_torch(x):
             return self._in_torch(x, output_size)
         self.check()
         ops.check_layout(x)
         if self._present == "dense":
             return self.multiply(self._dense_weight(), self.bias, x, output_size)
-        images = x if x.dim() == 4 else x[None]
+        images = x if x.dim() == self._dimensions + 2 else x[None]
         more = self._more(x, output_size)
         sizes = zip(images.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, more, strict=True)
-        size = [(side - 1) * s - 2 * p + d * (k - 1) + extra + 1 for side, s, p, d, k, extra in sizes]
+        size = pair([(side - 1) * s - 2 * p + d * (k - 1) + extra + 1 for side, s, p, d, k, extra in sizes], 1)
+        images = images if self._dimensions == 2 else images.unsqueeze(-2)
         if min(size) < 1 or self.geometry.output_size(*size) != tuple(images.shape[2:]):
             # Pixels that no convolution of this stride reaches are padded, or the padding cuts off all.
             return self.multiply(self.pattern.scatter(self.values).view(self.shape), self.bias, x, output_size)
         indices = self.crow_indices, self.col_indices, self.plan
         y = ops.conv_transpose2d(images, self.values, self.bias, *indices, self.geometry, size)
-        return y if x.dim() == 4 else y[0]
+        y = y if self._dimensions == 2 else y.squeeze(-2)
+        return y if x.dim() == y.dim() else y[0]
 
     def _more(self, x: Tensor, output_size: list[int] | None) -> list[int]:
         sizes = self.stride, self.padding, self.kernel_size
-        return nn.ConvTranspose2d._output_padding(self, x, output_size, *sizes, 2, self.dilation)
+        return self.dense_type._output_padding(self, x, output_size, *sizes, self._dimensions, self.dilation)
 
     def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, output_size: Any = None) -> Tensor:
-        more = self._more(x, output_size)
-        return F.conv_transpose2d(x, weight, bias, self.stride, self.padding, more, self.groups, self.dilation)
+        transpose, more = (F.conv_transpose1d, F.conv_transpose2d)[self._dimensions - 1], self._more(x, output_size)
+        return transpose(x, weight, bias, self.stride, self.padding, more, self.groups, self.dilation)
+
+
+class MaskedConvTranspose1d(MaskedConvTranspose):
+    """nn.ConvTranspose1d over a fixed mask.
+
+    Examples:
+        >>> layer = MaskedConvTranspose1d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2) < 0.5)
+        >>> layer(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 4, 16])
+    """
+
+    dense_type = nn.ConvTranspose1d
+
+
+class MaskedConvTranspose2d(MaskedConvTranspose):
+    """nn.ConvTranspose2d over a fixed mask.
+
+    Examples:
+        >>> layer = MaskedConvTranspose2d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2, 2) < 0.5)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 16, 16])
+    """
+
+    dense_type = nn.ConvTranspose2d

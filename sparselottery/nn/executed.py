@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ..orders import Order, permuted_block_of
 from ..pattern import Pattern, block_of
+from .carried import MADE
 from .checkpoint import CheckpointedLayer
 from .dense import DenseWeight, smallest
 from .executions import BY_NAME, EXECUTIONS, Measured, of
-
-# Buffers that are made of the indices, each by some executions.
-MADE = ("plan", "_positions", "_rows", "_columns", "_crow_indices", "_col_indices")
 
 GATHERS = {"_columns": "gathers its input", "_rows": "puts its output back"}  # what is not folded into other layers
 

@@ -1,4 +1,4 @@
-"""MaskedExperts: the experts of transformers' mixtures, whose matrices are one tensor (E, O, I), a masked one each."""
+"""MaskedExperts: the experts of transformers' mixtures, whose matrices are one tensor, a masked one each."""
 
 from __future__ import annotations
 
@@ -18,34 +18,46 @@ _TRAITS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_
 
 
 class Matrices(nn.Module):
-    """y = x W[e]ᵀ for each of the numbers e: the dense weight (E, O, I)."""
+    """y = x W[e]ᵀ for each of the numbers e: the dense weight (E, O, I). Or, inputs first, y = x W[e] of (E, I, O)."""
 
     def __init__(
         self,
         number: int,
         out_features: int,
         in_features: int,
+        inputs_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.number, self.out_features, self.in_features = number, out_features, in_features
-        self.weight = nn.Parameter(torch.empty(number, out_features, in_features, device=device, dtype=dtype))
+        self.inputs_first = inputs_first
+        self.weight = nn.Parameter(torch.empty(_shape(self), device=device, dtype=dtype))
 
     def forward(self, x: Tensor, number: int, parts: Tensor | None = None) -> Tensor:
         """(N, I) -> (N, O)."""
-        return F.linear(x, self.weight[number])
+        return _product(self, x, self.weight[number])
 
     def parts(self) -> Tensor:
         """As `MaskedMatrices.parts`."""
         return self.weight
 
 
+def _shape(matrices: nn.Module) -> tuple[int, int, int]:
+    sizes = matrices.out_features, matrices.in_features
+    return matrices.number, *(reversed(sizes) if matrices.inputs_first else sizes)
+
+
+def _product(matrices: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    return x @ matrix if matrices.inputs_first else F.linear(x, matrix)
+
+
 class MaskedMatrices(MaskedLayer):
-    """The same over a fixed mask (E, O, I): a pattern of its own for each matrix, by the kernels of linear layers."""
+    """The same over a fixed mask of the weight's shape: a pattern of its own for each matrix (O, I), by the kernels of
+    linear layers."""
 
     dense_type = Matrices
-    arguments = ("number", "out_features", "in_features")
+    arguments = ("number", "out_features", "in_features", "inputs_first")
     chooses_bias = False
     lacks = dict.fromkeys(("block", "compact"), "there are kernels for single weights of several matrices only")
     measurable = False
@@ -55,6 +67,7 @@ class MaskedMatrices(MaskedLayer):
         number: int,
         out_features: int,
         in_features: int,
+        inputs_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -62,25 +75,28 @@ class MaskedMatrices(MaskedLayer):
     ) -> None:
         super().__init__()
         self.number, self.out_features, self.in_features = number, out_features, in_features
+        self.inputs_first = inputs_first
         self._cut: tuple[Any, ...] = (None, 0, [])  # indices and their version, and what is made of them
         self._build(mask, False, device, dtype)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(E, O, I)"""
-        return self.number, self.out_features, self.in_features
+        """(E, O, I), or inputs first (E, I, O)."""
+        return _shape(self)
 
     def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
         return self._no_plan()  # each matrix has one
 
-    def _patterns(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each matrix crow_indices, col_indices and plan: made once for the indices that there are."""
+    def _patterns(self) -> list[tuple[Pattern, Tensor, Tensor | None]]:
+        """Of each matrix (O, I) pattern, plan, and which of its values are where: made once for the indices of now."""
         known, version, found = self._cut
         if known is not self.col_indices or version != known._version:
-            shape, found = (self.out_features, self.in_features), []
+            found = []
             for positions in self.col_indices.long().split(self._counts()):
-                pattern = Pattern.from_positions(positions, shape)
-                found.append((*pattern.indices, ops.compile_plan(pattern)))
+                pattern, order = Pattern.from_positions(positions, self.shape[1:]), None
+                if self.inputs_first:
+                    pattern, order = pattern.transposed()
+                found.append((pattern, ops.compile_plan(pattern), order))
             self._cut = self.col_indices, self.col_indices._version, found
         return found
 
@@ -98,12 +114,13 @@ class MaskedMatrices(MaskedLayer):
             return self._in_torch(x, number)
         parts = self.parts() if parts is None else parts
         if isinstance(parts, Tensor):
-            return F.linear(x, parts[number])
-        crow_indices, col_indices, plan = self._patterns()[number]
-        return ops.chain(x, [parts[number]], [None], [crow_indices], [col_indices], [plan])
+            return _product(self, x, parts[number])
+        pattern, plan, order = self._patterns()[number]
+        values = parts[number] if order is None else parts[number].index_select(0, order)
+        return ops.chain(x, [values], [None], *([each] for each in (*pattern.indices, plan)))
 
     def multiply(self, weight: Tensor, bias: None, x: Tensor, number: int, parts: None = None) -> Tensor:
-        return F.linear(x, weight[number])
+        return _product(self, x, weight[number])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cut": (None, 0, [])}  # a copy makes its own
@@ -118,15 +135,15 @@ class MaskedExperts(OpenedModule):
 
     @classmethod
     def opens(cls, module: nn.Module) -> bool:
-        """Is a module experts of this kind, gated, without biases and norms, and on one device?"""
-        has = vars(module)
+        """Is a module experts of this kind, gated, without norms, and on one device?"""
+        if not all(trait in vars(module) for trait in _TRAITS):
+            return False
         own = {name for name, each in module._parameters.items() if each is not None}
         return (
-            all(trait in has for trait in _TRAITS)
-            and module.has_gate
-            and not (module.has_bias or module.has_post_expert_norm or module.is_transposed)
+            module.has_gate
+            and not module.has_post_expert_norm
             and not getattr(module, "_is_expert_parallel", False)
-            and own == set(_WEIGHTS)
+            and own == {*_WEIGHTS, *(f"{name}_bias" for name in _WEIGHTS if module.has_bias)}
             and all(module._parameters[name].dim() == 3 for name in _WEIGHTS)
         )
 
@@ -142,8 +159,9 @@ class MaskedExperts(OpenedModule):
         self._dense_type = type(dense)
         for name in _WEIGHTS:
             weight = self._parameters.pop(name)
+            number, *sizes = weight.shape
             with torch.device("meta"):
-                matrices = Matrices(*weight.shape)
+                matrices = Matrices(number, *(sizes[::-1] if self.is_transposed else sizes), self.is_transposed)
             matrices.weight = weight
             self._modules[name] = matrices
 
@@ -160,7 +178,11 @@ class MaskedExperts(OpenedModule):
         for number in top_k_index.unique().tolist():
             if number < gate_up.number:  # the number after the last is nobody's
                 token, place = (top_k_index == number).nonzero(as_tuple=True)
-                found = gate_up(hidden_states[token], number, gate_up_parts)
-                found = down(self._dense_type._apply_gate(self, found), number, down_parts)
+                found = self._with_bias(0, gate_up(hidden_states[token], number, gate_up_parts), number)
+                found = self._dense_type._apply_gate(self, found)
+                found = self._with_bias(1, down(found, number, down_parts), number)
                 y = y.index_add(0, token, (found * top_k_weights[token, place, None]).to(y.dtype))
         return y
+
+    def _with_bias(self, part: int, y: Tensor, number: int) -> Tensor:
+        return y + self._parameters[f"{_WEIGHTS[part]}_bias"][number] if self.has_bias else y

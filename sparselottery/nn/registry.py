@@ -9,15 +9,15 @@ from torch import nn
 from .attention import MaskedMultiheadAttention
 from .base import MaskedLayer
 from .conv import MaskedConv1d, MaskedConv2d
-from .conv_transpose import MaskedConvTranspose2d
+from .conv_transpose import MaskedConvTranspose1d, MaskedConvTranspose2d
 from .embedding import MaskedEmbedding, MaskedEmbeddingBag
 from .experts import MaskedExperts, MaskedMatrices
 from .linear import MaskedLinear
 from .opened import OpenedModule
+from .own_forward import why_not_derived
 from .scattered import (
     MaskedBilinear,
     MaskedConv3d,
-    MaskedConvTranspose1d,
     MaskedConvTranspose3d,
 )
 from .transposed import MaskedTransposedLinear
@@ -40,11 +40,6 @@ _TYPES: dict[type[nn.Module], type[MaskedLayer]] = {
 }
 _OPENED: tuple[type[OpenedModule], ...] = (MaskedMultiheadAttention, MaskedExperts)
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": MaskedTransposedLinear}  # of packages that need not be there
-# What a subclass may have of its own: its forward stays the dense type's.
-_HARMLESS = {
-    "__annotations__", "__constants__", "__doc__", "__firstlineno__", "__init__", "__module__", "__parameters__",
-    "__repr__", "__static_attributes__", "extra_repr", "reset_parameters",
-}  # fmt: skip
 
 
 def register(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> None:
@@ -104,16 +99,13 @@ def _why_unfit(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> s
 def masked_type_of(module: nn.Module) -> tuple[type[MaskedLayer] | None, str | None]:
     """(what takes the place of a dense layer, why nothing does): one of them is None, or for no layer both.
 
-    A subclass that computes what its base does is one of the base.
+    A subclass that computes what its base does, or calls that and does something more, is one of the base.
     """
-    own: set[str] = set()
     for kind in type(module).__mro__[:-1]:
         masked = _TYPES.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
         if masked is not None:
-            if (own - _HARMLESS) & set(dir(kind)):
-                return None, f"a subclass of {name_of(kind)}: its forward may do something else"
-            return masked, None
-        own |= vars(kind).keys()
+            why = why_not_derived(type(module), kind, masked)
+            return (None, f"a subclass of {name_of(kind)}: {why}") if why else (masked, None)
     return None, None
 
 

@@ -154,36 +154,8 @@ def _sides(conv: MaskedConv3d) -> tuple[int, ...]:
     return tuple(sides)
 
 
-class MaskedConvTranspose(ScatteredLayer):
-    """A transposed convolution over a fixed mask, which is bool (in_channels, out_channels / groups, *kernel_size)."""
-
-    arguments = (*_CONVOLUTION, "output_padding")
-
-    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(N, C, ...) -> (N, O, ...), or without N; output_size: as that of the dense layer."""
-        if self.padding_mode != "zeros":
-            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
-        dimensions = len(self.kernel_size)
-        sizes = self.stride, self.padding, self.kernel_size
-        extra = self.dense_type._output_padding(self, x, output_size, *sizes, dimensions, self.dilation)
-        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
-        return transpose(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
-
-
-class MaskedConvTranspose1d(MaskedConvTranspose):
-    """nn.ConvTranspose1d over a fixed mask.
-
-    Examples:
-        >>> layer = MaskedConvTranspose1d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2) < 0.5)
-        >>> layer(torch.randn(2, 3, 8)).shape
-        torch.Size([2, 4, 16])
-    """
-
-    dense_type = nn.ConvTranspose1d
-
-
-class MaskedConvTranspose3d(MaskedConvTranspose):
-    """nn.ConvTranspose3d over a fixed mask.
+class MaskedConvTranspose3d(ScatteredLayer):
+    """nn.ConvTranspose3d over a fixed mask, which is bool (in_channels, out_channels / groups, *kernel_size).
 
     Examples:
         >>> layer = MaskedConvTranspose3d(3, 4, 2, stride=2, mask=torch.rand(3, 4, 2, 2, 2) < 0.5)
@@ -192,6 +164,15 @@ class MaskedConvTranspose3d(MaskedConvTranspose):
     """
 
     dense_type = nn.ConvTranspose3d
+    arguments = (*_CONVOLUTION, "output_padding")
+
+    def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C, D, H, W) -> (N, O, OD, OH, OW), or without N; output_size: as that of the dense layer."""
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
+        sizes = self.stride, self.padding, self.kernel_size
+        extra = nn.ConvTranspose3d._output_padding(self, x, output_size, *sizes, 3, self.dilation)
+        return F.conv_transpose3d(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 
 class MaskedBilinear(ScatteredLayer):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..ops import unrecorded
 from ..pattern import Pattern, matrix_shape
-from .dense import traced
+from .dense import scatter, traced
 from .indices import IndexedLayer
 from .tensor_calls import METADATA, REFUSED, holder_of, is_called_by, of_copy, read_only
 
@@ -91,6 +92,10 @@ class WeightedLayer(IndexedLayer):
         Assigning raises TypeError or ValueError if what is given is not a tensor of its shape, dtype and device.
         """
         values = self.values
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
+            with unrecorded():
+                positions = self.pattern.positions()
+            return self.from_matrix(scatter(values, positions, matrix_shape(self.shape)))
         if traced() or type(values) not in (Tensor, nn.Parameter) or values.is_meta:
             return self.from_matrix(self.pattern.scatter(values))
         return _made(self, self.dense_shape, self._dense_strides(), 0)

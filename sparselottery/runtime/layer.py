@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from .. import ops
 from ..kernels import cpu, cpu_net, cpu_stages, native
 from ..kernels.reference import Geometry, Norm
-from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear, geometry_of, masked_type_of
+from ..nn import MaskedConv2d, MaskedLayer, MaskedLinear, geometry_of, has_own_forward, masked_type_of, with_forward_of
 from ..nn.carried import carry, pass_on
 from ..nn.dense import scatter
 from ..nn.weight import WeightedLayer
@@ -80,6 +80,11 @@ class FrozenLayer(WeightedLayer):
 
     frozen = True
 
+    def __new__(cls, dense: nn.Module | None = None, *_: Any) -> FrozenLayer:
+        """Of a class with the forward of the dense layer's, if that has its own; no dense one: a copy."""
+        kind = cls if dense is None else with_forward_of(type(dense), masked_type_of(dense)[0].dense_type, cls)
+        return super().__new__(kind)
+
     def __init__(self, dense: nn.Module, pattern: Pattern, values: Tensor, bias: Tensor | None) -> None:
         """dense: for its arguments alone; it may be on the meta device. pattern: of its weight as a matrix."""
         super().__init__()
@@ -124,6 +129,11 @@ class FrozenLayer(WeightedLayer):
             positions = self.pattern.positions()
         weight = scatter(self.values, positions, self.shape)
         return self._like[0].multiply(weight, self.bias, x, *args, **kwargs)
+
+    @property
+    def is_measurable(self) -> bool:
+        """By calls on random numbers?"""
+        return self._kind.measurable and not has_own_forward(self)
 
     @property
     def is_native(self) -> bool:

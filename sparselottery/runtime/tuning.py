@@ -24,7 +24,8 @@ def choose_dense(net: nn.Module, given: Arguments) -> nn.Module:
     def note(layer: FrozenLayer, args: tuple) -> None:
         inputs.setdefault(layer, torch.randn_like(args[0]))
 
-    layers = [module for module in net.modules() if isinstance(module, FrozenLayer) and module.density >= LIKELY]
+    frozen = [module for module in net.modules() if isinstance(module, FrozenLayer) and module.is_measurable]
+    layers = [layer for layer in frozen if layer.density >= LIKELY]
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         with torch.no_grad():
