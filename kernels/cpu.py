@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_WIDE = 512  # columns of a tile, if most rows are in quads: four rows share each load of x, which may come from L2
+
+
 def supports(dtype: torch.dtype, plans: list[Tensor]) -> bool:
     """Can the native chain run on this dtype and on these plans?"""
     known = dtype in (torch.float32, torch.float64, *HALF)
@@ -62,7 +65,7 @@ def plan(
     strips = strips or [min(strip, max(32, rows // 8 // 16 * 16)) for rows in (out_features, in_features)]
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     indices = crow_indices.data_ptr(), col_indices.data_ptr()
-    sizes = *strips, block, backward, torch.get_num_threads()
+    sizes = *strips, block, block if tile else _WIDE, backward, torch.get_num_threads()
     return native.take(native.LIBRARY.plan, out_features, in_features, *indices, *sizes)
 
 

@@ -1,17 +1,8 @@
-#include "order.h"
-#include "writer.h"
-
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <vector>
+#include "schedule.h"
 
 namespace {
 
 constexpr int32_t kNarrow = 65536;  // columns up to here have 16 bits
-constexpr int32_t kAlone = 65536;   // entries: a team is not worth its start for fewer
 constexpr int32_t kRun = 16;        // columns that are looked at together
 
 typedef int32_t Run __attribute__((vector_size(4 * kRun)));
@@ -23,77 +14,6 @@ inline Run run(const int32_t* columns) {  // not aligned: clang takes a referenc
     Run loaded;
     std::memcpy(&loaded, columns, sizeof loaded);
     return loaded;
-}
-
-struct Grid {  // the tiles of a schedule
-    int32_t rows, cols, strip, block;
-    int32_t strips() const { return (rows + strip - 1) / strip; }
-    int32_t blocks() const { return (cols + block - 1) / block; }
-};
-
-struct Csr {
-    int32_t rows;
-    const int32_t *ptr, *idx;
-};
-
-struct Part {  // of a schedule: consecutive strips, which one thread writes
-    Part(const Grid& grid, uint16_t* col, int32_t* value)
-        : entry_col(col), entry_value(value), order(grid.strip), first(grid.block + 2) {}
-    // Begins a tile: its rows that have entries, longest first -> `order`, and how many these are.
-    int32_t sort(const int32_t* lengths, int32_t rows) {
-        tiles.push_back({int32_t(buckets.size()), int32_t(segment_row.size()), entry});
-        int32_t longest = 0;
-        for (int32_t r = 0; r < rows; ++r) longest = std::max(longest, lengths[r]);
-        std::fill_n(first.begin(), longest + 2, 0);
-        for (int32_t r = 0; r < rows; ++r) ++first[longest - lengths[r] + 1];
-        for (int32_t n = 0; n < longest; ++n) {
-            if (const int32_t count = first[n + 1]) buckets.push_back({longest - n, count});
-            first[n + 1] += first[n];
-        }
-        const int32_t segments = first[longest];
-        for (int32_t r = 0; r < rows; ++r) order[first[longest - lengths[r]]++] = r;
-        segment_row.insert(segment_row.end(), order.begin(), order.begin() + segments);
-        return segments;
-    }
-    uint16_t* const entry_col;
-    int32_t* const entry_value;
-    int32_t entry = 0;  // the next one
-    std::vector<Tile> tiles;  // their buckets and segments count from the part's first
-    std::vector<Bucket> buckets;
-    std::vector<uint16_t> segment_row;
-    std::vector<int32_t> segment_value, order, first;
-};
-
-// Writes a schedule with so many entries, of which fill(part, strips) writes those of some strips.
-template <class F>
-void write_schedule(Writer& out, int at, const Grid& grid, int32_t entries, bool transposed, int64_t threads, F fill) {
-    const int32_t at_col = out.room<uint16_t>(entries), at_value = out.room<int32_t>(transposed ? entries : 0);
-    if (entries < kAlone) threads = 1;
-    std::vector<Part> parts(threads, Part(grid, out.array<uint16_t>(at_col), out.array<int32_t>(at_value)));
-    std::atomic<bool> full{false};
-    together(threads, [&] {
-        try {
-            fill(parts[thread_index()], share(grid.strips(), thread_index(), team_size()));
-        } catch (const std::bad_alloc&) {  // which may not leave a thread
-            full = true;
-        }
-    });
-    if (full) throw std::bad_alloc();
-    Part& whole = parts[0];
-    for (int64_t i = 1; i < threads; ++i) {
-        const int32_t buckets = int32_t(whole.buckets.size()), segments = int32_t(whole.segment_row.size());
-        for (const Tile& tile : parts[i].tiles)
-            whole.tiles.push_back({tile.bucket + buckets, tile.segment + segments, tile.entry});
-        const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
-        append(whole.buckets, parts[i].buckets);
-        append(whole.segment_row, parts[i].segment_row);
-        append(whole.segment_value, parts[i].segment_value);
-    }
-    whole.tiles.push_back({int32_t(whole.buckets.size()), int32_t(whole.segment_row.size()), entries});
-    const int32_t fields[SCHEDULE] = {grid.rows, grid.cols, grid.strip, grid.block, grid.strips(), grid.blocks(),
-                                      out.append(whole.tiles), out.append(whole.buckets), out.append(whole.segment_row),
-                                      out.append(whole.segment_value), at_col, at_value};
-    std::copy(fields, fields + SCHEDULE, out.array<int32_t>(at));
 }
 
 // How many of the ascending columns [begin, end) are below a limit; up to `readable` they may be read.
@@ -111,7 +31,12 @@ inline int32_t columns_below(int32_t limit, const int32_t* begin, const int32_t*
     return int32_t(at - begin);
 }
 
-void write_forward(Writer& out, const Grid& grid, const Csr& w, int64_t threads) {
+// `wide` replaces the columns of a tile where most weights are those of quads.
+void write_forward(Writer& out, Grid grid, int32_t wide, const Csr& w, int64_t threads) {
+    const std::vector<int32_t> quads = quads_of(w, grid.strip);
+    int64_t shared = 0;
+    for (const int32_t r : quads) shared += kAlike * (w.ptr[r + 1] - w.ptr[r]);
+    if (2 * shared > w.ptr[w.rows]) grid.block = std::max(grid.block, wide);
     write_schedule(out, FORWARD, grid, w.ptr[w.rows], false, threads, [&](Part& part, Range strips) {
         std::vector<int32_t> cursor(grid.strip), lengths(grid.strip);
         const int32_t end = w.ptr[std::min<int64_t>(strips.end * grid.strip, w.rows)], nnz = w.ptr[w.rows];
@@ -119,11 +44,14 @@ void write_forward(Writer& out, const Grid& grid, const Csr& w, int64_t threads)
             const int32_t row0 = int32_t(s) * grid.strip, height = std::min(grid.strip, w.rows - row0);
             std::copy_n(w.ptr + row0, height, cursor.begin());
             part.entry = w.ptr[row0];
+            std::vector<int32_t> mine(std::lower_bound(quads.begin(), quads.end(), row0),
+                                      std::lower_bound(quads.begin(), quads.end(), row0 + height));
+            for (int32_t& r : mine) r -= row0;
             for (int32_t b = 0; b < grid.blocks(); ++b) {
                 const int32_t col0 = b * grid.block, limit = col0 + std::min(grid.block, grid.cols - col0);
                 for (int32_t r = 0; r < height; ++r)
                     lengths[r] = columns_below(limit, w.idx + cursor[r], w.idx + w.ptr[row0 + r + 1], w.idx + nnz);
-                const int32_t segments = part.sort(lengths.data(), height);
+                const int32_t segments = part.sort(lengths.data(), height, mine.data(), mine.data() + mine.size());
                 for (int32_t i = 0; i < segments; ++i) {
                     const int32_t r = part.order[i], begin = cursor[r], length = lengths[r];
                     part.segment_value.push_back(begin);
@@ -252,10 +180,10 @@ EXPORT const int64_t sparselottery_vector_bytes = VECTOR_BYTES;
 ABI(plan, FORWARD, sizeof(Taps) / 4);
 
 // Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is
-// to be given back to sparselottery_free. Not a bit of it depends on the threads.
+// to be given back to sparselottery_free. Not a bit of it depends on the threads. wide: `block` of W, if more, for quads.
 EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
                                   const int32_t* col_indices, int32_t strip, int32_t strip_back, int32_t block,
-                                  bool backward, int64_t threads, int32_t** words) {
+                                  int32_t wide, bool backward, int64_t threads, int32_t** words) {
     const Csr w{out_features, crow_indices, col_indices};
     const int32_t nnz = crow_indices[out_features];
     Writer out(out_features, in_features, nnz, backward, {});
@@ -266,7 +194,7 @@ EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, con
     } else {
         out.header.columns = out.append(col_indices, nnz);
     }
-    write_forward(out, {out_features, in_features, strip, block}, w, threads);
+    write_forward(out, {out_features, in_features, strip, block}, wide, w, threads);
     if (backward)
         write_transpose(out, 0, {in_features, out_features, strip_back, block}, 1, w, threads,
                         [](int32_t row, int32_t col, Entry* e) {
@@ -288,7 +216,7 @@ EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, c
         for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; ++k)
             columns[k] = col_indices[k] + r / out_group * in_group * size;
     const Csr w{out_channels, crow_indices, columns.data()};
-    write_forward(out, {out_channels, taps->channels * size, strip, block * size}, w, threads);
+    write_forward(out, {out_channels, taps->channels * size, strip, block * size}, 0, w, threads);
     for (int phase = 0; phase < out.header.phases; ++phase)
         write_transpose(out, phase, {taps->channels, out_channels * size, strip, block_back * size}, size, w, threads,
                         [&](int32_t row, int32_t col, Entry* e) {

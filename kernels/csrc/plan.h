@@ -5,6 +5,9 @@
 // Segments of a tile are grouped in buckets of equal length: the inner loop's trip count is then constant over a bucket
 // and its end is predicted. The same is held for Wᵀ, whose entries say where their value stands in CSR order.
 //
+// Rows of W that follow each other may have the same columns: blocks of weights were pruned. Four of them are a quad.
+// Their segments stand together, in buckets of their own, so that a loop can read x once for all four.
+//
 // A convolution is the same product: W is (O, taps), a tap being a channel and a place in the kernel. Its Wᵀ is (C, taps
 // of the outputs), one for each phase: input pixels with the same coordinates modulo the stride see the same taps.
 #pragma once
@@ -20,6 +23,7 @@ constexpr int64_t words_of = sizeof(S) / 8;
 
 constexpr int kSlack = 256;  // zeros after each array, for kernels that look ahead
 constexpr int kAhead = 256;  // entries: how far they look to hide a miss
+constexpr int kAlike = 4;    // rows with the same columns that are multiplied together: a quad
 static_assert(kAhead <= kSlack, "the plan's arrays are read this far past their end");
 
 struct Tile {  // where its buckets, segments and entries begin; the next tile's beginnings are its ends
@@ -28,6 +32,7 @@ struct Tile {  // where its buckets, segments and entries begin; the next tile's
 
 struct Bucket {
     int32_t length, count;  // entries per segment, number of segments
+    int32_t alike;          // so many segments at a time have the same columns: kAlike, or 1
 };
 
 struct Schedule {  // of W or of Wᵀ: `rows` x `cols`

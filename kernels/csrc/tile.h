@@ -35,6 +35,72 @@ INLINE void expect(const T* y, int64_t ldy, const uint16_t* segment_row) {
     for (int64_t i = 0; i < R * VECTOR_BYTES; i += 64) __builtin_prefetch(row + i, 1);
 }
 
+// Vectors of x that a quad keeps in registers, beside four sums for each of them: of 32 registers, or of 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kShared = 4;
+#else
+constexpr int kShared = 2;
+#endif
+
+// R vectors of y of a quad's rows += Σ values * x[col]: a load of x serves four multiply-adds.
+template <class T, int R, class Rows, class Column>
+INLINE void quad(const T* const (&v)[kAlike], const Column* col, int32_t length, const T* x, Rows rows,
+                 T* const (&out)[kAlike]) {
+    constexpr int W = kWidth<T>;
+    Vec<T> acc[kAlike][R] = {};
+    for (int32_t k = 0; k < length; ++k) {
+        const T* in = x + rows(col[k]);
+        Vec<T> shared[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            shared[r] = load<T>(in + r * W);
+            hold<T>(shared[r]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kAlike; ++i) {
+            const T value = v[i][k];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) acc[i][r] += value * shared[r];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kAlike; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) store<T>(out[i] + r * W, load<T>(out[i] + r * W) + acc[i][r]);
+}
+
+// The same for any R, kShared vectors at a time.
+template <class T, int R, class Rows, class Column>
+INLINE void quad_in_parts(const T* const (&v)[kAlike], const Column* col, int32_t length, const T* x, Rows rows,
+                          T* const (&out)[kAlike]) {
+    constexpr int W = kWidth<T>;
+    if constexpr (R <= kShared) {
+        quad<T, R>(v, col, length, x, rows, out);
+    } else {
+        T* const next[kAlike] = {out[0] + kShared * W, out[1] + kShared * W, out[2] + kShared * W, out[3] + kShared * W};
+        quad<T, kShared>(v, col, length, x, rows, out);
+        quad_in_parts<T, R - kShared>(v, col, length, x + kShared * W, rows, next);
+    }
+}
+
+// The quads of a bucket.
+template <class T, int R, bool IN_CSR, class Rows, class Column>
+void spmm_quads(const Schedule& s, const Bucket* b, int32_t segment, const Column* col, const T* values, const T* x,
+                Rows rows, T* y, int64_t ldy) {
+    const int32_t length = b->length;
+    for (const int32_t stop = segment + b->count; segment < stop; segment += kAlike, col += kAlike * length) {
+        const T* v[kAlike];
+        T* out[kAlike];
+        for (int i = 0; i < kAlike; ++i) {
+            v[i] = IN_CSR ? values + s.segment_value[segment + i] : values + i * length;
+            out[i] = y + s.segment_row[segment + i] * ldy;
+            expect<T, R>(y, ldy, s.segment_row + segment + i + kAlike - 2);  // of the next quad
+        }
+        quad_in_parts<T, R>(v, col, length, x, rows, out);
+        values += IN_CSR ? 0 : kAlike * length;
+    }
+}
+
 // y[row] += Σ values * x[col]. values: of this tile, in its order; or, if IN_CSR, all of W.
 template <class T, int R, bool IN_CSR, class Rows>
 void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x, Rows rows, T* y, int64_t ldy) {
@@ -44,6 +110,12 @@ void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x,
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
         const int32_t length = b->length;
+        if (b->alike == kAlike) {
+            spmm_quads<T, R, IN_CSR>(s, b, segment, col, values, x, rows, y, ldy);
+            segment += b->count, col += b->count * length;
+            values += IN_CSR ? 0 : b->count * length;
+            continue;
+        }
         for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
             T* out = y + s.segment_row[segment] * ldy;
             const T* v = IN_CSR ? values + s.segment_value[segment] : values;

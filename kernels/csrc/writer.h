@@ -10,7 +10,7 @@
 #include "plan.h"
 #include "team.h"
 
-constexpr int32_t kMagic = 0x51a70002;  // the last digits count the formats
+constexpr int32_t kMagic = 0x51a70003;  // the last digits count the formats
 
 struct Header {  // of a plan: offsets in words, 0 where there is nothing
     int32_t magic, size, out_features, in_features, nnz, phases, crow_indices, columns;
