@@ -169,7 +169,9 @@ class Rows(_Packed):
         for stage, rows in zip(stages, sizes, strict=True):
             tensors = stage.crow_indices.clone(), stage.col_indices.clone(), stage.values.detach(), stage.bias
             self._kept += [None if tensor is None else tensor.contiguous() for tensor in tensors]
-            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in self._kept[-4:]]
+            self._kept.append(native.empty(rows // abi.ALIKE + 1, dtype=torch.int32))
+            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in self._kept[-5:]]
+            native.LIBRARY.quads(rows, *pointers[:2], pointers[-1])
             words += [rows, stage.in_features, *pointers]
         self._block = array("q", words)
         self.address = self._block.buffer_info()[0]

@@ -177,7 +177,7 @@ bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, 
 }
 
 EXPORT const int64_t sparselottery_vector_bytes = VECTOR_BYTES;
-ABI(plan, FORWARD, sizeof(Taps) / 4);
+ABI(plan, FORWARD, sizeof(Taps) / 4, kAlike);
 
 // Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is
 // to be given back to sparselottery_free. Not a bit of it depends on the threads. wide: `block` of W, if more, for quads.
@@ -227,6 +227,13 @@ EXPORT int64_t sparselottery_conv_plan(int32_t out_channels, const Taps* taps, c
                                    taps->reaches(1, phase % stride, tap % taps->kernel[1], &shift);
                         });
     return out.give(words);
+}
+
+// The first rows of the quads of a valid pattern, then -1: at most rows / kAlike + 1 of them -> quads; how many before -1.
+EXPORT int64_t sparselottery_quads(int32_t rows, const int32_t* crow_indices, const int32_t* col_indices, int32_t* quads) {
+    const std::vector<int32_t> found = quads_of({rows, crow_indices, col_indices}, INT32_MAX);
+    *std::copy(found.begin(), found.end(), quads) = -1;
+    return int64_t(found.size());
 }
 
 EXPORT void sparselottery_free(void* memory) { std::free(memory); }

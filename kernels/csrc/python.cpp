@@ -11,6 +11,7 @@ int64_t sparselottery_plan(int32_t, int32_t, const int32_t*, const int32_t*, int
                            int32_t**);
 int64_t sparselottery_conv_plan(int32_t, const Taps*, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool,
                                 int64_t, int32_t**);
+int64_t sparselottery_quads(int32_t, const int32_t*, const int32_t*, int32_t*);
 void sparselottery_free(void* memory);
 void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y);
 void sparselottery_net(const void* net, const float* x, float* y, int64_t batch);
@@ -250,6 +251,7 @@ PyMethodDef methods[] = {
     {"train", packed<train>, METH_O, nullptr},
     {"plan", fast(Build<sparselottery_plan>::function), METH_FASTCALL, nullptr},
     {"conv_plan", fast(Build<sparselottery_conv_plan>::function), METH_FASTCALL, nullptr},
+    {"quads", fast(Call<sparselottery_quads>::function), METH_FASTCALL, nullptr},
     {"unpack", fast(unpack), METH_FASTCALL, nullptr},
     {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
     {"compiled", fast(compiled), METH_FASTCALL, nullptr},

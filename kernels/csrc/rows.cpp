@@ -1,13 +1,15 @@
 // Inference of frozen linear layers with a ReLU between them, for some samples at once: lanes are samples.
 //
 // A thread takes a tile of samples from the first layer to the last, in its own caches: nobody waits. Whole rows of W are
-// summed, straight from CSR; where weights are few, that beats the tiles of chain.cpp, which read x from L1.
+// summed, straight from CSR; where weights are few, that beats the tiles of chain.cpp, which read x from L1. Four rows with
+// the same columns, a quad, share each load of x.
 #include <algorithm>
 
 #include "net.h"
 #include "pack.h"
 #include "plan.h"
 #include "team.h"
+#include "tile.h"
 
 namespace {
 
@@ -15,6 +17,7 @@ struct Layer {  // mirrored in cpu_net.py
     int64_t rows, columns;
     const int32_t *crow_indices, *col_indices;
     const float *values, *bias;  // bias: null if none
+    const int32_t* quads;        // their first rows, then -1
 };
 
 struct Rows {  // mirrored in cpu_net.py; its layers follow
@@ -28,13 +31,30 @@ constexpr int64_t kGroups = 2;  // lane groups of a tile: its activations stay i
 // y (rows, width) = relu?(W x + b), x (columns, width).
 void layer_forward(const Layer& l, const float* x, float* y, int64_t width, bool relu) {
     const Sums sums = taps_of<VECTOR_BYTES, true>(width / kWidth<float>);
-    for (int64_t r = 0; r < l.rows; ++r, y += width) {
-        const int64_t begin = l.crow_indices[r];
-        sums(l.col_indices + begin, l.values + begin, l.crow_indices[r + 1] - begin, x, width, y);
-        const float bias = l.bias ? l.bias[r] : 0.0f;
-        for (int64_t n = 0; n < width; ++n) {
-            const float v = y[n] + bias;
-            y[n] = relu && v < 0 ? 0.0f : v;
+    const int32_t* quads = l.quads;
+    for (int64_t r = 0, alike; r < l.rows; r += alike) {
+        alike = r == *quads ? kAlike : 1;
+        const int32_t* columns = l.col_indices + l.crow_indices[r];
+        const float* values = l.values + l.crow_indices[r];
+        const int32_t length = l.crow_indices[r + 1] - l.crow_indices[r];
+        float* const out = y + r * width;
+        if (alike == 1) {
+            sums(columns, values, length, x, width, out);
+        } else {
+            ++quads;
+            std::fill_n(out, kAlike * width, 0.0f);
+            with_registers<float>(width / kLanes, [&](auto R) {
+                const float* const v[] = {values, values + length, values + 2 * length, values + 3 * length};
+                float* const to[] = {out, out + width, out + 2 * width, out + 3 * width};
+                quad_in_parts<float, R>(v, columns, length, x, Packed<R * kWidth<float>>(), to);
+            });
+        }
+        for (int64_t i = 0; i < alike; ++i) {
+            const float bias = l.bias ? l.bias[r + i] : 0.0f;
+            for (int64_t n = 0; n < width; ++n) {
+                const float v = out[i * width + n] + bias;
+                out[i * width + n] = relu && v < 0 ? 0.0f : v;
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ constexpr int kParked = 64;  // partial dot products held back and reduced toget
 template <int WIDTH>
 struct Packed {
     INLINE const uint16_t* entries(const Schedule& s, const Tile* tile) const { return s.entry_col + tile->entry; }
-    INLINE int64_t operator()(uint16_t column) const { return int64_t(column) * WIDTH; }
+    INLINE int64_t operator()(int32_t column) const { return int64_t(column) * WIDTH; }
 };
 struct Mapped {
     const int32_t* offsets;  // of all entries of the schedule
@@ -39,7 +39,7 @@ INLINE void expect(const T* y, int64_t ldy, const uint16_t* segment_row) {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kShared = 4;
 #else
-constexpr int kShared = 2;
+constexpr int kShared = 3;
 #endif
 
 // R vectors of y of a quad's rows += Σ values * x[col]: a load of x serves four multiply-adds.
