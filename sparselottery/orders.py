@@ -158,6 +158,11 @@ class _Alike(NamedTuple):
         return self.first.index_fill(0, rest, len(lines)).argsort(stable=True)
 
 
+def alike_rows(pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Of each row the first one with its columns, and how many have them: int64 (O,) each."""
+    return _Alike.of(_sums(pattern, pattern.shape)[0])
+
+
 def permuted_pattern(pattern: Pattern, shape: Sequence[int], order: Order) -> tuple[Pattern, Tensor]:
     """The pattern of the permuted weight, and of each of its values the index among the pattern's: int64 (nnz,)."""
     taps = math.prod(shape[2:])

@@ -19,6 +19,7 @@ from ..nn.dense import scatter
 from ..nn.weight import WeightedLayer
 from ..pattern import Pattern, matrix_shape
 from ..random_state import random_state_kept
+from .alike import together
 
 FEW_WEIGHTS = 2**20  # of a linear layer: up to here each thread streams all of them, for its own samples
 FEW_IMAGES = 16  # below: image by image; from here on the batch has lanes enough for kernels that share each weight
@@ -238,7 +239,7 @@ def chain_of(
         stages = [layer.stage(relu=i < last) for i, layer in enumerate(layers)]
         if kind is cpu_net.Net:
             return cpu_net.Net(stages, (features,), threads)
-        return kind(stages, threads)
+        return kind(together(stages), threads)
 
     few = max(len(layer.values) for layer in layers) <= FEW_WEIGHTS
     kind = cpu_net.Net if batch == 1 else cpu_net.Rows if few else cpu_net.Chain
