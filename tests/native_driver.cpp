@@ -59,11 +59,14 @@ void same(const char* what, const std::vector<T>& found, const std::vector<T>& e
 int64_t word(const void* pointer) { return reinterpret_cast<int64_t>(pointer); }
 
 template <class T>
-struct Matrix {  // CSR, with an empty row and a full one
+struct Matrix {  // CSR, with an empty row and a full one, and eight with the same columns
     Matrix(int rows, int columns) : rows(rows), columns(columns), begin(1, 0) {
         for (int r = 0; r < rows; ++r) {
-            for (int c = 0; c < columns; ++c)
-                if (r == 1 || (r && random_bits() % 4 == 0)) at.push_back(c);
+            const std::vector<int32_t> last(at.end() - (r ? begin[r] - begin[r - 1] : 0), at.end());
+            if (r > 12 && r < 20) at.insert(at.end(), last.begin(), last.end());
+            else
+                for (int c = 0; c < columns; ++c)
+                    if (r == 1 || (r && random_bits() % 4 == 0)) at.push_back(c);
             begin.push_back(int(at.size()));
         }
         values = noise<T>(at.size()), bias = noise<T>(rows);

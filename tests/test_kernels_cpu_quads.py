@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from chains import assert_accurate, assert_exact, of_masks, run, truth
+from chains import assert_accurate, assert_exact, integers, of_masks, run, truth
+from convs import geometry, make
 
 from sparselottery.kernels import cpu, reference
 
@@ -86,3 +89,25 @@ def test_what_is_not_finite_stays_with_who_reads_it(batch, bad):
     assert y[5, unread].isfinite().all()
     reference_y, _ = reference.chain_forward(chain.x, chain.values, chain.biases, *chain.indices(), False, False)
     assert y[5, ~unread].isfinite().equal(reference_y[5, ~unread].isfinite())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "batch", "size"),
+    [
+        (geometry(6, sides=(1, 1, 1, 1)), 3, (20, 18)),
+        (geometry(6, sides=(1, 1, 1, 1)), 150, (2, 2)),
+        (geometry(6, stride=(2, 2), groups=2), 17, (9, 8)),
+        (geometry(20, (1, 1)), 9, (7, 7)),
+    ],
+    ids=["pixels", "images", "groups and a stride", "1x1"],
+)
+def test_convolutions(level, shape, batch, size, dtype):
+    conv = make(shape, 22, batch, size, relu=True)
+    mask = alike(22, shape.columns, 0.3, [1, 4, 9, 3, 5]).view(conv.mask.shape)
+    conv = replace(conv, mask=mask, values=integers(int(mask.sum()))).to(dtype)
+    how = (*conv.indices(), conv.geometry, True, 1)
+    y, _ = cpu.conv_forward(conv.x, conv.values, conv.bias, *how)
+    true = conv.to(torch.float64)
+    expected, _ = reference.conv_forward(true.x, true.values, true.bias, *how)
+    assert torch.equal(y.double(), expected)

@@ -20,6 +20,7 @@ WIDTHS = (70, 64, 48, 30)
 def scattered(rows: int, columns: int, block: tuple[int, int]) -> torch.Tensor:
     """A mask of blocks in another order of its rows and columns; of single weights, with empty rows and a full one."""
     grid = torch.rand(-(-rows // block[0]), -(-columns // block[1])) < 0.4
+    grid[:, 0] = True  # no block of rows is empty
     mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:rows, :columns]
     if block == (1, 1):
         mask[5:10], mask[3] = False, True
