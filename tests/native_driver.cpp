@@ -15,6 +15,7 @@ extern "C" {
 extern const int64_t sparselottery_abi_net[], sparselottery_abi_rows[], sparselottery_abi_train[];
 int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, int, bool, int64_t, int32_t**);
 int64_t sparselottery_conv_plan(int, const Taps*, const int32_t*, const int32_t*, int, int, int, bool, int64_t, int32_t**);
+int64_t sparselottery_quads(int32_t, const int32_t*, const int32_t*, int32_t*);
 int64_t sparselottery_chain_forward(const ChainArgs*, const ChainLayer*);
 int64_t sparselottery_chain_backward(const ChainArgs*, const ChainLayer*);
 int64_t sparselottery_conv_forward(const ConvArgs*);
@@ -204,9 +205,15 @@ void convolution(int64_t batch, int stride, bool flat) {
 void rows(int64_t batch) {
     const Matrix<float> layers[2] = {{70, 45}, {21, 70}};
     std::vector<int64_t> args{2, threads, 70};
-    for (const Matrix<float>& w : layers)
+    std::vector<int32_t> quads[2];
+    for (int l = 0; l < 2; ++l) {
+        const Matrix<float>& w = layers[l];
+        quads[l].resize(w.rows / 4 + 1);
+        if (sparselottery_quads(w.rows, w.begin.data(), w.at.data(), quads[l].data()) != 2 || quads[l][0] != 12)
+            std::puts("other quads"), ++differences;
         args.insert(args.end(), {w.rows, w.columns, word(w.begin.data()), word(w.at.data()), word(w.values.data()),
-                                 word(w.bias.data())});
+                                 word(w.bias.data()), word(quads[l].data())});
+    }
     const std::vector<float> x = noise<float>(batch * 45);
     std::vector<float> y(batch * 21);
     sparselottery_rows(args.data(), x.data(), y.data(), batch);
@@ -330,7 +337,7 @@ void all() {
 
 int main(int count, char** arguments) {
     const int64_t* train = sparselottery_abi_train;
-    if (train[1] != 12 || train[2] != 7 || sparselottery_abi_rows[1] != 6 ||
+    if (train[1] != 12 || train[2] != 7 || sparselottery_abi_rows[1] != 7 ||
         sparselottery_abi_net[4] != 7 + sizeof(Field) / 8) {
         std::puts("structs of the sources have changed: so must the driver's");
         return 100;
