@@ -28,9 +28,9 @@ def alike(rows: int, columns: int, density: float, runs: list[int]) -> torch.Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 3, 16, 17, 48, 60, 80, 112, 129, 300])
+@pytest.mark.parametrize("batch", [1, 17, 48, 80, 128, 300])
 def test_runs_of_every_length(level, batch, dtype):
-    for tile in (None, (32, 7), (256, 40)):  # runs are cut by strips, and by none
+    for tile in (None, (32, 7)):
         masks = [alike(150, 45, 0.3, RUNS), alike(21, 150, 0.1, RUNS)]
         chain = of_masks(batch, masks).to(dtype)
         assert_exact(run(cpu, chain, tile), chain)
@@ -50,7 +50,7 @@ def test_accuracy_of_blocks(block, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
-@pytest.mark.parametrize("batch", [64, 80, 128, 200])
+@pytest.mark.parametrize("batch", [64, 80, 200])
 def test_a_row_has_the_same_bits_in_a_quad_and_alone(level, batch, dtype):
     chain = of_masks(batch, [alike(96, 90, 0.4, [16, 16, 16, 16])], lambda *shape: torch.randn(shape)).to(dtype)
     order = torch.arange(96).view(-1, 16).T.flatten()  # rows that follow each other are no more alike
@@ -65,13 +65,13 @@ def test_a_row_has_the_same_bits_in_a_quad_and_alone(level, batch, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 17, 80, 129, 300])
+@pytest.mark.parametrize("batch", [17, 129])
 def test_threads_change_no_bit(level, batch, dtype):
     masks = [alike(150, 300, 0.2, RUNS), alike(40, 150, 0.2, RUNS)]
     chain = of_masks(batch, masks, lambda *shape: torch.randn(shape)).to(dtype)
     torch.set_num_threads(1)
     alone = run(cpu, chain)
-    for threads in (2, 3, 5):
+    for threads in (2, 3):
         torch.set_num_threads(threads)
         for name, result in run(cpu, chain).items():
             assert torch.equal(result, alone[name]), (threads, name)
