@@ -49,6 +49,7 @@ def test_the_training_of_autograd(data, optimizer, lr, density, monkeypatch):
     monkeypatch.setattr(training, "native_trainer", lambda *_: None)
     expected = training.train(plain, data, **how)
     assert record.keys() == expected.keys()
+    assert (record["steps"], expected["steps"]) == ("native", "eager")
     assert record["curves"]["iteration"] == expected["curves"]["iteration"]
     assert record["curves"]["val_loss"] == pytest.approx(expected["curves"]["val_loss"], rel=1e-3)
     assert expected["curves"]["val_loss"][-1] < 0.7 * expected["curves"]["val_loss"][0]

@@ -239,6 +239,7 @@ def test_seconds_and_medians(data, monkeypatch):
     record = training.train(reinit(factory, 0), data, iterations=32, batch=20, eval_every=10)
     assert (record["train_seconds"], record["eval_seconds"]) == (4, 5)
     assert (record["train_step_ms"], record["eval_ms"]) == (100, 1000)
+    assert record["steps"] == "eager"
 
 
 def test_evaluate_in_parts_in_evaluation_mode(data, monkeypatch):

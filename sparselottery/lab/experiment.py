@@ -189,6 +189,7 @@ def _evaluated(model: nn.Module, data: data_sets.Dataset) -> dict:
         "eval_seconds": seconds,
         "train_step_ms": None,
         "eval_ms": 1e3 * seconds,
+        "steps": None,
         "curves": {
             "iteration": [0],
             "val_loss": [val_loss],

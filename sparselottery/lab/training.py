@@ -68,8 +68,8 @@ def train(
 
     Returns a JSON-able mapping: ``early_stop_iteration`` (of minimum validation loss), ``early_stop_test_accuracy``
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
-    one step and one evaluation (medians over the evaluations, which a stalled machine does not move), and ``curves``:
-    lists ``iteration``, ``val_loss``, ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no
+    one step and one evaluation (medians over the evaluations, which a stalled machine does not move), ``steps``, how
+    those were taken ("native", "graph" or "eager"), and ``curves``: lists ``iteration``, ``val_loss``, ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no
     sense, and when the validation loss is not finite. The data are on the device of the model. Of several processes
     (`distributed`) each takes its share of every batch; what is returned is then of all, with their `traffic`.
     """
@@ -139,6 +139,7 @@ def train(
         "eval_seconds": sum(seconds["eval"]),
         "train_step_ms": 1e3 * median(seconds["step"]),
         "eval_ms": 1e3 * median(seconds["eval"]),
+        "steps": run.kind,
         **distributed.traffic(replica, stop - start),
         "curves": curves,
     }
@@ -180,6 +181,13 @@ class Runner:
             if self._moves:
                 self._trainer = MovingTrainer(model, self._step, how[1:])
             self._orders = (order for order, _ in islice(_draws(len(data.train_x), batch, seed), start, None))
+
+    @property
+    def kind(self) -> str:
+        """Of the steps: by the kernels alone, in a CUDA graph, or by autograd."""
+        if self._trainer is not None:
+            return "native"
+        return "graph" if isinstance(self._step, GraphedStep) else "eager"
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
