@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import operator
+import random
 from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .copying import copied
+from .copying import attributes, copied
 from .nn import MaskedConv2d, MaskedLayer, MaskedLinear, MaskedSequential, OpenedModule
 from .nn.fuse import ELEMENTWISE, NOTHING, is_observed
 from .random_state import random_state_kept
@@ -57,44 +59,64 @@ class Link(NamedTuple):
 def links(model: nn.Module) -> list[Link]:
     """Those that torch.fx finds in the model's forward, or, where it cannot trace that, in those of its children.
 
-    A forward that is traced is called once, on a copy without data. A module is presumed to be called as a whole, on
-    batches, and with its arguments' defaults. No layer that is used twice is in any link, and none whose call somebody
-    observes, by a hook or a forward of its own, nor is such a module between two. A norm after a linear layer is of its
-    units only if these are dimension 1, which depends on the input.
+    A forward is traced in training and in evaluation mode, on copies without data, and the links of both count. A
+    module is presumed to be called as a whole, on batches, with its arguments' defaults, and not to ask what kind of
+    object a tensor is. No layer that is used twice is in any link, and none whose call somebody observes, by a hook or
+    a forward of its own, nor is such a module between two. A norm after a linear layer is of its units only if these
+    are dimension 1, which depends on the input.
     """
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    uses.update(each for module in model.modules() for each in module._parameters.values() if each is not None)
+    uses.update(each for module in model.modules() for each in _tensors(module))
     found, waiting = [], [("", model)]
     while waiting:
         path, module = waiting.pop(0)
-        tracer = _Tracer()
         try:
-            graph = tracer.graph_of(module)
+            one, other = (_links_in(module, path, uses, training) for training in (False, True))
         except Exception:  # whatever a user's code does with what stands for a tensor
             waiting += [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
         else:
-            found += _Walk(module, path, uses, tracer.observed).links(graph)
+            found += [link for link in one if link in other]
     return found
+
+
+def _links_in(module: nn.Module, path: str, uses: Counter, training: bool) -> list[Link]:
+    tracer = _Tracer()
+    return _Walk(module, path, uses, tracer.observed).links(tracer.graph_of(module, training))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
 
 
 class _Tracer(fx.Tracer):
     """Goes through modules of the user's own and through chains. observed: nodes that hooks of such a module see."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self) -> None:
         super().__init__()
         self.observed: set[fx.Node] = set()
 
-    def graph_of(self, module: nn.Module) -> fx.Graph:
+    def graph_of(self, module: nn.Module, training: bool) -> fx.Graph:
+        """Raises whatever the module does, and TypeError for one of which a graph does not show all."""
         if not any(module.children()) or "forward" in vars(module):
             raise TypeError("expected a module whose class calls its children")
         tensors = {id(each): nn.Parameter(each.detach().to("meta"), False) for each in module.parameters()}
         tensors |= {id(each): each.to("meta") for each in module.buffers()}
         with random_state_kept():
-            root = copied(module, {}, tensors)
+            root = copied(module, {}, tensors).train(training)
             if type(root) in CHAINS:
                 root = nn.Sequential(OrderedDict(root._modules))
-            given = inspect.signature(root.forward).parameters.values()
-            return self.trace(root, {each.name: each.default for each in given if each.default is not each.empty})
+            given, drawn = inspect.signature(root.forward).parameters.values(), _random_states()
+            graph = self.trace(root, {each.name: each.default for each in given if each.default is not each.empty})
+            if _random_states() != drawn:
+                raise TypeError("expected a forward that does the same each time")
+        if any(isinstance(each, fx.Proxy) for part in root.modules() for _, each in attributes(part)):
+            raise TypeError("expected a forward that keeps no tensors")
+        made = [getattr(root, name) for name in vars(root) if name.startswith("_tensor_constant")]
+        if any(each.is_meta for each in made):
+            raise TypeError("expected a forward that computes nothing of parameters alone")  # whose, nobody knows
+        return graph
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         own = not isinstance(module, (MaskedLayer, OpenedModule)) and not type(module).__module__.startswith("torch.nn")
@@ -116,6 +138,10 @@ class _Tracer(fx.Tracer):
         if isinstance(value, fx.Proxy):
             self.observed.add(value.node)
         return value
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
 
 class _Units:
@@ -186,7 +212,7 @@ class _Walk:
 
     def _module(self, node: fx.Node) -> tuple[_Units, str] | None:
         child, name = self.module.get_submodule(node.target), f"{self.path}.{node.target}".lstrip(".")
-        once = self.calls[node.target] == 1 and all(self.uses[each] == 1 for each in (child, *child.parameters()))
+        once = self.calls[node.target] == 1 and all(self.uses[each] == 1 for each in (child, *_tensors(child)))
         alone = len(node.args) == 1 and not node.kwargs and not is_observed(child)
         units, form = self.at.get(node.args[0], (None, "")) if alone else (None, "")
         if type(child) in LINEAR + CONV and getattr(child, "groups", 1) == 1:

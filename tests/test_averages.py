@@ -72,12 +72,16 @@ def test_rounded_indices_that_are_some_pattern_are_refused(kind):
     torch.testing.assert_close(average(x), net(x))
 
 
-def test_a_model_whose_masks_have_moved_is_refused_until_the_average_has_them_too():
+@pytest.mark.parametrize("written", [False, True])  # as a broadcast writes them
+def test_a_model_whose_masks_have_moved_is_refused_until_the_average_has_them_too(written):
     """Equally many survivors of all rows, so that buffers are of the same sizes."""
     rows = [torch.eye(8, dtype=torch.bool).roll(shift, 1) for shift in (0, 3)]
     net = convert(
         nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), {"0.weight": rows[0], "2.weight": rows[0]}
     )
+    with torch.no_grad():
+        for each in [*net.parameters(), *net.buffers()] if written else ():
+            each.copy_(each.clone())
     x, average = torch.randn(3, 8), averaged(net)
     average(x)
     set_masks(net, {"0.weight": rows[1]})

@@ -148,6 +148,18 @@ def test_threads_change_no_bit(batch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("batch", [17, 60])
+def test_threads_change_no_bit_of_blocks(batch):
+    """Strips depend on the threads, and rows that are multiplied four at a time are of one strip."""
+    masks = [(torch.rand(38, 100) < 0.3).repeat_interleave(4, 0)[:150], torch.rand(10, 150) < 0.3]
+    problem, results = of_masks(batch, masks, True, 3), []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(ours(problem))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_calls_change_no_bit(rule):
     problem = make(20, [60, 30, 10], steps=9)

@@ -187,3 +187,47 @@ def test_a_chain_with_a_forward_of_its_own_has_no_links():
     model = chain(nn.ReLU())
     model.forward = lambda x: model[0](x)
     assert links(model) == []
+
+
+class Seen(nn.Module):
+    """A chain of two convolutions, and what `also` does with the units between them."""
+
+    def __init__(self, also):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.also, self.held, self.kept = also, [self.norm.weight], []
+
+    def forward(self, x):
+        units = self.norm(self.one(x))
+        return self.also(self, units, self.two(F.relu(units)))
+
+
+def kept(net, units, y):
+    net.kept.append(units)
+    return y
+
+
+ALSO = {
+    "only in training": lambda net, units, y: (y, units.softmax(1)) if net.training else y,
+    "at random": lambda net, units, y: y + units.sum() if torch.rand(()) < 0.5 else y,
+    "of a buffer": lambda net, units, y: (y, net.norm.running_var.sqrt()),
+    "of a parameter in a list": lambda net, units, y: (y, net.held[0].abs()),
+    "of parameters by name": lambda net, units, y: (y, dict(net.named_parameters())["norm.weight"].abs()),
+    "kept": kept,
+}
+
+
+@pytest.mark.parametrize("also", ALSO)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_reads_units_now_and_then_or_behind_a_graph(also, training):
+    assert pairs(Seen(lambda net, units, y: y)) == [("one.weight", "two.weight")]
+    assert links(Seen(ALSO[also]).train(training)) == []
+
+
+def test_norms_that_share_what_they_remember():
+    model = nn.Sequential(
+        *(part for _ in range(2) for part in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))), nn.Conv2d(8, 4, 1)
+    )
+    assert len(links(model)) == 2
+    model[3].running_mean = model[1].running_mean
+    assert links(model) == []

@@ -142,6 +142,17 @@ def test_weights_shared_out_or_samples(tmp_path, monkeypatch):
             assert {made for made, _ in frozen.net.grouped().whole._made._made} == {kind}
 
 
+@pytest.mark.parametrize("batch", [1, 9, 17, 33, 64, 128])
+def test_threads_change_no_bit_of_samples(tmp_path, batch):
+    path, x = tmp_path / "net.safetensors", torch.randn(batch, *NETS["mlp"][1])
+    saved(NETS["mlp"][0](), path)
+    found = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        found.append(load_sparse(path)(x))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 def test_one_call_for_a_whole_net(tmp_path):
     saved(build("vgg-19", CIFAR10, 10), tmp_path / "net.safetensors", density=0.01)
     frozen = load_sparse(tmp_path / "net.safetensors")

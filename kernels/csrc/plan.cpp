@@ -31,11 +31,12 @@ inline int32_t columns_below(int32_t limit, const int32_t* begin, const int32_t*
     return int32_t(at - begin);
 }
 
-// `wide` replaces the columns of a tile where most weights are those of quads.
+// `wide` replaces the columns of a tile where most weights are those of quads, wherever strips end: these may depend on the
+// number of threads, and sums may not.
 void write_forward(Writer& out, Grid grid, int32_t wide, const Csr& w, int64_t threads) {
     const std::vector<int32_t> quads = quads_of(w, grid.strip);
     int64_t shared = 0;
-    for (const int32_t r : quads) shared += kAlike * (w.ptr[r + 1] - w.ptr[r]);
+    for (const int32_t r : quads_of(w, w.rows)) shared += kAlike * (w.ptr[r + 1] - w.ptr[r]);
     if (2 * shared > w.ptr[w.rows]) grid.block = std::max(grid.block, wide);
     write_schedule(out, FORWARD, grid, w.ptr[w.rows], false, threads, [&](Part& part, Range strips) {
         std::vector<int32_t> cursor(grid.strip), lengths(grid.strip);

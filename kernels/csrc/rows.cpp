@@ -68,7 +68,7 @@ EXPORT void sparselottery_rows(const Rows* net, const float* x, float* y, int64_
     const Layer* layers = reinterpret_cast<const Layer*>(net + 1);
     const int64_t groups = padded(batch) / kLanes, in = layers[0].columns, out = layers[net->layers - 1].rows;
     const int64_t most = kWidth<float> * 8 / kLanes;  // vectors that `taps` has
-    const int64_t per_tile = std::min({kGroups, most, (groups + net->threads - 1) / net->threads});
+    const int64_t per_tile = groups > kGroups ? std::min(kGroups, most) : 1;  // whatever the threads, as sums depend on it
     const int64_t tiles = (groups + per_tile - 1) / per_tile, threads = std::min(net->threads, tiles);
     one_by_one(threads, [&] {
         float* from = buffers.get<float>(2 * net->widest * kGroups * kLanes);

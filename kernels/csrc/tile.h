@@ -110,7 +110,7 @@ void spmm_tile(const Schedule& s, const Tile* tile, const T* values, const T* x,
     int32_t segment = tile->segment;
     for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
         const int32_t length = b->length;
-        if (b->alike == kAlike) {
+        if (U == 1 && b->alike == kAlike) {  // else a row's sum would depend on whether it is in a quad
             spmm_quads<T, R, IN_CSR>(s, b, segment, col, values, x, rows, y, ldy);
             segment += b->count, col += b->count * length;
             values += IN_CSR ? 0 : b->count * length;

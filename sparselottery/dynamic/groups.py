@@ -65,7 +65,7 @@ class Groups(Pool):
         for start, scores in self._scores(by):
             if not bool(scores.isfinite().all()):
                 return None
-            first, last = torch.searchsorted(without, torch.tensor([start, start + len(scores)], device=without.device))
+            first, last = torch.searchsorted(without, without.new_tensor([start, start + len(scores)]))
             inside = without[first:last] - start
             scores[inside] = -torch.inf
             missing = self._sizes(self._most[target], len(scores) // columns) - self._counts(
@@ -91,7 +91,7 @@ class Groups(Pool):
             return
         columns = matrix_shape(self.layer.shape)[1]
         for start, stop in strips_of(self.layer):
-            drawn = torch.rand((stop - start) * columns, generator=by, device="cpu")
+            drawn = torch.rand((stop - start) * columns, generator=by, dtype=torch.float32, device="cpu")
             yield start * columns, drawn.to(self.layer.values.device)
 
     def _shape(self) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def _write(job: Job, path: Path, layout: str) -> None:
                 block, order = permuted_block_of(pattern, shape)
             if order is not None:
                 pattern, index = permuted_pattern(pattern, shape, order)
-                values, taps = values[index], torch.arange(math.prod(shape[2:]))
+                values, taps = values[index], torch.arange(math.prod(shape[2:]), device="cpu")
                 columns = order.columns[:, None] * len(taps) + taps
                 for part, lines in zip(ORDER, (order.rows, columns.flatten()), strict=True):
                     tensors[f"{name}.{part}"] = lines.int()
@@ -129,7 +129,7 @@ def _check_order(name: str, tensors: dict[str, Tensor], shape: tuple[int, int]) 
     found = {part: tensors[f"{name}.{part}"] for part in ORDER if f"{name}.{part}" in tensors}
     for part, size in zip(ORDER, shape, strict=True) if found else ():
         lines = found.get(part)
-        if lines is None or lines.dtype != torch.int32 or not torch.equal(lines.sort()[0], torch.arange(size).int()):
+        if lines is None or lines.dtype != torch.int32 or lines.sort()[0].tolist() != list(range(size)):
             raise ValueError(f"{name}.{part}: expected an order of {size}, int32, got {lines}")
 
 

@@ -69,9 +69,10 @@ def train(
     Returns a JSON-able mapping: ``early_stop_iteration`` (of minimum validation loss), ``early_stop_test_accuracy``
     there, ``final_test_accuracy``, ``train_seconds`` and ``eval_seconds`` in all, ``train_step_ms`` and ``eval_ms`` of
     one step and one evaluation (medians over the evaluations, which a stalled machine does not move), ``steps``, how
-    those were taken ("native", "graph" or "eager"), and ``curves``: lists ``iteration``, ``val_loss``, ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no
-    sense, and when the validation loss is not finite. The data are on the device of the model. Of several processes
-    (`distributed`) each takes its share of every batch; what is returned is then of all, with their `traffic`.
+    those were taken ("native", "graph" or "eager"), and ``curves``: lists ``iteration``, ``val_loss``,
+    ``val_accuracy``, ``test_accuracy``. Raises ValueError for arguments that make no sense, and when the validation
+    loss is not finite. The data are on the device of the model. Of several processes (`distributed`) each takes its
+    share of every batch; what is returned is then of all, with their `traffic`.
     """
     stop = iterations if stop is None else stop
     if not 0 <= start < stop <= iterations:

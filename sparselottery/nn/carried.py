@@ -94,7 +94,7 @@ def same(one: Any, other: Any) -> bool:
         return False
 
 
-_MARKS = frozenset(("_own", "_dense_class"))
+_MARKS = frozenset(("_own", "_dense_class", "_digest"))
 
 
 def _constants(kind: type[nn.Module], base: type[nn.Module]) -> dict[str, Any]:

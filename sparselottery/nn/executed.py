@@ -167,11 +167,10 @@ class ExecutedLayer(CheckpointedLayer):
         self._buffers["plan"] = self._no_plan()
         vars(self).update(_mask_block=None, _mask_order=None)
         self._prepare()
-        if not all(before[name] is each and each._version != version for name, each, version in known):
-            return
-        if not all(_equal(before[name], self._buffers[name]) for name, *_ in known[2:]):
+        written = [before[name] is each and each._version != version for name, each, version in known]
+        if all(written) and not all(_equal(before[name], self._buffers[name]) for name, *_ in known[2:]):
             why = self._unlike("plan: expected that of the indices, got another")
-        elif digest != self._digest:
+        elif all(written[:2]) and digest != self._digest:
             why = (
                 "values: expected an average of one pattern, got a model's whose masks have moved: before "
                 "average.update_parameters(model), set_masks(average.module, masks) as the model's"

@@ -107,8 +107,8 @@ class IndexedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        vars(self)["_digest"] = 0  # wanted
         if self._known is not _UNKNOWN and all(self._buffers[name] is each for name, each, _ in self._known):
-            vars(self)["_digest"] = 0  # wanted
             self._remember(*(name for name, *_ in self._known))  # versions of the copies are others
 
 

@@ -7,7 +7,8 @@ the masked type. Where they read `self.weight`, they get what stands for the den
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, reduce, wraps
+from dis import get_instructions
+from functools import cache, cached_property, reduce, wraps
 from itertools import pairwise
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -19,6 +20,9 @@ HARMLESS = {
     "__annotations__", "__constants__", "__dict__", "__doc__", "__firstlineno__", "__init__", "__module__",
     "__parameters__", "__repr__", "__static_attributes__", "__weakref__", "extra_repr", "reset_parameters",
 }  # fmt: skip
+TAKEN = {"values", "crow_indices", "col_indices", "plan"}  # by each masked layer, beside what its class has
+ASKING = {"isinstance", "issubclass", "type", "vars", "__class__", "_parameters", "_buffers"}  # what a module is
+WRITING = {"data", "weight", "bias"}  # attributes
 # Forwards that compute what their base's does, in other words.
 SAME = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 
@@ -36,8 +40,20 @@ def why_not_derived(kind: type[nn.Module], dense_type: type[nn.Module], masked: 
         return "its forward may do something else, as it calls no super().forward"
     if any(each.__bases__ != (base,) for each, base in pairwise([*classes, dense_type])):
         return "its forward may do something else, as it has several bases"
-    taken = sorted(name for name in own - {"forward"} if hasattr(masked, name))
-    return f"{taken[0]} is its own, a name that masked layers need" if taken else None
+    taken = sorted(name for name in own - {"forward"} if hasattr(masked, name) or name in TAKEN)
+    if taken:
+        return f"{taken[0]} is its own, a name that masked layers need"
+    if "__slots__" in own:
+        return "it has slots"
+    kept = [each for kind in classes for each in vars(kind).values() if isinstance(each, cached_property)]
+    if any({"weight", "bias"} & {*each.func.__code__.co_names} for each in kept):
+        return "it keeps what it has computed of the weight"
+    for code in (code for each in classes for name, held in vars(each).items() for code in _held_codes(name, held)):
+        if asked := sorted({*ASKING, *(each.__name__ for each in classes)} & {*code.co_names}):
+            return f"its code asks for its class, or for the parameters, by {asked[0]}"
+        if written := sorted(WRITING & {each.argval for each in get_instructions(code) if each.opname == "STORE_ATTR"}):
+            return f"its code writes to {written[0]}"
+    return None
 
 
 def with_forward_of(kind: type[nn.Module], dense_type: type[nn.Module], masked: type[nn.Module]) -> type[nn.Module]:
@@ -58,14 +74,14 @@ def without_own_forward(kind: type[nn.Module]) -> type[nn.Module]:
 
 @cache
 def _derived(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    functions = {name: each for name, each in vars(kind).items() if hasattr(each, "__get__") and name not in HARMLESS}
+    own = {name: each for name, each in vars(kind).items() if name not in HARMLESS}
     if not _has_forward(kind):
-        functions.pop("forward", None)
+        own.pop("forward", None)
     origin = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
     made = type(base)(f"Masked{kind.__name__}", (base,), {**origin, "forward_of": kind, "measurable": False})
-    for name, each in functions.items():
-        function = _rebound(each, kind, made) if isinstance(each, FunctionType) else each
-        setattr(made, name, _as_one_module(function) if name == "forward" else function)
+    for name, each in own.items():
+        held = _rebound_in(each, kind, made)
+        setattr(made, name, _as_one_module(held) if name == "forward" else held)
     return made
 
 
@@ -112,6 +128,28 @@ def _codes(function: Any, depth: int = 3) -> Iterator[CodeType]:
         yield function.__code__
         for cell in function.__closure__ or ():
             yield from _codes(cell.cell_contents, depth - 1)
+
+
+def _held_codes(name: str, held: Any) -> Iterator[CodeType]:
+    """Of what a class has under a name, and is called with its layers."""
+    if name in HARMLESS:
+        return
+    for each in (held.fget, held.fset, held.fdel) if isinstance(held, property) else (getattr(held, "__func__", held),):
+        for code in _codes(each):
+            yield code
+            yield from (inner for inner in code.co_consts if isinstance(inner, CodeType))
+
+
+def _rebound_in(held: Any, kind: type, made: type) -> Any:
+    """What a class has, as another one has it: functions, also those of properties and class methods, as `_rebound`."""
+    if isinstance(held, FunctionType):
+        return _rebound(held, kind, made)
+    if isinstance(held, property):
+        parts = (each and _rebound_in(each, kind, made) for each in (held.fget, held.fset, held.fdel))
+        return property(*parts, held.__doc__)
+    if isinstance(held, (classmethod, staticmethod)):
+        return type(held)(_rebound_in(held.__func__, kind, made))
+    return held
 
 
 def _calls_base(code: CodeType) -> bool:
