@@ -236,7 +236,7 @@ class Everything(nn.Module):
         self.calls += 1
         x.mul_(scale["by"])
         self.nobody(x[:0])
-        x = self.dropout(self.norm(self.first(x=x) if isinstance(self.first, MaskedLinear) else self.first(x)))
+        x = self.dropout(self.norm(self.first(input=x) if isinstance(self.first, MaskedLinear) else self.first(x)))
         return self.twin(self.twin(x)) * random.random() * np.random.rand() + torch.rand(())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -277,3 +278,15 @@ def test_exports(tmp_path, format):
         other = Several().eval()
         other.load_state_dict(load_file(tmp_path / "net"))
         torch.testing.assert_close(other(ids), to_dense(converted)(ids))
+
+
+def test_the_first_argument_has_the_name_of_torch(case, tmp_path):
+    model, masks, dense, args = case
+    name = next(iter(inspect.signature(dense.layer.forward).parameters))
+    sparse = convert(model, masks).eval()
+    frozen = Ticket.from_model(sparse)
+    frozen.save(tmp_path / "net.safetensors")
+    frozen = load_sparse(tmp_path / "net.safetensors", copy.deepcopy(dense))
+    expected = dense.eval()(*args)
+    assert_same(sparse.layer(*args[1:], **{name: args[0]}) if len(args) == 1 else sparse(*args), expected)
+    assert_same(frozen.net.layer(**{name: args[0]}) if len(args) == 1 else frozen(*args), expected)

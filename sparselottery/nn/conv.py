@@ -109,11 +109,11 @@ class MaskedConv2d(MaskedConvolution):
 
     dense_type = nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, OH, OW), or (C, H, W) -> (O, OH, OW); channels_last if x is, else contiguous."""
-        if self._present in NATIVE and (y := ops.call_conv(x, self)) is not None:
+        if self._present in NATIVE and (y := ops.call_conv(input, self)) is not None:
             return y
-        return self._in_torch(x) if ops.in_torch(x) else self._of_images(x)
+        return self._in_torch(input) if ops.in_torch(input) else self._of_images(input)
 
     def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         return self._convolve(_padded(x, self), weight, bias)
@@ -134,15 +134,15 @@ class MaskedConv1d(MaskedConvolution):
 
     dense_type = nn.Conv1d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, L) -> (N, O, OL), or (C, L) -> (O, OL)."""
-        if ops.in_torch(x):
-            return self._in_torch(x)
-        ops.check_layout(x)
-        if x.dim() not in (2, 3):
+        if ops.in_torch(input):
+            return self._in_torch(input)
+        ops.check_layout(input)
+        if input.dim() not in (2, 3):
             raise ValueError(f"x: expected shape (N, {self.in_channels}, L) or ({self.in_channels}, L), "
-                             f"got {tuple(x.shape)}")  # fmt: skip
-        images = x.unsqueeze(-2)
+                             f"got {tuple(input.shape)}")  # fmt: skip
+        images = input.unsqueeze(-2)
         y = ops.call_conv(images, self) if self._present in NATIVE else None
         return (self._of_images(images) if y is None else y).squeeze(-2)
 

@@ -77,26 +77,26 @@ class MaskedConvTranspose(MaskedLayer):
     def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
         return ops.compile_conv_plan(pattern, self.geometry, block)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C, H, W) -> (N, O, OH, OW), or without H, or N; output_size: as that of the dense layer."""
-        if ops.in_torch(x):
-            return self._in_torch(x, output_size)
+        if ops.in_torch(input):
+            return self._in_torch(input, output_size)
         self.check()
-        ops.check_layout(x)
+        ops.check_layout(input)
         if self._present == "dense":
-            return self.multiply(self._dense_weight(), self.bias, x, output_size)
-        images = x if x.dim() == self._dimensions + 2 else x[None]
-        more = self._more(x, output_size)
+            return self.multiply(self._dense_weight(), self.bias, input, output_size)
+        images = input if input.dim() == self._dimensions + 2 else input[None]
+        more = self._more(input, output_size)
         sizes = zip(images.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, more, strict=True)
         size = pair([(side - 1) * s - 2 * p + d * (k - 1) + extra + 1 for side, s, p, d, k, extra in sizes], 1)
         images = images if self._dimensions == 2 else images.unsqueeze(-2)
         if min(size) < 1 or self.geometry.output_size(*size) != tuple(images.shape[2:]):
             # Pixels that no convolution of this stride reaches are padded, or the padding cuts off all.
-            return self.multiply(self.pattern.scatter(self.values).view(self.shape), self.bias, x, output_size)
+            return self.multiply(self.pattern.scatter(self.values).view(self.shape), self.bias, input, output_size)
         indices = self.crow_indices, self.col_indices, self.plan
         y = ops.conv_transpose2d(images, self.values, self.bias, *indices, self.geometry, size)
         y = y if self._dimensions == 2 else y.squeeze(-2)
-        return y if x.dim() == y.dim() else y[0]
+        return y if input.dim() == y.dim() else y[0]
 
     def _more(self, x: Tensor, output_size: list[int] | None) -> list[int]:
         sizes = self.stride, self.padding, self.kernel_size

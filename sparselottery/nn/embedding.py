@@ -96,12 +96,12 @@ class MaskedEmbedding(_Rows):
         given = num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         self._begin(nn.Embedding(*given, device="meta"), device, dtype, mask)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(*), int32 or int64 -> (*, embedding_dim)."""
-        if ops.in_torch(ids):
-            return self._in_torch(ids)
+        if ops.in_torch(input):
+            return self._in_torch(input)
         self.check()
-        return self._take(ids) if self._present == "sparse" else self.multiply(self._dense_weight(), None, ids)
+        return self._take(input) if self._present == "sparse" else self.multiply(self._dense_weight(), None, input)
 
     def multiply(self, weight: Tensor, bias: None, ids: Tensor) -> Tensor:
         return F.embedding(ids, weight, self.padding_idx)

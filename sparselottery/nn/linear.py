@@ -62,25 +62,25 @@ class MaskedLinear(MaskedLayer):
     def _compile(self, pattern: Pattern, block: tuple[int, int]) -> Tensor:
         return ops.compile_plan(pattern, block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
         if self._present in NATIVE:
-            y = ops.call_chain(x, (self,))
+            y = ops.call_chain(input, (self,))
             if y is not None:
                 return y
-        if ops.in_torch(x):
-            return self._in_torch(x)
+        if ops.in_torch(input):
+            return self._in_torch(input)
         if self._present not in NATIVE:
             self.check()
         if self._present in NATIVE:  # a check may have changed it
-            return _chain(x, [self])
+            return _chain(input, [self])
         if self.execution == "dense":
-            return self.multiply(self._dense_weight(), self.bias, x)
-        _check_features(x, self)
+            return self.multiply(self._dense_weight(), self.bias, input)
+        _check_features(input, self)
         if self.execution == "permuted":
-            return self._permuted(x)
+            return self._permuted(input)
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
-        y = F.linear(gather(x, self._columns), self._dense_weight(), bias)
+        y = F.linear(gather(input, self._columns), self._dense_weight(), bias)
         return spread(y, self._rows, self.bias, self.out_features)
 
     def _permuted(self, x: Tensor) -> Tensor:

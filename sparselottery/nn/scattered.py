@@ -108,12 +108,12 @@ class ScatteredLayer(MaskedLayer):
                 if self.bias is not None:
                     self.bias.copy_(dense.bias)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As that of the dense layer."""
-        if ops.in_torch(x):
-            return self._in_torch(x, *args, **kwargs)
+        if ops.in_torch(input):
+            return self._in_torch(input, *args, **kwargs)
         self.check()
-        return self.multiply(self._dense_weight(), self.bias, x, *args, **kwargs)
+        return self.multiply(self._dense_weight(), self.bias, input, *args, **kwargs)
 
 
 _CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")

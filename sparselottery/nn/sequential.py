@@ -38,24 +38,24 @@ class MaskedSequential(nn.Sequential):
 
     _kept: _Kept | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if nn.modules.module._has_any_global_hook() or ops.in_torch(x):
-            return super().forward(x)
-        found, at, end = self._groups(x), 0, 0
+    def forward(self, input: Tensor) -> Tensor:
+        if nn.modules.module._has_any_global_hook() or ops.in_torch(input):
+            return super().forward(input)
+        found, at, end = self._groups(input), 0, 0
         while at < len(found):
             group, at = found[at], at + 1
             if isinstance(group, nn.Module):
-                x, end = group(x), end + 1
+                input, end = group(input), end + 1
                 continue
             (first, norm, relu, pool), end = group.steps[0], end + len(group.children)
             if first.geometry is None:
                 layers = [step.layer for step in group.steps]
-                x = run_chain(x, layers, stays_batch_minor(layers[-1], list(self._modules.values())[end:]))
-            elif (two := _two_convs(found[at - 1 : at + 1])) and (y := run_two_convs(x, two)) is not None:
-                x, end, at = y, end + len(found[at].children), at + 1
+                input = run_chain(input, layers, stays_batch_minor(layers[-1], list(self._modules.values())[end:]))
+            elif (two := _two_convs(found[at - 1 : at + 1])) and (y := run_two_convs(input, two)) is not None:
+                input, end, at = y, end + len(found[at].children), at + 1
             else:
-                x = run_conv(x, first, relu, pool, norm)
-        return x
+                input = run_conv(input, first, relu, pool, norm)
+        return input
 
     def _groups(self, x: Tensor) -> list[Group | nn.Module]:
         """The groups of a call on x: those of the last call where nothing has changed, as looking is cheaper."""

@@ -111,16 +111,16 @@ class FrozenLayer(WeightedLayer):
         for layer in (like, self):
             carry(dense, layer, self._kind._dense_like(dense))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As that of the dense layer; where somebody traces or transforms, by torch's own operators."""
-        if is_traced(x) and not _is_counted(x):
-            return self._in_torch(x, *args, **kwargs)
-        if not self.is_native or not runs_native(x) or x.dim() == 0:
-            return self._made("masked", self._masked)(x, *args, **kwargs)
+        if is_traced(input) and not _is_counted(input):
+            return self._in_torch(input, *args, **kwargs)
+        if not self.is_native or not runs_native(input) or input.dim() == 0:
+            return self._made("masked", self._masked)(input, *args, **kwargs)
         if self.geometry is None:
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            return chain_of([self], self._made, *rows.shape)(rows).view(*x.shape[:-1], -1)
-        return self._made("masked", self._masked)(x) if x.dim() != 4 else self.convolve(x)
+            rows = input.reshape(-1, input.shape[-1]).contiguous()
+            return chain_of([self], self._made, *rows.shape)(rows).view(*input.shape[:-1], -1)
+        return self._made("masked", self._masked)(input) if input.dim() != 4 else self.convolve(input)
 
     def _in_torch(self, x: Tensor | fx.Proxy, *args: Any, **kwargs: Any) -> Tensor | fx.Proxy:
         """With a dense weight that is made anew: what a tracer sees is not for later calls. For torch.fx one module."""

@@ -91,12 +91,12 @@ class FrozenSequential(nn.Sequential):
 
     _grouped: Grouped | None = None  # made when first asked for
 
-    def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            return super().forward(input)
         for part in self.grouped().parts:
-            x = part(x)
-        return x
+            input = part(input)
+        return input
 
     def grouped(self) -> Grouped:
         grouped = self._grouped
