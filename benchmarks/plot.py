@@ -135,7 +135,7 @@ def draw_grains(accuracies: Path, times: Path, target: Path) -> None:
             style = {"linestyle": "--" if grain.endswith("-permuted") else "-", "color": f"C{(at + 1) // 2}"}
             axis.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, label=grain, **style)
         axis.axhline(accuracy["1x1", 1.0], color="black", linewidth=0.8, linestyle=":", label="the whole net")
-        axis.set(xscale="log", xlabel=f"ms, {what}")
+        axis.set(xscale="log", xlabel=f"ms, {what}", ylim=(accuracy["1x1", 1.0] - 8, None))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, linewidth=0.5)
