@@ -63,3 +63,17 @@ def carried(
     newcomers = [tensor.new_full((1,), fill) if fill else None for tensor, fill in zip(tensors, fills, strict=True)]
     given = tensors, newcomers, native.ORDINARY, torch.get_num_threads()
     return native.LIBRARY.carried(*ours, *theirs, columns, *given)
+
+
+def gathered(dense: Tensor, places: Tensor) -> Tensor:
+    """The elements of a tensor at these places in it when flattened, int32 (nnz,): (nnz,), of 2, 4 or 8 bytes each."""
+    found = dense.new_empty(places.numel())
+    sizes = places.numel(), dense.numel(), dense.element_size()
+    native.LIBRARY.gather(places.data_ptr(), *sizes, dense.data_ptr(), found.data_ptr(), 0, torch.get_num_threads())
+    return found
+
+
+def scatter(values: Tensor, places: Tensor, dense: Tensor) -> None:
+    """The inverse, into a dense tensor: places ascend."""
+    sizes, pointers = (places.numel(), values.element_size()), (values.data_ptr(), dense.data_ptr())
+    native.LIBRARY.scatter(places.data_ptr(), *sizes, *pointers, torch.get_num_threads())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sparselottery import MaskedConv2d, MaskedLinear
+from sparselottery.nn import dense
 
 X = torch.linspace(-1, 1, 15).view(3, 5)
 IMAGES = torch.linspace(-1, 1, 2 * 5 * 4 * 4).view(2, 5, 4, 4)
@@ -53,8 +54,8 @@ class Writes(dict):
 
     def __init__(self, monkeypatch):
         self.forget()
-        for name, what in (("scatter_", "written"), ("scatter", "made")):
-            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name), what))
+        for owner, name, what in ((dense, "_write", "written"), (torch.Tensor, "scatter", "made")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name), what))
 
     def _counted(self, write, what):
         def counted(*args):

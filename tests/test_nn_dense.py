@@ -265,3 +265,30 @@ def test_what_lies_between_rows_is_not_read(execution, dtype):
         assert not layer.values.grad.isnan().any()
         with torch.no_grad():
             assert not layer(rows).isnan().any()
+
+
+@pytest.mark.parametrize("size", [7, 70_000])  # of the latter threads take shares
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8], ids=str)
+def test_values_go_to_their_places_and_back(dtype, size):
+    places = (torch.rand(2 * size) < 0.5).nonzero().squeeze(1)
+    values, noise = torch.arange(len(places)).to(dtype), torch.randn(2 * size).to(dtype)
+    for positions in (places.int(), places):
+        flat = torch.zeros(2 * size, dtype=dtype)
+        before = flat._version
+        module._write(values, flat, positions)
+        assert flat._version > before
+        assert torch.equal(flat, torch.zeros_like(flat).scatter(0, places, values))
+        for gradient in (noise, noise.view(2, -1).t().reshape(2, -1).t().flatten(), noise.repeat_interleave(2)[::2]):
+            found = module._gathered(gradient, positions)
+            assert torch.equal(found, gradient[places])
+
+
+def test_a_gradient_of_the_gradient_goes_through(writes):
+    layer = linear("dense", dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(layer(X.double()).square().sum(), layer.values, create_graph=True)
+    (twice,) = torch.autograd.grad(gradient.square().sum(), layer.values)
+    reference = copy.deepcopy(layer)
+    weight = module.scatter(reference.values, reference.pattern.positions(), reference.shape)
+    loss = torch.nn.functional.linear(X.double(), weight, reference.bias).square().sum()
+    (gradient,) = torch.autograd.grad(loss, reference.values, create_graph=True)
+    torch.testing.assert_close(twice, torch.autograd.grad(gradient.square().sum(), reference.values)[0])

@@ -162,7 +162,7 @@ def test_threads_share_it():
 def test_another_thread_may_write_between_look_and_write():
     """Whoever writes stores weight and state together: nobody takes an empty buffer for a written one."""
     layer, late = linear(), []
-    write = torch.Tensor.scatter_
+    write = module._write
 
     def interrupted(*args):
         if not late:
@@ -172,7 +172,7 @@ def test_another_thread_may_write_between_look_and_write():
         return write(*args)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch.Tensor, "scatter_", interrupted)
+        patch.setattr(module, "_write", interrupted)
         y = layer(X)
     with torch.no_grad():
         assert torch.equal(y, late[1])
@@ -194,12 +194,12 @@ class Graph:
     """As if calls were captured, on a stream of its own: a stand-in for CUDA, where only a replay writes."""
 
     def __init__(self, monkeypatch):
-        self.capturing, self.writes, write = False, [], torch.Tensor.scatter_
+        self.capturing, self.writes, write = False, [], module._write
         monkeypatch.setattr(module, "_capturing", lambda values: self.capturing)
         monkeypatch.setattr(module, "_stream", lambda values: int(self.capturing))
         monkeypatch.setattr(
-            torch.Tensor,
-            "scatter_",
+            module,
+            "_write",
             lambda *args: self.writes.append(lambda: write(*args)) if self.capturing else write(*args),
         )
 

@@ -214,3 +214,20 @@ EXPORT int64_t sparselottery_carry(const int32_t* sources, int64_t count, int64_
     if (bytes == 2) of(uint16_t());
     return DONE;
 }
+
+// to[places[k]] = from[k], elements of `bytes` each. places ascend.
+EXPORT int64_t sparselottery_scatter(const int32_t* places, int64_t count, int64_t bytes, const void* from, void* to,
+                                     int64_t threads) {
+    const auto of = [&](auto one) {
+        using T = decltype(one);
+        const T* values = static_cast<const T*>(from);
+        T* dense = static_cast<T*>(to);
+        shared(count, count, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t k = begin; k < end; ++k) dense[places[k]] = values[k];
+        });
+    };
+    if (bytes == 8) of(uint64_t());
+    if (bytes == 4) of(uint32_t());
+    if (bytes == 2) of(uint16_t());
+    return DONE;
+}
