@@ -103,7 +103,7 @@ class DenseWeight:
         flat = state.weight.view(-1)
         with torch.autograd._unsafe_preserve_version_counter(flat) if same else nullcontext():
             if learning:
-                weight = _Write.apply(values, flat, positions).view(self._shape)
+                weight = _Write.apply(values, state.weight, positions)
             else:
                 weight = state.weight
                 _write(values, flat, positions)
@@ -118,15 +118,15 @@ class _Write(torch.autograd.Function):
     """values (nnz,) -> the buffer with these at the positions; its gradient is gathered there."""
 
     @staticmethod
-    def forward(ctx, values, flat, positions):
+    def forward(ctx, values, weight, positions):
         ctx.save_for_backward(positions)
-        _write(values, flat, positions)
-        return flat.detach()  # shares the version counter of the buffer
+        _write(values, weight.view(-1), positions)
+        return weight.detach()  # shares the version counter of the buffer; a view of it would cost two passes backward
 
     @staticmethod
     def backward(ctx, gweight):
         (positions,) = ctx.saved_tensors  # raises if the layer has moved to others
-        return _gathered(gweight, positions), None, None
+        return _gathered(gweight.reshape(-1), positions), None, None
 
 
 def _gathered(gweight: Tensor, positions: Tensor) -> Tensor:
