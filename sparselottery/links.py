@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
 from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -20,7 +18,7 @@ from torch import Tensor, fx, nn
 from .copying import attributes, copied
 from .nn import MaskedConv2d, MaskedLayer, MaskedLinear, MaskedSequential, OpenedModule
 from .nn.fuse import ELEMENTWISE, NOTHING, is_observed
-from .random_state import random_state_kept
+from .random_state import random_state_kept, random_states
 
 LINEAR, CONV = (nn.Linear, MaskedLinear), (nn.Conv2d, MaskedConv2d)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -101,15 +99,17 @@ class _Tracer(fx.Tracer):
         """Raises whatever the module does, and TypeError for one of which a graph does not show all."""
         if not any(module.children()) or "forward" in vars(module):
             raise TypeError("expected a module whose class calls its children")
+        import torch._dynamo  # noqa: F401  # tensors on meta import it, which must not see the math that tracing patches
+
         tensors = {id(each): nn.Parameter(each.detach().to("meta"), False) for each in module.parameters()}
         tensors |= {id(each): each.to("meta") for each in module.buffers()}
         with random_state_kept():
             root = copied(module, {}, tensors).train(training)
             if type(root) in CHAINS:
                 root = nn.Sequential(OrderedDict(root._modules))
-            given, drawn = inspect.signature(root.forward).parameters.values(), _random_states()
+            given, drawn = inspect.signature(root.forward).parameters.values(), random_states()
             graph = self.trace(root, {each.name: each.default for each in given if each.default is not each.empty})
-            if _random_states() != drawn:
+            if random_states() != drawn:
                 raise TypeError("expected a forward that does the same each time")
         if any(isinstance(each, fx.Proxy) for part in root.modules() for _, each in attributes(part)):
             raise TypeError("expected a forward that keeps no tensors")
@@ -138,10 +138,6 @@ class _Tracer(fx.Tracer):
         if isinstance(value, fx.Proxy):
             self.observed.add(value.node)
         return value
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
 
 class _Units:

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,13 @@ def random_state_kept() -> Iterator[None]:
             torch_kept.__exit__(None, None, None)
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of every global generator on the CPU: equal if nothing was drawn between."""
+    with _ONE_AT_A_TIME:
+        kind, words, *rest = np.random.get_state()
+        return torch.get_rng_state().tolist(), random.getstate(), (kind, words.tolist(), *rest)
 
 
 def seed_all(seed: int) -> None:

@@ -217,3 +217,24 @@ def test_tied_weights_stay_where_they_are():
     folded = fold(masked)
     assert folded["h"].values is folded["g"].values
     assert torch.equal(folded["g"].mask, masked["g"].mask)
+
+
+def test_what_differs_is_not_taken_for_rounding_in_16_bits(monkeypatch):
+    """A tensor that stands for others is no torch.Tensor: what depends on that does not show in a trace."""
+    monkeypatch.setattr("sparselottery.orders.BLOCKS", ((2, 1),))
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            units = self.one(x)
+            units = units * torch.linspace(1, 1.2, 16).to(x) if isinstance(units, torch.Tensor) else units
+            return 5 * x + self.two(units)
+
+    torch.manual_seed(0)
+    masks = {"one.weight": (torch.rand(8, 8) < 0.5).repeat(2, 1)}
+    masked = convert(Asks().bfloat16(), masks)
+    with pytest.raises(ValueError, match="folded it returns something else"):
+        fold(masked, torch.randn(4, 8).bfloat16())

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import operator
+import random
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +17,8 @@ from torch import nn
 
 from sparselottery import convert, prune
 from sparselottery.links import Link, links
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def chain(*between, outputs=16, inputs=16):
@@ -210,6 +217,8 @@ def kept(net, units, y):
 ALSO = {
     "only in training": lambda net, units, y: (y, units.softmax(1)) if net.training else y,
     "at random": lambda net, units, y: y + units.sum() if torch.rand(()) < 0.5 else y,
+    "at Python's random": lambda net, units, y: y + units.sum() if random.random() < 0.5 else y,
+    "at NumPy's random": lambda net, units, y: y + units.sum() if np.random.rand() < 0.5 else y,
     "of a buffer": lambda net, units, y: (y, net.norm.running_var.sqrt()),
     "of a parameter in a list": lambda net, units, y: (y, net.held[0].abs()),
     "of parameters by name": lambda net, units, y: (y, dict(net.named_parameters())["norm.weight"].abs()),
@@ -231,3 +240,26 @@ def test_norms_that_share_what_they_remember():
     assert len(links(model)) == 2
     model[3].running_mean = model[1].running_mean
     assert links(model) == []
+
+
+def test_compiling_works_after_the_first_trace():
+    """While torch.fx traces, functions of math are its own: what is imported meanwhile would keep those."""
+    code = """
+import math, torch
+from torch import nn
+from sparselottery.links import links
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.held = [self.layer.weight]
+
+    def forward(self, x):
+        return self.layer(x), self.held[0].abs()
+
+links(Net())
+compiled = torch.compile(lambda x: x * math.prod((2, 3)), backend="eager", fullgraph=True)
+assert compiled(torch.ones(1)).item() == 6
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True)

@@ -214,9 +214,58 @@ class Persistent(Doubling):
         self.register_buffer("seen", torch.zeros(1))
 
 
+class AsksItsClass(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return 2 * y if isinstance(self, nn.Linear) else y
+
+
+class AsksBehindAFunction(Doubling):
+    def scaled(self, y):
+        return y * type(self).__name__.count("A")
+
+    def forward(self, x):
+        return self.scaled(super().forward(x))
+
+
+class OldSpelling(nn.Linear):
+    def forward(self, x):
+        return super(OldSpelling, self).forward(x)  # noqa: UP008
+
+
+class Swaps(nn.Linear):
+    def forward(self, x):
+        old = self.weight.data
+        self.weight.data = 2 * old
+        y = super().forward(x)
+        self.weight.data = old
+        return y
+
+
+class Slotted(Doubling):
+    __slots__ = ("found",)
+
+
+class Remembers(Doubling):
+    @functools.cached_property
+    def norm(self):
+        return self.weight.norm().item()
+
+
+class Values(Doubling):
+    values = 3.0
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
+        (AsksItsClass, "asks for its class, or for the parameters, by isinstance"),
+        (AsksBehindAFunction, "asks for its class, or for the parameters, by type"),
+        (OldSpelling, "asks for its class, or for the parameters, by OldSpelling"),
+        (Swaps, "its code writes to data"),
+        (Slotted, "it has slots"),
+        (Remembers, "it keeps what it has computed of the weight"),
+        (Values, "values is its own, a name that masked layers need"),
         (ReadsItsWeight, "a subclass of nn.Embedding: .* calls no super"),
         (NamesItsBase, r"a subclass of nn.Linear: .* calls no super\(\).forward"),
         (Mixed, "has several bases"),
@@ -231,6 +280,44 @@ def test_what_is_refused(kind, why):
     with pytest.raises(ValueError, match=why):
         convert(model, {"0.weight": torch.ones(4, 4, dtype=torch.bool)})
     assert explain(model)[0]["why"].startswith("kept dense: ")
+
+
+class Holds(nn.Linear):
+    """What a class holds beside functions, and functions behind descriptors that name their class by super()."""
+
+    act, kind, power = torch.relu, nn.Identity, 2
+
+    @classmethod
+    def exponent(cls):
+        return cls.power
+
+    @staticmethod
+    def halved(y):
+        return y / 2
+
+    def forward(self, x):
+        return self.kind()(self.act(self.halved(super().forward(x)))) ** self.exponent()
+
+
+class Wide(nn.Linear):
+    @property
+    def width(self):
+        return super().extra_repr().count("6")
+
+    def forward(self, x):
+        return super().forward(x) * self.width
+
+
+@pytest.mark.parametrize("kind", [Holds, Wide])
+def test_what_the_class_holds_comes_along(kind):
+    torch.manual_seed(0)
+    layer, x = kind(6, 6).double(), torch.randn(3, 6).double()
+    sparse = convert(nn.Sequential(layer), {"0.weight": torch.ones(6, 6, dtype=torch.bool)})
+    if kind is Wide:  # a masked layer has more to say of itself
+        assert_same(sparse(x) / sparse[0].width, layer(x) / layer.width)
+    else:
+        assert_same(sparse(x), layer(x))
+    assert_same(to_dense(sparse)(x), layer(x))
 
 
 def test_growth_by_gradients_is_refused():
