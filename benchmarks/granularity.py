@@ -1,7 +1,7 @@
 """What structure costs in accuracy: Lenet-300-100 on MNIST, pruned by single weights and by blocks.
 
     SPARSELOTTERY_DATA=... python -m benchmarks.granularity
-    SPARSELOTTERY_DATA=... python -m benchmarks.granularity --only 16x16 16x16-permuted --iterations 2000
+    SPARSELOTTERY_DATA=... python -m benchmarks.granularity --only 16x16 16x16-permuted --seeds 0 1 2
     SPARSELOTTERY_DATA=... python -m benchmarks.granularity --held
 
 A ladder of rounds for each granularity, plain or permuted, the output layer by single weights; and the masks of single
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GRAINS, default=GRAINS, metavar="RxC[-permuted|-regrouped]")
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--eval-every", type=int, default=100)
-    parser.add_argument("--trials", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="a trial each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--held", action="store_true", help="the table of magnitudes")
     parser.add_argument("--out", type=Path, help="default: granularity.csv among this machine's rows")
@@ -152,7 +152,7 @@ def main() -> None:
         return
     out = args.out or results.FOLDER / "granularity.csv"
     kept = results.read(out)[1] if out.exists() else []
-    for seed in range(args.trials):
+    for seed in args.seeds:
         trial = Trial(images, seed, args.iterations, args.eval_every)
         with tempfile.TemporaryDirectory() as folder:
             for grain in args.only:
