@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,15 +66,29 @@ def carried(
     return native.LIBRARY.carried(*ours, *theirs, columns, *given)
 
 
-def gathered(dense: Tensor, places: Tensor) -> Tensor:
-    """The elements of a tensor at these places in it when flattened, int32 (nnz,): (nnz,), of 2, 4 or 8 bytes each."""
+def bits(places: Tensor, size: int) -> Tensor:
+    """Of each of `size` elements whether it is at one of the places, int32 (nnz,): uint8, whole words of 64 bits."""
+    flags = np.zeros(-(-size // 64) * 64, bool)
+    flags[places.numpy()] = True
+    return torch.from_numpy(np.packbits(flags, bitorder="little"))
+
+
+def gathered(dense: Tensor, places: Tensor, bits: Tensor) -> Tensor:
+    """The elements of a tensor at these places in it when flattened, int32 (nnz,), ascending; of 2, 4 or 8 bytes each.
+
+    bits: those of the places. (nnz,).
+    """
     found = dense.new_empty(places.numel())
-    sizes = places.numel(), dense.numel(), dense.element_size()
-    native.LIBRARY.gather(places.data_ptr(), *sizes, dense.data_ptr(), found.data_ptr(), 0, torch.get_num_threads())
+    native.LIBRARY.gather(*_moved(found, places, bits, dense))
     return found
 
 
-def scatter(values: Tensor, places: Tensor, dense: Tensor) -> None:
-    """The inverse, into a dense tensor: places ascend."""
-    sizes, pointers = (places.numel(), values.element_size()), (values.data_ptr(), dense.data_ptr())
-    native.LIBRARY.scatter(places.data_ptr(), *sizes, *pointers, torch.get_num_threads())
+def scatter(values: Tensor, places: Tensor, bits: Tensor, dense: Tensor) -> None:
+    """The inverse, into a tensor that is zero at all other places."""
+    native.LIBRARY.scatter(*_moved(values, places, bits, dense))
+
+
+def _moved(values: Tensor, places: Tensor, bits: Tensor, dense: Tensor) -> tuple[int, ...]:
+    sizes = places.numel(), dense.numel(), dense.element_size()
+    pointers = [each.data_ptr() for each in (places, bits, values, dense)]
+    return *pointers[:2], *sizes, *pointers[2:], torch.get_num_threads()

@@ -11,6 +11,7 @@ from denses import BUILT, Writes, X, assert_right, conv, expected, in_place, lin
 from torch import nn
 
 from sparselottery import MaskedLinear
+from sparselottery.kernels import cpu_pattern, native
 from sparselottery.nn import dense as module
 
 
@@ -267,20 +268,34 @@ def test_what_lies_between_rows_is_not_read(execution, dtype):
             assert not layer(rows).isnan().any()
 
 
-@pytest.mark.parametrize("size", [7, 70_000])  # of the latter threads take shares
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("size", [1, 14, 64, 129, 1000, 300_001])  # of the last threads take shares
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8], ids=str)
-def test_values_go_to_their_places_and_back(dtype, size):
-    places = (torch.rand(2 * size) < 0.5).nonzero().squeeze(1)
-    values, noise = torch.arange(len(places)).to(dtype), torch.randn(2 * size).to(dtype)
-    for positions in (places.int(), places):
-        flat = torch.zeros(2 * size, dtype=dtype)
+def test_values_go_to_their_places_and_back(dtype, size, density):
+    places = (torch.rand(size) < density).nonzero().squeeze(1)
+    values, noise = torch.arange(1, len(places) + 1).to(dtype), torch.randn(size).to(dtype)
+    by_bits = [cpu_pattern.bits(places.int(), size)] if native.available() else []
+    for positions, bits in ((places, None), *[(places.int(), each) for each in by_bits]):
+        memory = torch.full((size + 32,), -1, dtype=dtype)
+        flat = memory[16:-16].zero_()
         before = flat._version
-        module._write(values, flat, positions)
+        module._write(values, flat, positions, bits)
         assert flat._version > before
         assert torch.equal(flat, torch.zeros_like(flat).scatter(0, places, values))
-        for gradient in (noise, noise.view(2, -1).t().reshape(2, -1).t().flatten(), noise.repeat_interleave(2)[::2]):
-            found = module._gathered(gradient, positions)
-            assert torch.equal(found, gradient[places])
+        assert (memory[:16] == -1).all()
+        assert (memory[-16:] == -1).all()
+        for gradient in (noise, noise.repeat_interleave(2)[::2]):
+            assert torch.equal(module._gathered(gradient, positions, bits), gradient[places])
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library")
+def test_bits_say_where_values_are():
+    for size in (1, 63, 64, 65, 1000):
+        mask = torch.rand(size) < 0.5
+        words = cpu_pattern.bits(mask.nonzero().squeeze(1).int(), size).view(torch.int64).tolist()
+        found = [bool(word >> bit & 1) for word in words for bit in range(64)]
+        assert found[:size] == mask.tolist()
+        assert not any(found[size:])
 
 
 def test_a_gradient_of_the_gradient_goes_through(writes):

@@ -9,16 +9,7 @@ namespace {
 
 thread_local Scratch scratch;
 
-constexpr int64_t kAlone = 1 << 18;  // bytes or indices to read, up to which a second thread comes too late
-constexpr int kRun = 8;              // columns that are written together
-
-// f(begin, end) for the shares of [0, size) that members of a team have.
-template <class F>
-void shared(int64_t size, int64_t work, int64_t threads, F f) {
-    together(work > kAlone ? threads : 1, [&] {
-        f(size * thread_index() / team_size(), size * (thread_index() + 1) / team_size());
-    });
-}
+constexpr int kRun = 8;  // columns that are written together
 
 // Which of 64 bytes are not zero, a bit each.
 uint64_t bits_of(const uint8_t* bytes) {
@@ -208,23 +199,6 @@ EXPORT int64_t sparselottery_carry(const int32_t* sources, int64_t count, int64_
     const auto of = [&](auto one) {
         using T = decltype(one);
         carry(sources, count, before, static_cast<const T*>(from), static_cast<T*>(to), static_cast<const T*>(fill), threads);
-    };
-    if (bytes == 8) of(uint64_t());
-    if (bytes == 4) of(uint32_t());
-    if (bytes == 2) of(uint16_t());
-    return DONE;
-}
-
-// to[places[k]] = from[k], elements of `bytes` each. places ascend.
-EXPORT int64_t sparselottery_scatter(const int32_t* places, int64_t count, int64_t bytes, const void* from, void* to,
-                                     int64_t threads) {
-    const auto of = [&](auto one) {
-        using T = decltype(one);
-        const T* values = static_cast<const T*>(from);
-        T* dense = static_cast<T*>(to);
-        shared(count, count, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t k = begin; k < end; ++k) dense[places[k]] = values[k];
-        });
     };
     if (bytes == 8) of(uint64_t());
     if (bytes == 4) of(uint32_t());

@@ -19,8 +19,8 @@ void sparselottery_rows(const void* net, const float* x, float* y, int64_t batch
 void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_train(const void* args);
 int64_t sparselottery_is_pattern(int64_t, int64_t, int64_t, const int32_t*, const int32_t*);
-int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const void*, void*, const void*, int64_t);
-int64_t sparselottery_scatter(const int32_t*, int64_t, int64_t, const void*, void*, int64_t);
+int64_t sparselottery_scatter(const int32_t*, const uint64_t*, int64_t, int64_t, int64_t, void*, void*, int64_t);
+int64_t sparselottery_gather(const int32_t*, const uint64_t*, int64_t, int64_t, int64_t, void*, void*, int64_t);
 int64_t sparselottery_positions(int64_t, int64_t, const int32_t*, const int32_t*, int64_t*);
 int64_t sparselottery_at_positions(int64_t, int64_t, int64_t, const int64_t*, int32_t*, int32_t*);
 int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
@@ -258,7 +258,7 @@ PyMethodDef methods[] = {
     {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
     {"compiled", fast(compiled), METH_FASTCALL, nullptr},
     {"carried", fast(carried), METH_FASTCALL, nullptr},
-    {"gather", fast(Call<sparselottery_carry>::function), METH_FASTCALL, nullptr},
+    {"gather", fast(Call<sparselottery_gather>::function), METH_FASTCALL, nullptr},
     {"positions", fast(Call<sparselottery_positions>::function), METH_FASTCALL, nullptr},
     {"scatter", fast(Call<sparselottery_scatter>::function), METH_FASTCALL, nullptr},
     {"at_positions", fast(Call<sparselottery_at_positions>::function), METH_FASTCALL, nullptr},

@@ -124,6 +124,16 @@ void together(int64_t threads, F f) {
     if (!in_company(threads, false, f)) f();
 }
 
+constexpr int64_t kWorthy = 1 << 18;  // bytes or indices to read, up to which a second thread comes too late
+
+// f(begin, end) for the shares of [0, size) that members of a team have. work: what there is to read, all in all.
+template <class F>
+void shared(int64_t size, int64_t work, int64_t threads, F f) {
+    together(work > kWorthy ? threads : 1, [&] {
+        f(size * thread_index() / team_size(), size * (thread_index() + 1) / team_size());
+    });
+}
+
 // f() by all members of a team of just this size, without barriers; one after the other where there is no company.
 template <class F>
 void one_by_one(int64_t threads, F f) {

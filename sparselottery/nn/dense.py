@@ -49,6 +49,7 @@ class DenseWeight:
     def __init__(self, values: nn.Parameter, shape: tuple[int, ...]) -> None:
         self._values, self._shape = values, shape
         self._state: _State | None = None
+        self._bits: tuple[Tensor, Tensor] | None = None  # positions, and their bits
         self._captured = False
 
     def __reduce__(self) -> tuple:
@@ -103,51 +104,60 @@ class DenseWeight:
         flat = state.weight.view(-1)
         with torch.autograd._unsafe_preserve_version_counter(flat) if same else nullcontext():
             if learning:
-                weight = _Write.apply(values, state.weight, positions)
+                weight = _Write.apply(values, state.weight, positions, self._bits_of(positions))
             else:
                 weight = state.weight
-                _write(values, flat, positions)
+                _write(values, flat, positions, self._bits_of(positions))
         if capturing:  # nothing is written yet, and replays will write unseen
             self._captured, version = True, None
         up_to_date = None if learning or self._captured else stream
         self._state = _State(state.weight, version, values.data_ptr(), values.detach(), up_to_date)
         return weight
 
+    def _bits_of(self, positions: Tensor) -> Tensor | None:
+        """For native code; made once."""
+        if not (native.available() and positions.is_cpu and positions.dtype == torch.int32):
+            return None
+        if self._bits is None or self._bits[0] is not positions:
+            self._bits = positions, cpu_pattern.bits(positions, math.prod(self._shape))
+        return self._bits[1]
+
 
 class _Write(torch.autograd.Function):
     """values (nnz,) -> the buffer with these at the positions; its gradient is gathered there."""
 
     @staticmethod
-    def forward(ctx, values, weight, positions):
+    def forward(ctx, values, weight, positions, bits):
         ctx.save_for_backward(positions)
-        _write(values, weight.view(-1), positions)
+        ctx.bits = bits
+        _write(values, weight.view(-1), positions, bits)
         return weight.detach()  # shares the version counter of the buffer; a view of it would cost two passes backward
 
     @staticmethod
     def backward(ctx, gweight):
         (positions,) = ctx.saved_tensors  # raises if the layer has moved to others
-        return _gathered(gweight.reshape(-1), positions), None, None
+        return _gathered(gweight.reshape(-1), positions, ctx.bits), None, None, None
 
 
-def _gathered(gweight: Tensor, positions: Tensor) -> Tensor:
-    if _is_plain(gweight, positions) and not (torch.is_grad_enabled() and gweight.requires_grad):
-        return cpu_pattern.gathered(gweight, positions)
+def _gathered(gweight: Tensor, positions: Tensor, bits: Tensor | None) -> Tensor:
+    if bits is not None and _is_plain(gweight) and not (torch.is_grad_enabled() and gweight.requires_grad):
+        return cpu_pattern.gathered(gweight, positions, bits)
     return gweight.index_select(0, positions)
 
 
-def _write(values: Tensor, flat: Tensor, positions: Tensor) -> None:
+def _write(values: Tensor, flat: Tensor, positions: Tensor, bits: Tensor | None) -> None:
     """values (nnz,) -> flat, in place, at the positions."""
-    if _is_plain(values, positions) and flat.is_contiguous():
-        cpu_pattern.scatter(values, positions, flat)
+    if bits is not None and _is_plain(values) and flat.is_contiguous():
+        cpu_pattern.scatter(values, positions, bits, flat)
         increment_version(flat)
     else:
         flat.scatter_(0, positions, values)
 
 
-def _is_plain(tensor: Tensor, positions: Tensor) -> bool:
-    """Can native code read it, which takes half the time of torch's operators?"""
-    ordinary = native.available() and tensor.is_cpu and native.LIBRARY.is_ordinary(tensor.detach(), native.ORDINARY)
-    return ordinary and tensor.is_contiguous() and positions.dtype == torch.int32 and tensor.element_size() in (2, 4, 8)
+def _is_plain(tensor: Tensor) -> bool:
+    """Can native code read it, which takes a third of the time of torch's operators?"""
+    ordinary = tensor.is_cpu and native.LIBRARY.is_ordinary(tensor.detach(), native.ORDINARY)
+    return ordinary and tensor.is_contiguous() and tensor.element_size() in (2, 4, 8)
 
 
 def _capturing(values: Tensor) -> bool:
