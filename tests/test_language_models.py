@@ -7,6 +7,7 @@ import copy
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from sparselottery import SparseLotteryWarning, Ticket, convert, export, load_sparse, prune, to_dense
 from sparselottery.convert import masked_layers
@@ -195,3 +196,24 @@ def test_scores_of_a_transposed_layer_are_in_the_order_of_its_mask():
         converted.weight = 3 * to_dense(converted).weight.detach()
     close(converted(x), 3 * (to_dense(convert(model, {"weight": mask}))(x) - model.bias) + model.bias)
     assert "execution=sparse" in repr(converted)
+
+
+def test_experts_without_gates():
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config = transformers.NemotronHConfig(
+        hidden_size=24, moe_intermediate_size=16, n_routed_experts=3, experts_implementation="eager"
+    )
+    torch.manual_seed(0)
+    dense = nn.Sequential(NemotronHExperts(config)).double()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.normal_()
+    masks = prune(dense, 0.6)
+    masked = convert(dense, masks)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            dense.get_parameter(name).mul_(mask)
+    x, numbers = torch.randn(5, 24).double(), torch.tensor([[0, 1], [2, 1], [0, 2], [0, 1], [2, 0]])
+    shares = torch.rand(5, 2).double()
+    close(masked[0](x, numbers, shares), dense[0](x, numbers, shares))

@@ -13,7 +13,6 @@ from ..pattern import Pattern
 from .base import MaskedLayer
 from .opened import OpenedModule
 
-_WEIGHTS = ("gate_up_proj", "down_proj")
 _TRAITS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
 
@@ -126,6 +125,10 @@ class MaskedMatrices(MaskedLayer):
         return {**super().__getstate__(), "_cut": (None, 0, [])}  # a copy makes its own
 
 
+def _weights(experts: nn.Module) -> tuple[str, str]:
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
 class MaskedExperts(OpenedModule):
     """The experts of a mixture in transformers, in which `Matrices` hold the weights, each tensor masked or dense.
 
@@ -135,16 +138,16 @@ class MaskedExperts(OpenedModule):
 
     @classmethod
     def opens(cls, module: nn.Module) -> bool:
-        """Is a module experts of this kind, gated, without norms, and on one device?"""
+        """Is a module experts of this kind, without norms, and on one device?"""
         if not all(trait in vars(module) for trait in _TRAITS):
             return False
         own = {name for name, each in module._parameters.items() if each is not None}
+        weights = _weights(module)
         return (
-            module.has_gate
-            and not module.has_post_expert_norm
+            not module.has_post_expert_norm
             and not getattr(module, "_is_expert_parallel", False)
-            and own == {*_WEIGHTS, *(f"{name}_bias" for name in _WEIGHTS if module.has_bias)}
-            and all(module._parameters[name].dim() == 3 for name in _WEIGHTS)
+            and own == {*weights, *(f"{name}_bias" for name in weights if module.has_bias)}
+            and all(module._parameters[name].dim() == 3 for name in weights)
         )
 
     @property
@@ -153,11 +156,11 @@ class MaskedExperts(OpenedModule):
 
     @property
     def dense_names(self) -> dict[str, str]:
-        return {f"{name}.weight": name for name in _WEIGHTS}
+        return {f"{name}.weight": name for name in _weights(self)}
 
     def _open(self, dense: nn.Module) -> None:
         self._dense_type = type(dense)
-        for name in _WEIGHTS:
+        for name in _weights(self):
             weight = self._parameters.pop(name)
             number, *sizes = weight.shape
             with torch.device("meta"):
@@ -166,23 +169,24 @@ class MaskedExperts(OpenedModule):
             self._modules[name] = matrices
 
     def _close(self, dense: nn.Module, layers: dict[str, nn.Module]) -> None:
-        for name in _WEIGHTS:
+        for name in _weights(self):
             del dense._modules[name]
             dense.register_parameter(name, layers[name].weight)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens (T, H), and of each the K experts' numbers and weights (T, K) -> (T, H)."""
-        y = torch.zeros_like(hidden_states)
-        gate_up, down = (self._modules[name] for name in _WEIGHTS)
-        gate_up_parts, down_parts = (each.parts() if hasattr(each, "parts") else None for each in (gate_up, down))
+        precise = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        y = torch.zeros_like(hidden_states, dtype=precise)
+        up, down = (self._modules[name] for name in _weights(self))
+        up_parts, down_parts = (each.parts() if hasattr(each, "parts") else None for each in (up, down))
         for number in top_k_index.unique().tolist():
-            if number < gate_up.number:  # the number after the last is nobody's
+            if number < up.number:  # the number after the last is nobody's
                 token, place = (top_k_index == number).nonzero(as_tuple=True)
-                found = self._with_bias(0, gate_up(hidden_states[token], number, gate_up_parts), number)
-                found = self._dense_type._apply_gate(self, found)
+                found = self._with_bias(0, up(hidden_states[token], number, up_parts), number)
+                found = self._dense_type._apply_gate(self, found) if self.has_gate else self.act_fn(found)
                 found = self._with_bias(1, down(found, number, down_parts), number)
-                y = y.index_add(0, token, (found * top_k_weights[token, place, None]).to(y.dtype))
-        return y
+                y = y.index_add(0, token, (found * top_k_weights[token, place, None]).to(precise))
+        return y.to(hidden_states.dtype)
 
     def _with_bias(self, part: int, y: Tensor, number: int) -> Tensor:
-        return y + self._parameters[f"{_WEIGHTS[part]}_bias"][number] if self.has_bias else y
+        return y + self._parameters[f"{_weights(self)[part]}_bias"][number] if self.has_bias else y
