@@ -1,12 +1,14 @@
 """What structure costs in accuracy: Lenet-300-100 on MNIST, pruned by single weights and by blocks.
 
     SPARSELOTTERY_DATA=... python -m benchmarks.granularity
+    SPARSELOTTERY_DATA=... python -m benchmarks.granularity --net conv-2 --threads 2
     SPARSELOTTERY_DATA=... python -m benchmarks.granularity --only 16x16 16x16-permuted --seeds 0 1 2
     SPARSELOTTERY_DATA=... python -m benchmarks.granularity --held
 
 A ladder of rounds for each granularity, plain or permuted, the output layer by single weights; and the masks of single
 weights regrouped, trained from the first weights. A row for each of the rounds at about 25, 14, 7 and 3.6 % of the
-weights, and for the dense net. `density` is of all layers. `accuracy` is of the test images, in %, at the iteration of
+weights, and for the dense net; of Conv-2 on CIFAR-10, which is trained briefly and halved in each round, at 25, 12.5, 6
+and 3 %. `density` is of all layers. `accuracy` is of the test images, in %, at the iteration of
 the least validation loss. The file is rewritten after each ladder and keeps the rows of ladders that are not run again,
 so that the whole may be made in parts.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +40,20 @@ from sparselottery.links import links
 from sparselottery.masks import survivors
 from sparselottery.orders import Order
 
-MODEL = "lenet-300-100"
-ROUNDS = (0, 6, 9, 12, 15)  # at 100, 26, 13.5, 7 and 3.6 % by single weights
+
+class Net(NamedTuple):
+    data: str
+    rounds: tuple[int, ...]  # that have a row
+    fraction: float  # pruned in a round, of the output layer half of it
+    iterations: int
+    eval_every: int
+
+
+LENET = "lenet-300-100"
+NETS = {
+    LENET: Net("mnist", (0, 6, 9, 12, 15), 0.2, 3000, 100),
+    "conv-2": Net("cifar10", (0, 2, 3, 4, 5), 0.5, 600, 200),
+}
 BLOCKS = ("8x8", "16x16", "32x32", "16x1", "64x1")
 WAYS = ("", "-permuted", "-regrouped")
 GRAINS = ("1x1", *(block + way for block in BLOCKS for way in WAYS))
@@ -53,24 +68,25 @@ def block_of(grain: str) -> tuple[int, int]:
 class Trial:
     """Ladders from the same first weights and with the same data order."""
 
-    def __init__(self, images: Dataset, seed: int, iterations: int, eval_every: int) -> None:
-        settings = preset("mnist")
-        self.images, self.seed = images, seed
-        self.recipe = {"iterations": iterations, "batch": settings.batch, "eval_every": eval_every}
+    def __init__(self, name: str, images: Dataset, seed: int) -> None:
+        settings = preset(model=name)
+        self.net, self.images, self.seed = NETS[name], images, seed
+        self.recipe = {"iterations": self.net.iterations, "batch": settings.batch}
+        self.recipe |= {"eval_every": self.net.eval_every}
         self.training = {**self.recipe, "lr": settings.lr, "seed": seed}
         torch.manual_seed(seed)
-        self.model = build(MODEL, images.shape, images.classes)
+        self.model = build(name, images.shape, images.classes)
         self.hidden = list(prunable(self.model))[:-1]
 
     def rows(self, grain: str, single: Path) -> list[dict]:
-        """One for each of `ROUNDS`. single: the folder of the ladder of single weights, which is run if it is not."""
+        """One for each round that has one. single: the folder of the ladder of single weights, run if it is not there."""
         if not grain.endswith("-regrouped"):
             out = single if grain == "1x1" else None
             records = self.ladder(block_of(grain), grain.endswith("-permuted"), out)
-            return [self.row(grain, record) for record in records if record["round"] in ROUNDS]
+            return [self.row(grain, record) for record in records if record["round"] in self.net.rounds]
         records = self.ladder((1, 1), False, single)
         theta, rows = Ticket.load(single / "theta.safetensors"), []
-        for number in ROUNDS[1:]:
+        for number in self.net.rounds[1:]:
             ticket = Ticket.load(single / f"round-{number:02d}.safetensors")
             blocks = dict.fromkeys(self.hidden, block_of(grain))
             masks = regroup(ticket, blocks, links=links(self.model)).masks
@@ -86,7 +102,8 @@ class Trial:
         records: list[dict] = []
         how = {"granularity": dict.fromkeys(self.hidden, block), "permute": permute, "out": out}
         torch.manual_seed(self.seed)
-        find_ticket(self.model, self.fit, rounds=ROUNDS[-1], output_fraction=0.1, on_round=records.append, **how)
+        fractions = {"fraction": self.net.fraction, "output_fraction": self.net.fraction / 2}
+        find_ticket(self.model, self.fit, rounds=self.net.rounds[-1], on_round=records.append, **fractions, **how)
         return records
 
     def fit(self, model: nn.Module) -> dict:
@@ -123,11 +140,11 @@ def held(name: str, weight: Tensor) -> list[dict]:
     return rows
 
 
-def trained_weights(images: Dataset, iterations: int) -> dict[str, Tensor]:
+def trained_weights(images: Dataset) -> dict[str, Tensor]:
     """Magnitudes of Lenet's hidden layers after a training, and of a Gaussian matrix."""
     torch.manual_seed(0)
-    model = build(MODEL, images.shape, images.classes)
-    settings = preset("mnist")
+    model = build(LENET, images.shape, images.classes)
+    settings, iterations = preset(), NETS[LENET].iterations
     train(model, images, iterations, settings.batch, settings.lr, eval_every=iterations, seed=0)
     *hidden, _ = prunable(model)
     state = dense_state(model)
@@ -137,28 +154,29 @@ def trained_weights(images: Dataset, iterations: int) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=GRAINS, default=GRAINS, metavar="RxC[-permuted|-regrouped]")
-    parser.add_argument("--iterations", type=int, default=3000)
-    parser.add_argument("--eval-every", type=int, default=100)
+    parser.add_argument("--net", choices=NETS, default=LENET)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="a trial each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--held", action="store_true", help="the table of magnitudes")
-    parser.add_argument("--out", type=Path, help="default: granularity.csv among this machine's rows")
+    parser.add_argument("--out", type=Path, help="default: granularity.csv, or granularity-NET.csv, of this machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    images = data.load("mnist")
+    images = data.load(NETS[args.net].data)
     if args.held:
-        rows = [row for name, weight in trained_weights(images, args.iterations).items() for row in held(name, weight)]
+        rows = [row for name, weight in trained_weights(images).items() for row in held(name, weight)]
         results.write(args.out or results.FOLDER / "granularity-held.csv", rows)
         return
-    out = args.out or results.FOLDER / "granularity.csv"
+    out = args.out or results.FOLDER / ("granularity.csv" if args.net == LENET else f"granularity-{args.net}.csv")
     kept = results.read(out)[1] if out.exists() else []
+    note = {"data": images.note} if images.note else {}
     for seed in args.seeds:
-        trial = Trial(images, seed, args.iterations, args.eval_every)
+        trial = Trial(args.net, images, seed)
         with tempfile.TemporaryDirectory() as folder:
             for grain in args.only:
                 rows = trial.rows(grain, Path(folder))
                 kept = [row for row in kept if (row["granularity"], row["trial"]) != (grain, seed)] + rows
-                results.write(out, sorted(kept, key=lambda row: (row["trial"], GRAINS.index(row["granularity"]))))
+                kept.sort(key=lambda row: (row["trial"], GRAINS.index(row["granularity"])))
+                results.write(out, kept, head=results.header() | note)
 
 
 if __name__ == "__main__":

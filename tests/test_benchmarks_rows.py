@@ -113,8 +113,9 @@ def test_a_ladder_has_a_row_for_each_round():
 
 
 def test_a_granularity_has_a_row_for_each_round_that_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(granularity, "ROUNDS", (0, 2))
-    trial = granularity.Trial(data.load("digits"), seed=0, iterations=4, eval_every=2)
+    short = granularity.Net("digits", rounds=(0, 2), fraction=0.2, iterations=4, eval_every=2)
+    monkeypatch.setitem(granularity.NETS, "lenet-300-100", short)
+    trial = granularity.Trial("lenet-300-100", data.load("digits"), seed=0)
     rows = {grain: trial.rows(grain, tmp_path) for grain in ("1x1", "16x16", "16x16-permuted", "16x16-regrouped")}
     assert {grain: [row["round"] for row in found] for grain, found in rows.items()} == {
         "1x1": [0, 2], "16x16": [0, 2], "16x16-permuted": [0, 2], "16x16-regrouped": [2],
