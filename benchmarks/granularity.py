@@ -79,7 +79,7 @@ class Trial:
         self.hidden = list(prunable(self.model))[:-1]
 
     def rows(self, grain: str, single: Path) -> list[dict]:
-        """One for each round that has one. single: the folder of the ladder of single weights, run if it is not there."""
+        """One for each round that has one. single: the folder of the ladder of single weights, run if it is not."""
         if not grain.endswith("-regrouped"):
             out = single if grain == "1x1" else None
             records = self.ladder(block_of(grain), grain.endswith("-permuted"), out)
