@@ -145,7 +145,8 @@ def trained_weights(images: Dataset) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = build(LENET, images.shape, images.classes)
     settings, iterations = preset(), NETS[LENET].iterations
-    train(model, images, iterations, settings.batch, settings.lr, eval_every=iterations, seed=0)
+    how = {"iterations": iterations, "eval_every": iterations, "batch": settings.batch, "lr": settings.lr}
+    train(model, images, **how, seed=0)
     *hidden, _ = prunable(model)
     state = dense_state(model)
     return {name: state[name].abs() for name in hidden} | {"gaussian 1024x1024": torch.randn(1024, 1024).abs()}

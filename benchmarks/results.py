@@ -108,7 +108,9 @@ def parsed(text: str) -> tuple[dict[str, str], list[dict]]:
 
 
 def _number(cell: str) -> float | str:
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell

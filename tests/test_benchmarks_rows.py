@@ -127,6 +127,16 @@ def test_a_granularity_has_a_row_for_each_round_that_is_shown(tmp_path, monkeypa
     assert rows["16x16-regrouped"] == trial.rows("16x16-regrouped", tmp_path)
 
 
+def test_magnitude_held_has_rows_of_each_layer(tmp_path, monkeypatch):
+    short = granularity.Net("digits", rounds=(0,), fraction=0.2, iterations=2, eval_every=2)
+    monkeypatch.setitem(granularity.NETS, "lenet-300-100", short)
+    monkeypatch.setattr(granularity, "held", lambda name, weight: [{"weights": name, "rows": len(weight)}])
+    monkeypatch.setattr("sys.argv", ["granularity", "--held", "--out", str(tmp_path / "held.csv")])
+    granularity.main()
+    rows = results.read(tmp_path / "held.csv")[1]
+    assert [row["rows"] for row in rows] == [300, 100, 1024]
+
+
 def test_permuted_blocks_hold_more():
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(64, 1, generator=generator) * torch.rand(64, generator=generator)
