@@ -9,7 +9,7 @@ import torch
 from moving import sgd, whole_net
 from torch import nn
 
-from sparselottery import convert, dynamic, prune
+from sparselottery import SparseLotteryWarning, convert, dynamic, prune
 from sparselottery.convert import masks_of
 
 
@@ -82,3 +82,15 @@ def test_gradients_of_other_layers_are_not_followed():
 
     with pytest.raises(ValueError, match=r"grow: expected linear layers .*got a MaskedEmbedding: name it in `ignore`"):
         [step() for _ in range(3)]
+
+
+def test_scores_that_are_never_finite_are_told_of():
+    model = whole_net()
+    optimizer = sgd(model.parameters())
+    never = {"drop": lambda name, layer: torch.full_like(layer.values, math.nan)}
+    updater = dynamic.MaskUpdater(model, optimizer, dynamic.linear(0.5, end=1), every=1, end=1, **never)
+    for _ in range(19):
+        assert not updater.step()
+    with pytest.warns(SparseLotteryWarning, match="masks wait since 20 steps: scores of weights"):
+        updater.step()
+    assert not updater.step()

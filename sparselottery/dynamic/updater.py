@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..masks import Block, Granularity
 from ..moves import set_masks
 from ..n_of_m import NofM
 from ..nn import MaskedLayer
+from ..weight_decay import SparseLotteryWarning
 from .choices import at_random, by_gradient, finite, gradients_at, highest, kept, merged
 from .distributions import DISTRIBUTIONS, Distribution
 from .drops import DROP, Score, magnitude
@@ -24,6 +26,7 @@ from .pools import Pool, grains_of, sharing
 from .schedules import Schedule, constant
 
 GROWTH = ("random", "gradient", "momentum")
+PATIENCE = 20  # steps in a row without finite gradients, more than mixed precision has
 DECAY = 0.9  # of the gradients that "momentum" sums up
 
 
@@ -69,9 +72,9 @@ class MaskUpdater:
         seed: of all that is drawn, the same for all processes.
 
     Only steps that `step()` counts matter: gradients may be accumulated over several backwards. Gradients that are not
-    finite, as mixed precision has them at times, put an update off by a step. Of several processes all decide from the
-    gradients of all, and the first one's decision is everybody's. `state_dict()` belongs into a checkpoint beside the
-    model's and the optimiser's: training goes on in the same bits.
+    finite, as mixed precision has them at times, put an update off by a step; twenty such steps in a row warn. Of
+    several processes all decide from the gradients of all, and the first one's decision is everybody's. `state_dict()`
+    belongs into a checkpoint beside the model's and the optimiser's: training goes on in the same bits.
     Raises ValueError or TypeError for arguments that make no sense.
     """
 
@@ -125,7 +128,7 @@ class MaskUpdater:
         self._watch = Watch(shared, {name: pool.block[0] for pool in self._pools for name in pool.layers})
         self._generator = torch.Generator().manual_seed(seed)
         self.steps = 0
-        self._late = False  # an update was put off
+        self._late = 0  # steps by which an update was put off
         self._watched: list[Tensor] | None = None  # of each pool the places whose gradients are summed up
         self._momentum: list[Tensor] = []
         for step in (0, self._next_update(), end):
@@ -204,8 +207,11 @@ class MaskUpdater:
         plan = self._plan(self.steps, start)
         moved = [(n, *each) for n, each in enumerate(plan) if each != (self._pools[n].count, 0)]
         chosen = [self._choose(n, stay, come, start) for n, stay, come in moved]
-        self._late = any(places is None for places in chosen)
+        self._late = self._late + 1 if any(places is None for places in chosen) else 0
         if self._late:
+            if self._late == PATIENCE:
+                text = f"masks wait since {PATIENCE} steps: scores of weights, or their gradients, are not finite"
+                warnings.warn(text, SparseLotteryWarning, stacklevel=3)
             return False
         self._watched, self._momentum = None, []
         if not moved:
