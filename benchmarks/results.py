@@ -1,6 +1,9 @@
 """Rows <-> CSV files: `# key: value` lines that name the machine, the versions and the date, then a table.
 
-Each machine has a folder of its own, results/<machine>/.
+Each machine has a folder of its own, results/<machine>/. A processor with AVX-512 makes the rows of one without, in a
+folder with "avx2" to its name:
+
+    ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 pytest benchmarks/ --benchmark-only
 """
 
 from __future__ import annotations
@@ -49,7 +52,10 @@ def machine(facts: dict[str, str]) -> str:
     return re.sub("[^a-z0-9]+", "-", cpu_model(facts).lower()).strip("-")
 
 
-FOLDER = RESULTS / machine(cpu_facts())
+# What holds torch, and our kernels with it, MKL and oneDNN to lesser instructions than the processor has: so to AVX2.
+LIMITS = {name: os.environ[name] for name in
+          ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if name in os.environ}  # fmt: skip
+FOLDER = RESULTS / "-".join([machine(cpu_facts()), *sorted({level.lower() for level in LIMITS.values()})])
 
 
 def folders(given: list[str]) -> list[Path]:
@@ -61,7 +67,8 @@ def header() -> dict[str, str]:
     """What the rows were measured on and with, and when."""
     return {
         "machine": f"{cpu_model(cpu_facts())}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "isa": f"torch {torch.backends.cpu.get_cpu_capability()}; sparselottery {backends()['cpu']}",
+        "isa": f"torch {torch.backends.cpu.get_cpu_capability()}; sparselottery {backends()['cpu']}"
+        + "".join(f"; {name}={level}" for name, level in LIMITS.items()),
         "versions": f"torch {torch.__version__}, sparselottery {sparselottery.__version__}, "
         f"python {platform.python_version()}",
         "date": datetime.date.today().isoformat(),

@@ -42,6 +42,8 @@ def level(request, monkeypatch):
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that nobody writes reads as NaN: the floats that torch.empty and its relatives return from Python."""
+    with torch.device("cpu"):
+        torch.empty(0)  # now torch remembers what takes a default device, for good
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
