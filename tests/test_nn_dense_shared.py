@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
+import os
 import pickle
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -161,24 +165,63 @@ def test_threads_share_it():
                 torch.testing.assert_close(y.clone(), wanted)
 
 
-def test_another_thread_may_write_between_look_and_write():
-    """Whoever writes stores weight and state together: nobody takes an empty buffer for a written one."""
-    layer, late = linear(), []
-    write = module._write
+def test_threads_train_it():
+    """A weight that threads write anew is no change to a backward that others have begun."""
+    torch.manual_seed(0)
+    layer, threads = linear(), 4
 
-    def interrupted(*args):
-        if not late:
-            late.append("once")
-            with torch.no_grad():
-                late.append(layer(X))  # as another thread would, in a buffer of its own
+    def forward(_):
+        x = torch.randn(2, 5, requires_grad=True)
+        return layer(x).square().sum()
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(50):
+            in_place(layer)
+            losses = list(pool.map(forward, range(threads)))
+            assert len(list(pool.map(torch.Tensor.backward, losses))) == threads
+
+
+def test_a_writer_is_alone(monkeypatch):
+    """Of two threads that see a change the second one finds it written: versions tell of one."""
+    layer, write, inside = linear(), module._write, threading.Event()
+    layer(X)
+    in_place(layer)
+
+    def slow(*args):
+        inside.set()
+        time.sleep(0.05)
         return write(*args)
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(module, "_write", interrupted)
-        y = layer(X)
+    monkeypatch.setattr(module, "_write", slow)
+    x = [torch.randn(2, 5, requires_grad=True) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(layer, x[0])
+        inside.wait()
+        second = pool.submit(layer, x[1])
+        for y in (first.result(), second.result()):
+            y.square().sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("execution", ["dense", "compact"])
+def test_another_process_changes_values(execution):
+    layer = linear(execution).share_memory()
     with torch.no_grad():
-        assert torch.equal(y, late[1])
+        layer(X)
+        child = multiprocessing.get_context("fork").Process(target=in_place, args=(layer,))
+        child.start()
+        child.join()
         assert_right(layer)
+
+
+def test_gradients_of_a_batch_of_outputs_at_once():
+    """By torch's older vmap, as vectorised Jacobians take them."""
+    layer = linear()
+    y = layer(X)
+    rows = torch.eye(y.numel()).view(-1, *y.shape)
+    (found,) = torch.autograd.grad(y, layer.values, rows, is_grads_batched=True, retain_graph=True)
+    for row, gradient in zip(rows, found, strict=True):
+        torch.testing.assert_close(gradient, *torch.autograd.grad(y, layer.values, row, retain_graph=True))
 
 
 def test_replicas_make_their_own_weight(writes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import threading
 from typing import NamedTuple
 
 import torch
@@ -42,8 +42,9 @@ class DenseWeight:
     a backward that needs an older weight raises, as it does for nn.Linear.
 
     A change shows as another version or another address. Changes through `values.data` in place, or by replays of a
-    CUDA graph that the layer is no part of, do not show; `doubt` makes the next forward write.
-    Threads may share it: what they write is the same, and a state is replaced as a whole.
+    CUDA graph that the layer is no part of, do not show; `doubt` makes the next forward write. In shared memory other
+    processes may change them: there every forward writes.
+    Threads may share it: one after another looks for a change and writes, and what they write is the same.
     """
 
     def __init__(self, values: nn.Parameter, shape: tuple[int, ...]) -> None:
@@ -51,6 +52,7 @@ class DenseWeight:
         self._state: _State | None = None
         self._bits: tuple[Tensor, Tensor] | None = None  # positions, and their bits
         self._captured = False
+        self._one_at_a_time = threading.RLock()
 
     def __reduce__(self) -> tuple:
         return DenseWeight, (self._values, self._shape)  # a copy has no buffer yet
@@ -83,6 +85,10 @@ class DenseWeight:
         """
         if values is not self._values or not _plainly(values):
             return scatter(values, positions, self._shape)
+        with self._one_at_a_time:
+            return self._written(values, positions)
+
+    def _written(self, values: Tensor, positions: Tensor) -> Tensor:
         capturing = _capturing(values)
         state = self._state
         if state is None or not _alike(state.weight, values):
@@ -98,16 +104,16 @@ class DenseWeight:
         if capturing:  # a replay must see the values of its time, unless they are frozen
             written = state.stream is not None and not values.requires_grad  # on any stream: a capture waits for all
         else:
-            written = state.stream == stream and not learning
+            written = state.stream == stream and not learning and not values.untyped_storage().is_shared()
         if same and written:
             return state.weight
-        flat = state.weight.view(-1)
-        with torch.autograd._unsafe_preserve_version_counter(flat) if same else nullcontext():
-            if learning:
-                weight = _Write.apply(values, state.weight, positions, self._bits_of(positions))
-            else:
-                weight = state.weight
-                _write(values, flat, positions, self._bits_of(positions))
+        if not same:
+            increment_version(state.weight)
+        if learning:
+            weight = _Write.apply(values, state.weight, positions, self._bits_of(positions))
+        else:
+            weight = state.weight
+            _write(values, weight, positions, self._bits_of(positions))
         if capturing:  # nothing is written yet, and replays will write unseen
             self._captured, version = True, None
         up_to_date = None if learning or self._captured else stream
@@ -130,7 +136,7 @@ class _Write(torch.autograd.Function):
     def forward(ctx, values, weight, positions, bits):
         ctx.save_for_backward(positions)
         ctx.bits = bits
-        _write(values, weight.view(-1), positions, bits)
+        _write(values, weight, positions, bits)
         return weight.detach()  # shares the version counter of the buffer; a view of it would cost two passes backward
 
     @staticmethod
@@ -145,18 +151,17 @@ def _gathered(gweight: Tensor, positions: Tensor, bits: Tensor | None) -> Tensor
     return gweight.index_select(0, positions)
 
 
-def _write(values: Tensor, flat: Tensor, positions: Tensor, bits: Tensor | None) -> None:
-    """values (nnz,) -> flat, in place, at the positions."""
-    if bits is not None and _is_plain(values) and flat.is_contiguous():
-        cpu_pattern.scatter(values, positions, bits, flat)
-        increment_version(flat)
+def _write(values: Tensor, weight: Tensor, positions: Tensor, bits: Tensor | None) -> None:
+    """values (nnz,) -> the weight, in place, at the positions in it when flattened; not counted as a version."""
+    if bits is not None and _is_plain(values.detach()):
+        cpu_pattern.scatter(values, positions, bits, weight)
     else:
-        flat.scatter_(0, positions, values)
+        weight.data.view(-1).scatter_(0, positions, values.detach())
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Can native code read it, which takes a third of the time of torch's operators?"""
-    ordinary = tensor.is_cpu and native.LIBRARY.is_ordinary(tensor.detach(), native.ORDINARY)
+    ordinary = tensor.is_cpu and native.LIBRARY.is_ordinary(tensor, native.ORDINARY)
     return ordinary and tensor.is_contiguous() and tensor.element_size() in (2, 4, 8)
 
 
