@@ -82,6 +82,8 @@ def converted_with(
 ) -> nn.Module:
     """As `convert`, with other weights, by name, in the masked layers: of the same shapes, not checked."""
     found = survey(model) if found is None else found
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks: expected a dict of masks by parameter name, got {type(masks).__name__}")
     masks = {name: as_mask(name, mask) for name, mask in masks.items()}
     for name, mask in masks.items():
         if name not in found.maskable:

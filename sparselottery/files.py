@@ -91,7 +91,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: expected a ticket file, got a folder")
+        raise ValueError(f"{path}: expected a file, a ticket or an export of format safetensors, got a folder")
     with refusals_name(path):
         return _contents(*read_safetensors(path.read_bytes()))
 
@@ -158,7 +158,7 @@ def atomic(path: str | os.PathLike[str], ours: Callable[[Path], bool] = lambda f
             os.replace(temporary, path)
     except BaseException as error:
         _remove(temporary)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write: a full disk
+        if isinstance(error, OSError) and error.errno and str(error.filename) in ("None", str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

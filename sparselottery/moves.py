@@ -116,7 +116,7 @@ def set_masks(
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         moves = _moves(masked_layers(model), masks)
         _find_layers(moves)
-        _find_states(_given(optimizer, model, moves), moves)
+        _find_states(optimizers_of(optimizer, model, moves), moves)
         moved = [(move, move.moved(fill)) for move in moves.values()]
         reducers = _reducers({move.values for move in moves.values() if move.after.nnz != move.before.nnz})
         for reducer, state in reducers:  # undone in the opposite order
@@ -189,7 +189,7 @@ def _find_layers(moves: Moves) -> None:
             move.layers.append(layer)
 
 
-def _given(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, moves: Moves) -> list[Optimizer]:
+def optimizers_of(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, moves: Moves) -> list[Optimizer]:
     """The optimisers, checked: nobody else has state that would no longer fit."""
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     for each in given:

@@ -168,6 +168,26 @@ def test_a_resumed_training_ends_in_the_same_bits(method):
         assert_same(again.state_dict(), updater.state_dict())
 
 
+def test_what_a_state_holds_stays():
+    """Steps after it was taken, or loaded, do not write to it."""
+    model = whole_net()
+    optimizer = sgd(model.parameters())
+    updater = dynamic.MaskUpdater(
+        model, optimizer, dynamic.constant(0.5), drop_fraction=dynamic.constant(0.3), every=4, grow="momentum", window=3
+    )
+    for _ in range(2):
+        train(model, optimizer)
+        updater.step()
+    state = updater.state_dict()
+    before = copy.deepcopy(state)
+    for _ in range(2):
+        updater.load_state_dict(state)
+        train(model, optimizer)
+        updater.step()
+        assert_same(state, before)
+    assert before["momentum"]
+
+
 def test_gmp_only_prunes_and_ends_exactly():
     seen = []
     before = {name: torch.ones(mask.shape, dtype=torch.bool) for name, mask in random_masks(0).items()}

@@ -73,15 +73,27 @@ def test_gradients_of_other_layers_are_not_followed():
     model = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 4))
     model = convert(model, prune(model, 0.5))
     optimizer = sgd(model.parameters())
-    updater = dynamic.rigl(model, optimizer, 0.5, end=9, every=1)
+    with pytest.raises(ValueError, match=r"grow: expected linear layers .*the MaskedEmbedding of 0.weight: name it in"):
+        dynamic.rigl(model, optimizer, 0.5, end=9, every=1)
+    dynamic.rigl(model, optimizer, 0.5, end=9, every=1, ignore=["0.weight"])
+    dynamic.gmp(model, optimizer, 0.5, end=9)
 
-    def step():
-        model(torch.arange(8)).square().sum().backward()
-        optimizer.step()
-        updater.step()
 
-    with pytest.raises(ValueError, match=r"grow: expected linear layers .*got a MaskedEmbedding: name it in `ignore`"):
-        [step() for _ in range(3)]
+def test_an_optimizer_of_another_model_is_refused():
+    other = sgd(nn.Linear(2, 2).parameters())
+    for wrong in (other, [other]):
+        with pytest.raises(ValueError, match="optimizer: expected one of the model, got SGD of other parameters"):
+            dynamic.gmp(whole_net(), wrong, 0.5, end=9)
+
+
+def test_a_state_that_is_none():
+    model = whole_net()
+    updater = dynamic.gmp(model, sgd(model.parameters()), 0.5, end=9)
+    with pytest.raises(
+        ValueError, match="state: expected that of a MaskUpdater, got none of generator, late, momentum"
+    ):
+        updater.load_state_dict({"steps": 4, "watched": None})
+    assert updater.steps == 0
 
 
 def test_scores_that_are_never_finite_are_told_of():

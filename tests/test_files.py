@@ -91,6 +91,15 @@ def test_links_are_followed(exists, tmp_path):
     assert os.listdir(tmp_path / "store") == ["real"]
 
 
+def test_errors_name_the_path_that_was_given(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    for path, what in ((tmp_path / "nowhere/a", "No such file"), (tmp_path / "full", "Directory not empty")):
+        told = f"{what}.*: {re.escape(repr(str(path)))}$"
+        with pytest.raises(OSError, match=told), atomic(path) as temporary:
+            temporary.mkdir()
+
+
 def test_a_full_disk_is_named(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")

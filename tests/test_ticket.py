@@ -202,7 +202,7 @@ def test_foreign_files(tmp_path):
     path.write_bytes(b"PK\x03\x04" + bytes(200))
     with pytest.raises(ValueError, match="not a safetensors file"):
         Ticket.load(path)
-    with pytest.raises(ValueError, match="expected a ticket file, got a folder"):
+    with pytest.raises(ValueError, match="expected a file, a ticket or an export of format safetensors, got a folder"):
         Ticket.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Ticket.load(tmp_path / "nowhere")

@@ -35,6 +35,15 @@ class Watch:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._caught: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
+    def check(self) -> None:
+        """Raises ValueError if the gradients of a layer cannot be followed."""
+        for name, (layer, *_) in self._layers.items():
+            if not isinstance(layer, (MaskedLinear, MaskedConv2d)) or has_own_forward(layer):
+                raise ValueError(
+                    "grow: expected linear layers and 2-D convolutions, whose gradients can be followed, got the "
+                    f"{type(layer).__name__} of {name}: name it in `ignore`, or grow at random"
+                )
+
     def start(self) -> None:
         """From the next forward on."""
         self.stop()
@@ -85,11 +94,6 @@ class Watch:
 
 def _prepared(layer: MaskedLayer, x: Tensor, gy: Tensor) -> tuple[Tensor, Tensor]:
     """In the dtype of the values; rows (N, I) and (N, O), or images (N, C, H, W), padded, and (N, O, OH, OW)."""
-    if not isinstance(layer, (MaskedLinear, MaskedConv2d)) or has_own_forward(layer):
-        raise ValueError(
-            "grow: expected linear layers and 2-D convolutions, whose gradients can be followed, got a "
-            f"{type(layer).__name__}: name it in `ignore`, or grow at random"
-        )
     x, gy = x.to(layer.values.dtype), gy.to(layer.values.dtype)
     if layer.geometry is None:
         return x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from .. import ranks
 from ..masks import Block, Granularity
-from ..moves import set_masks
+from ..moves import optimizers_of, set_masks
 from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from ..weight_decay import SparseLotteryWarning
@@ -97,7 +98,8 @@ class MaskUpdater:
         seed: int = 0,
     ) -> None:
         self.model, self.density, self.drop_fraction = model, density, drop_fraction or constant(0.0)
-        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = optimizers_of(optimizer, model, {})
+        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizers
         self._distribution = distribution if callable(distribution) else DISTRIBUTIONS.get(distribution)
         if self._distribution is None and distribution != "global":
             expected = (*DISTRIBUTIONS, "global")
@@ -126,6 +128,8 @@ class MaskUpdater:
             raise ValueError(f"granularity: expected the same blocks of all layers that compete, got {grains}")
         self._pools = [_pool(each, grains[next(iter(each))]) for each in together]
         self._watch = Watch(shared, {name: pool.block[0] for pool in self._pools for name in pool.layers})
+        if grow != "random":
+            self._watch.check()
         self._generator = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._late = 0  # steps by which an update was put off
@@ -166,15 +170,20 @@ class MaskUpdater:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps depend on, but for the model, the optimiser and the arguments."""
-        names = "steps", "_late", "_watched", "_momentum"
-        return {name.lstrip("_"): getattr(self, name) for name in names} | {"generator": self._generator.get_state()}
+        found = {name: copy.deepcopy(getattr(self, f"_{name}")) for name in ("late", "watched", "momentum")}
+        return {"steps": self.steps, **found, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. The model and its optimiser are loaded by their own `load_state_dict`, the model first."""
+        """Go on from there. The model and its optimiser are loaded by their own `load_state_dict`, the model first.
+
+        Raises ValueError, and changes nothing, for what is no `state_dict` of a MaskUpdater.
+        """
+        if missing := {"steps", "late", "watched", "momentum", "generator"} - state.keys():
+            raise ValueError(f"state: expected that of a MaskUpdater, got none of {', '.join(sorted(missing))}")
         self.steps, self._late = state["steps"], state["late"]
         device = self._pools[0].places().device
         of_pools = (state["watched"], state["momentum"])
-        self._watched, self._momentum = (each and [part.to(device) for part in each] for each in of_pools)
+        self._watched, self._momentum = (each and [part.to(device, copy=True) for part in each] for each in of_pools)
         self._generator.set_state(state["generator"].cpu())
         self._look_ahead()
 
