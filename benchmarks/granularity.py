@@ -57,6 +57,7 @@ NETS = {
 BLOCKS = ("8x8", "16x16", "32x32", "16x1", "64x1")
 WAYS = ("", "-permuted", "-regrouped")
 GRAINS = ("1x1", *(block + way for block in BLOCKS for way in WAYS))
+COUNTS = ("trial", "round", "stops_at", "iterations", "batch", "eval_every")  # columns
 DENSITIES = (0.25, 0.14, 0.07, 0.036)
 
 
@@ -169,6 +170,7 @@ def main() -> None:
         return
     out = args.out or results.FOLDER / ("granularity.csv" if args.net == LENET else f"granularity-{args.net}.csv")
     kept = results.read(out)[1] if out.exists() else []
+    kept = [row | {name: int(row[name]) for name in COUNTS} for row in kept]
     note = {"data": images.note} if images.note else {}
     for seed in args.seeds:
         trial = Trial(args.net, images, seed)

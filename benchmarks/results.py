@@ -115,9 +115,7 @@ def parsed(text: str) -> tuple[dict[str, str], list[dict]]:
 
 
 def _number(cell: str) -> float | str:
-    for kind in (int, float):
-        try:
-            return kind(cell)
-        except ValueError:
-            continue
-    return cell
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
