@@ -55,7 +55,8 @@ def machine(facts: dict[str, str]) -> str:
 # What holds torch, and our kernels with it, MKL and oneDNN to lesser instructions than the processor has: so to AVX2.
 LIMITS = {name: os.environ[name] for name in
           ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if name in os.environ}  # fmt: skip
-FOLDER = RESULTS / "-".join([machine(cpu_facts()), *sorted({level.lower() for level in LIMITS.values()})])
+HELD = sorted({level.lower() for level in LIMITS.values()})
+FOLDER = RESULTS / "-".join([machine(cpu_facts()), *HELD])
 
 
 def folders(given: list[str]) -> list[Path]:
@@ -66,7 +67,8 @@ def folders(given: list[str]) -> list[Path]:
 def header() -> dict[str, str]:
     """What the rows were measured on and with, and when."""
     return {
-        "machine": f"{cpu_model(cpu_facts())}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": " held to ".join([cpu_model(cpu_facts()), *HELD])
+        + f", {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "isa": f"torch {torch.backends.cpu.get_cpu_capability()}; sparselottery {backends()['cpu']}"
         + "".join(f"; {name}={level}" for name, level in LIMITS.items()),
         "versions": f"torch {torch.__version__}, sparselottery {sparselottery.__version__}, "
