@@ -129,7 +129,10 @@ def torch_csr(problem: Problem, backward: bool) -> Candidate:
 
 
 def scipy_csr(problem: Problem, backward: bool) -> Candidate:
-    """scipy.sparse on CSR (one thread). It has no SDDMM: gvalues are read from the dense gradient."""
+    """scipy.sparse on CSR (one thread). It has no SDDMM: gvalues are read from the dense gradient.
+
+    That is torch's: numpy's product leaves threads of OpenBLAS that spin for 25 ms, while others are timed.
+    """
     x, gy, bias = problem.x.numpy(), problem.gy.numpy(), problem.bias.numpy()
     index = scipy.sparse.csr_array(problem.mask.numpy())
     values = problem.weight[problem.mask].numpy()
@@ -141,7 +144,8 @@ def scipy_csr(problem: Problem, backward: bool) -> Candidate:
 
     def forward_backward() -> list[np.ndarray]:
         gx = np.ascontiguousarray((weight.T @ gy.T).T)
-        return [*forward(), gx, (gy.T @ x).ravel()[survivors], gy.sum(0)]
+        gvalues = (problem.gy.t() @ problem.x).numpy().ravel()[survivors]
+        return [*forward(), gx, gvalues, gy.sum(0)]
 
     return _returning(forward_backward if backward else forward)
 

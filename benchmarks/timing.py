@@ -1,9 +1,10 @@
 """The one timing core: candidates that compute the same thing are checked, then timed in turn, in one process.
 
 Interleaving makes drift of the machine (clock, neighbours) hit all candidates alike, so that ratios of the medians
-hold where absolute times do not. Before each sample its candidate runs once untimed, unless a call outlasts what caches
-hold: what is measured is a call among its like, as in a training loop, not one in caches that the other candidates have
-filled. A candidate whose result is wrong raises before anything is timed.
+hold where absolute times do not. Before each sample its candidate runs untimed for a while, unless a call outlasts
+what caches hold. So what is measured is a call among its like, as in a training loop: not one in caches that others have
+filled, nor one beside threads of theirs that still spin. A candidate whose result is wrong raises before anything is
+timed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MIN_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 MIN_ROUNDS = 5  # clean samples of each candidate, whatever the budget
 WARM_UP = 5  # calls; the first ones also pay for autotuning
 WARM_UP_SECONDS = 0.2  # after which long calls are warm enough
+LINGER = 0.01  # seconds; libgomp's threads spin for 8 ms before they sleep, and each copy of it has its own
 STALL = 1.5  # a sample this many times the lower quartile of its candidate is a stall, and dropped
 PATIENCE = 4  # give up after this many times the budget and MIN_ROUNDS
 
@@ -92,6 +94,14 @@ def _calls(run: Callable[[], object]) -> int:
     return max(1, math.ceil(MIN_SAMPLE / min(samples)))
 
 
+def _run_for(seconds: float, run: Callable[[], object]) -> None:
+    """At least once."""
+    end = time.perf_counter() + seconds
+    run()
+    while time.perf_counter() < end:
+        run()
+
+
 def _sample(run: Callable[[], object], calls: int) -> float:
     """Seconds per call."""
     start = time.perf_counter()
@@ -109,7 +119,7 @@ def _rounds(candidates: dict[str, Candidate], calls: dict[str, int], budget: flo
         rounds.append({})
         for name in order:
             if len(rounds) == 1 or rounds[-2][name] < WARM_UP_SECONDS:
-                candidates[name].run()
+                _run_for(LINGER, candidates[name].run)
             rounds[-1][name] = _sample(candidates[name].run, calls[name])
         order.reverse()
         spent = time.perf_counter() - start

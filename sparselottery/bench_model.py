@@ -25,7 +25,9 @@ from .runtime import load_sparse
 from .ticket import Ticket
 
 OURS = "sparselottery"
-WARM_UP, LEAST = 5, 20  # calls
+LEAST = 20  # calls that are timed
+WARM_UP = 5  # calls before those
+LINGER = 0.01  # seconds before those: threads of the candidate before spin for 8 ms, then sleep
 TURN = 0.05  # seconds that a candidate runs before the next one's turn
 TOLERANCE = 1e-3  # relative to the norm of what dense torch computes
 
@@ -94,14 +96,21 @@ def latencies(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
         for name, call in calls.items():
             if sum(times[name]) >= seconds and len(times[name]) >= LEAST:
                 continue
-            for _ in range(WARM_UP if len(times[name]) < LEAST else 2):  # caches hold what the others have left
-                call()
-            spent = 0.0
-            while spent < TURN:
-                began = perf_counter()
-                call()
-                times[name].append(perf_counter() - began)
-                spent += times[name][-1]
+            least = WARM_UP if len(times[name]) < LEAST else 2  # calls: caches hold what the others have left
+            _samples(call, LINGER, least)
+            times[name] += _samples(call, TURN)
+    return times
+
+
+def _samples(call: Call, seconds: float, least: int = 1) -> list[float]:
+    """Seconds of single calls, for so long and at least so many."""
+    times: list[float] = []
+    spent = 0.0
+    while spent < seconds or len(times) < least:
+        began = perf_counter()
+        call()
+        times.append(perf_counter() - began)
+        spent += times[-1]
     return times
 
 

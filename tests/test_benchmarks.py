@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,23 @@ def test_race_takes_turns_and_counts():
     assert turns.count("a") > timing.MIN_ROUNDS / 2
 
 
+def test_nobody_is_timed_beside_threads_of_the_last_one(monkeypatch):
+    monkeypatch.setattr(timing, "LINGER", 0.02)
+    monkeypatch.setattr(timing, "MIN_SAMPLE", 0.0)
+    log: list[tuple[str, float]] = []
+
+    def candidate(name: str) -> Candidate:
+        return Candidate(lambda: log.append((name, time.perf_counter())), lambda: TRUTH)
+
+    timing.race({name: candidate(name) for name in "ab"}, TRUTH, 0.0, budget=0)
+    turns = [[at for _, at in turn] for _, turn in groupby(log, key=lambda each: each[0])][4:]  # of the rounds
+    assert len(turns) >= timing.MIN_ROUNDS
+    assert all(turn[-1] - turn[0] > 0.9 * timing.LINGER for turn in turns)
+
+
 def test_long_calls_are_not_run_untimed(monkeypatch):
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 1e-3)
+    monkeypatch.setattr(timing, "LINGER", 0.0)
     log: list[float] = []
     timed = timing.race({"a": Candidate(lambda: log.append(time.sleep(4e-3)), lambda: TRUTH)}, TRUTH, 0.0, budget=0)
     assert len(log) == 1 + 1 + 1 + timed.rounds  # checked, counted, run before the first sample
