@@ -146,17 +146,25 @@ void one_by_one(int64_t threads, F f) {
     member = outside;
 }
 
-// Pieces of work that threads take one by one: of two neighbours on a shared machine, one is often half as fast.
+// Pieces of work that threads take one by one: of two neighbours on a shared machine, one is often half as fast. Half of the
+// team takes them from the front, the others from the back. So a thread mostly comes to what it, or its die, had before in
+// this layer, in the one before and in torch's own operators, which share out alike: a line from another die costs 160 ns.
 class Queue {
   public:
     // f(piece) for pieces of [begin, end) that nobody else has taken.
     template <class F>
     void each(int64_t begin, int64_t end, F f) {
-        for (int64_t i; (i = begin + next_.fetch_add(1, std::memory_order_relaxed)) < end;) f(i);
+        const bool front = 2 * thread_index() < team_size();
+        for (;;) {
+            const uint64_t taken = taken_.fetch_add(front ? 1 : uint64_t(1) << 32, std::memory_order_relaxed);
+            const int64_t first = int64_t(taken & UINT32_MAX), last = int64_t(taken >> 32);
+            if (first + last >= end - begin) return;
+            f(front ? begin + first : end - 1 - last);
+        }
     }
 
   private:
-    std::atomic<int64_t> next_{0};
+    std::atomic<uint64_t> taken_{0};  // from the front and, in the upper half, from the back
 };
 
 constexpr size_t kHugePage = 2 << 20;
