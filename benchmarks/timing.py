@@ -2,9 +2,9 @@
 
 Interleaving makes drift of the machine (clock, neighbours) hit all candidates alike, so that ratios of the medians
 hold where absolute times do not. Before each sample its candidate runs untimed for a while, unless a call outlasts
-what caches hold. So what is measured is a call among its like, as in a training loop: not one in caches that others have
-filled, nor one beside threads of theirs that still spin. A candidate whose result is wrong raises before anything is
-timed.
+what caches hold. So what is measured is a call among its like, as in a training loop: not one in caches that others
+have filled, nor one beside threads of theirs that still spin. A candidate whose result is wrong raises before anything
+is timed.
 """
 
 from __future__ import annotations
