@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -42,6 +43,15 @@ def test_rows(ways, ticket):
             assert 0 < row["median_ms"] <= row["p99_ms"]
             assert row["items_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
     assert rows[0]["speedup"] == 1
+
+
+def test_nobody_is_timed_beside_threads_of_the_last_one(monkeypatch):
+    monkeypatch.setattr(bench_model, "LINGER", 0.01)
+    monkeypatch.setattr(bench_model, "TURN", 0.0)
+    log: list[float] = []
+    timed = bench_model.latencies({"a": lambda: log.append(perf_counter())}, seconds=0.0)["a"]
+    assert len(timed) == bench_model.LEAST  # one a turn
+    assert log[-1] - log[0] > 0.9 * bench_model.LEAST * bench_model.LINGER
 
 
 def test_wrong_results_are_not_timed(ways, ticket, monkeypatch):
