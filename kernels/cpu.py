@@ -78,12 +78,15 @@ def chain_forward(x, values, biases, crow_indices, col_indices, plans, batch_min
     return (unpack(done[0], x.shape[0]), done[1]) if batch_minor and done else done
 
 
-def saved_input(saved: Tensor, batch: int, features: int) -> Tensor:
+def saved_input(saved: Tensor, batch: int, features: int, crow_indices, col_indices) -> Tensor:
     """As reference.saved_input."""
     if saved.dtype in HALF:
-        return saved_input(saved.float(), batch, features).to(saved.dtype)
+        return saved_input(saved.float(), batch, features, crow_indices, col_indices).to(saved.dtype)
     x = saved.new_empty(batch, features)
-    native.LIBRARY.unpack(saved.element_size() == 8, saved.data_ptr(), batch, features, x.data_ptr())
+    rows = [crow.numel() - 1 for crow in crow_indices]
+    values, all_features = sum(col.numel() for col in col_indices), features + 2 * sum(rows) - rows[-1]
+    given = saved.element_size() == 8, saved.data_ptr(), batch, features, x.data_ptr(), values, all_features
+    native.LIBRARY.unpack(*given)
     return x
 
 

@@ -100,8 +100,10 @@ def saved_features(x: Tensor, crow_indices: list[Tensor]) -> list[int]:
     return ([] if is_packed(x) else [x.shape[1]]) + [crow.shape[0] - 1 for crow in crow_indices[:-1]]
 
 
-def saved_input(saved: Tensor, batch: int, features: int) -> Tensor:
-    """x (N, I) of what the chain saved of it: `saved` begins with it."""
+def saved_input(
+    saved: Tensor, batch: int, features: int, crow_indices: list[Tensor], col_indices: list[Tensor]
+) -> Tensor:
+    """x (N, I) of what a chain of these patterns saved of it: `saved` begins with it."""
     return unpack(saved[: features * leading_dim(batch)].view(features, -1), batch)
 
 

@@ -1,4 +1,4 @@
-// The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward and backward, each in one parallel region.
+// The chain h_l = h_{l-1} W_lᵀ + b_l with a ReLU between layers, forward, in one parallel region.
 //
 // Nothing is written by two threads, and no sum depends on how many there are. T is what sums are taken in, S what
 // tensors are stored in: the same, or 16 bits, widened when packed or put into order, and rounded on their way back.
@@ -77,9 +77,9 @@ void forward_few(const Args& a, const Layer* layers) {
 template <class T, class S>
 void forward(const Args& a, const Layer* layers) {
     if (is_few(a)) return forward_few<T, S>(a, layers);
-    const BatchTiles<T> tiles(a.batch);
+    const BatchTiles<T> tiles = tiles_of<T>(a, layers);
     constexpr bool narrow = kNarrow<T, S>;
-    const bool in_csr = !narrow && tiles.count == 1;  // values are read but once
+    const bool in_csr = !narrow && (tiles.count == 1 || (tiles.light && tiles.count == 2));  // read once, or there are few
     const auto operands = [&](const Layer& layer) { return in_csr ? 0 : layer.nnz + (narrow ? layer.rows : 0); };
     int64_t entries = 0;
     for (int64_t l = 0; l < a.layers; ++l) entries += operands(layers[l]);
@@ -109,8 +109,8 @@ void forward(const Args& a, const Layer* layers) {
                 return alone && reuse ? packed + features * kWidest<T> * thread_index() : tiles.of(packed, features, i);
             };
             const Range features = alone ? Range{0, a.features} : share(a.features, thread_index(), team_size());
-            pack_tile<T, S>(a.x, a.batch, a.features, i, features, at(layers[0].input, a.features));
-            keep<T, S>(layers[0], a.batch, a.features, i, features, false);
+            pack_tile<T, S>(a.x, tiles, i, features, at(layers[0].input, a.features));
+            keep<T, S>(layers[0], tiles, a.features, i, features, false);
             if (!alone) barrier();
             const T* values = all;
             for (int64_t l = 0; l < a.layers; values += operands(layers[l]), ++l) {
@@ -124,8 +124,8 @@ void forward(const Args& a, const Layer* layers) {
                                 : scratch.get<T>(s.strip * kWidest<T>);
                     forward_strip<T>(s, strip, in_csr ? static_cast<const T*>(layer.values) : values + first_entry(s, strip),
                                      in_csr, bias, x, y, width, next);
-                    if (!next) unpack_rows<T, S>(y, a.batch, i, row, height(s, strip), a.y);
-                    else keep<T, S>(*next, a.batch, s.rows, i, {row, row + height(s, strip)}, false);
+                    if (!next) unpack_rows<T, S>(y, tiles, i, row, height(s, strip), a.y);
+                    else keep<T, S>(*next, tiles, s.rows, i, {row, row + height(s, strip)}, false);
                 };
                 if (!alone) shared[i * a.layers + l].each(0, s.strips, strip_forward);
                 else
@@ -139,122 +139,6 @@ void forward(const Args& a, const Layer* layers) {
     });
 }
 
-// What the backward pass knows of a layer: of Wᵀ where the gradient of the input is needed, else of W. Values and their
-// gradient are in the order of tiles, or in CSR's where they are read but once.
-template <class T, class S>
-struct Backward {
-    Backward(const Layer& layer, bool input, bool once)
-        : layer(layer), input(input), in_csr(!kNarrow<T, S> && once && input && layer.gvalues),
-          s(input ? read_plan(layer.plan).transpose() : read_plan(layer.plan).forward),
-          strips(input || layer.gvalues ? s.strips : 0),
-          entries((in_csr ? 0 : 2 * layer.nnz) + (kNarrow<T, S> ? layer.rows : 0)),
-          values(static_cast<const S*>(layer.values)), gvalues(static_cast<S*>(layer.gvalues)) {}
-    // For one tile of the batch: its first or last, or one between. memory: `entries`, which the tiles share.
-    void strip(int64_t strip, const T* gy, const T* x, T* gx, T* memory, bool first, bool last, int64_t width,
-               bool relu) const {
-        const int64_t row = first_row(s, strip);
-        if constexpr (!kNarrow<T, S>) if (in_csr)
-            return input_gradient_strip<T>(s, strip, values, true, gy, x + row * width, gx, gvalues, false, width, relu);
-        const Range only{strip, strip + 1};
-        T *own = memory + first_entry(s, strip), *gown = gvalues ? own + layer.nnz : nullptr;
-        if (input && first) to_order<true>(s, only, values, own);
-        if (input) input_gradient_strip<T>(s, strip, own, false, gy, x + row * width, gx, gown, !first, width, relu);
-        else values_gradient_strip<T>(s, strip, gy + row * width, x, gown, !first, width);
-        if (!last || !gvalues) return;
-        input ? from_order<true>(s, only, gown, gvalues) : from_order<false>(s, only, gown, gvalues);
-    }
-    // Of some rows, for one tile of the batch.
-    void bias(const T* gy, T* memory, bool first, bool last, int64_t width, Range rows) const {
-        if (!layer.gbias) return;
-        T* sums = kNarrow<T, S> ? memory + 2 * layer.nnz : static_cast<T*>(layer.gbias);
-        bias_gradient<T>(gy, width, rows, sums, !first);
-        if (kNarrow<T, S> && last)
-            std::copy(sums + rows.begin, sums + rows.end, static_cast<S*>(layer.gbias) + rows.begin);
-    }
-    const Layer& layer;
-    const bool input, in_csr;
-    const Schedule s;
-    const int64_t strips, entries;
-    const S* values;
-    S* gvalues;
-};
-
-// A thread takes strips of the first tile of the batch as it comes to them, and keeps them for the others: every sum is taken
-// by one thread, tile after tile.
-template <class T, class S>
-void backward(const Args& a, const Layer* layers) {
-    const BatchTiles<T> tiles(a.batch);
-    std::vector<Backward<T, S>> all;
-    int64_t entries = 0, rows = 0;
-    for (int64_t l = 0; l < a.layers; ++l) {
-        all.emplace_back(layers[l], l || a.y.data, tiles.count == 1);
-        entries += all.back().entries;
-        rows = std::max<int64_t>(rows, all.back().s.strip);
-    }
-    T* const memory = ordered.get<T>(entries + kLanes);
-    std::vector<Queue> queues(a.layers);
-    together(a.threads, [&] {
-        const int64_t part = thread_index(), parts = team_size(), out_features = layers[a.layers - 1].rows;
-        T* const out = scratch.get<T>(rows * kWidest<T>);
-        std::vector<std::vector<int64_t>> mine(a.layers);
-        for (int64_t i = 0; i < tiles.count; ++i) {
-            const int64_t width = tiles.width(i);
-            pack_tile<T, S>(a.x, a.batch, out_features, i, share(out_features, part, parts),
-                            tiles.of(static_cast<T*>(a.packed_gy), out_features, i));
-            if (a.input.data)
-                pack_tile<T, S>(a.input, a.batch, a.features, i, share(a.features, part, parts),
-                                tiles.of(static_cast<T*>(layers[0].input), a.features, i));
-            for (int64_t l = 0; l < a.layers; ++l) {
-                const int64_t features = l ? layers[l - 1].rows : a.features;
-                keep<T, S>(layers[l], a.batch, features, i, share(features, part, parts), true);
-            }
-            barrier();
-            const T* gy = static_cast<const T*>(a.packed_gy);
-            T* own = memory + entries;
-            for (int64_t l = a.layers - 1; l >= 0; --l) {
-                const Layer& layer = layers[l];
-                const Schedule& s = all[l].s;
-                const int64_t in_features = l ? layers[l - 1].rows : a.features;
-                const T *g = tiles.of(gy, layer.rows, i), *x = tiles.of(static_cast<const T*>(layer.input), in_features, i);
-                own -= all[l].entries;
-                all[l].bias(g, own, i == 0, i + 1 == tiles.count, width, share(layer.rows, part, parts));
-                const auto run = [&](int64_t strip) {
-                    const int64_t row = first_row(s, strip);
-                    T* gx = l ? tiles.of(static_cast<T*>(layer.ginput), in_features, i) + row * width : out;
-                    all[l].strip(strip, g, x, gx, own, i == 0, i + 1 == tiles.count, width, l);
-                    if (!l && a.y.data) unpack_rows<T, S>(gx, a.batch, i, row, height(s, strip), a.y);
-                };
-                const auto take = [&](int64_t strip) {
-                    mine[l].push_back(strip);
-                    run(strip);
-                };
-                if (i == 0) queues[l].each(0, all[l].strips, take);
-                else std::for_each(mine[l].begin(), mine[l].end(), run);
-                if (l) barrier();
-                gy = static_cast<const T*>(layer.ginput);
-            }
-        }
-    });
-}
-
-bool are_plans(const Args& a, const Layer* layers, bool backward) {
-    for (int64_t l = 0; l < a.layers; ++l)
-        if (!is_plan(layers[l].plan, layers[l].plan_size, layers[l].rows, l ? layers[l - 1].rows : a.features, layers[l].nnz,
-                     backward) ||
-            (layers[l].nnz && !layers[l].values))
-            return false;
-    return true;
-}
-
-// f(T, S) for tensors of this element type.
-template <class F>
-void of_element(int64_t element, F f) {
-    if (element == FLOAT64) f(double(), double());
-    else if (element == FLOAT32) f(float(), float());
-    else if (element == BFLOAT16) f(float(), Bfloat16());
-    else f(float(), Float16());
-}
-
 }  // namespace
 
 ABI(chain, kLanes, words_of<Frozen>, words_of<FrozenLayer>);
@@ -262,13 +146,14 @@ ABI(chain, kLanes, words_of<Frozen>, words_of<FrozenLayer>);
 // Memory of the calling thread, valid until it asks again.
 EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>(bytes + 64); }
 
-// Packed x -> y (batch, features), row-major.
-EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y) {
+// Packed x -> y (batch, features), row-major, of a chain with so many values, and features of all inputs and outputs.
+EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y,
+                                 int64_t values, int64_t all_features) {
     const ChainMatrix to{y, features, 0};
     const auto all = [&](auto* x) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
-        const BatchTiles<T> tiles(batch);
-        for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T, T>(tiles.of(x, features, i), batch, i, 0, features, to);
+        const BatchTiles<T> tiles(batch, is_light(values, all_features));
+        for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T, T>(tiles.of(x, features, i), tiles, i, 0, features, to);
     };
     is_double ? all(static_cast<const double*>(packed)) : all(static_cast<const float*>(packed));
 }
@@ -296,10 +181,4 @@ EXPORT void sparselottery_chain_infer(const Frozen* chain, const void* x, void* 
     const int64_t in = read_plan(frozen[0].plan).in_features, out = layers.back().rows;
     const Args args{FLOAT32, chain->threads, chain->layers, batch, in, {const_cast<void*>(x), in, 0}, {y, out, 0}, {}, nullptr, 1};
     forward<float, float>(args, layers.data());
-}
-
-EXPORT int64_t sparselottery_chain_backward(const Args* args, const Layer* layers) {
-    if (!are_plans(*args, layers, true)) return NO_PLAN;
-    of_element(args->element, [&](auto sum, auto stored) { backward<decltype(sum), decltype(stored)>(*args, layers); });
-    return DONE;
 }

@@ -13,22 +13,20 @@ constexpr bool kNarrow = sizeof(S) < sizeof(T);
 
 // Tile i of x, some of its features -> that tile, packed.
 template <class T, class S>
-void pack_tile(const ChainMatrix& x, int64_t batch, int64_t features, int64_t i, Range some, T* tile) {
-    const BatchTiles<T> tiles(batch);
+void pack_tile(const ChainMatrix& x, const BatchTiles<T>& tiles, int64_t i, Range some, T* tile) {
     const int64_t begin = tiles.begin(i), width = tiles.width(i);
     const S* first = static_cast<const S*>(x.data) + begin * (x.batch_minor ? 1 : x.stride);
-    (x.batch_minor ? repack<T, S> : pack<T, S>)(first, x.stride, std::min(batch - begin, width), some.begin, some.end,
-                                                tile, width, width);
+    (x.batch_minor ? repack<T, S> : pack<T, S>)(first, x.stride, tiles.samples(i), some.begin, some.end, tile, width,
+                                                width);
 }
 
 // Rows [row, row + rows) of tile i, packed -> y; a batch-minor one to its last column.
 template <class T, class S>
-void unpack_rows(const T* packed, int64_t batch, int64_t i, int64_t row, int64_t rows, const ChainMatrix& y) {
-    const BatchTiles<T> tiles(batch);
+void unpack_rows(const T* packed, const BatchTiles<T>& tiles, int64_t i, int64_t row, int64_t rows, const ChainMatrix& y) {
     const int64_t begin = tiles.begin(i), width = tiles.width(i);
     S* to = static_cast<S*>(y.data);
     if (!y.batch_minor)
-        return unpack<T, S>(packed, width, rows, std::min(width, batch - begin), to + begin * y.stride + row, y.stride);
+        return unpack<T, S>(packed, width, rows, tiles.samples(i), to + begin * y.stride + row, y.stride);
     const int64_t end = i + 1 == tiles.count ? y.stride : begin + width;
     for (int64_t r = 0; r < rows; ++r) {
         S* out = to + (row + r) * y.stride;
@@ -39,14 +37,41 @@ void unpack_rows(const T* packed, int64_t batch, int64_t i, int64_t row, int64_t
 
 // Features `some` of a layer's input, tile i: to what is kept of it in 16 bits, or from there if `back`.
 template <class T, class S>
-void keep(const ChainLayer& layer, int64_t batch, int64_t features, int64_t i, Range some, bool back) {
+void keep(const ChainLayer& layer, const BatchTiles<T>& tiles, int64_t features, int64_t i, Range some, bool back) {
     if constexpr (kNarrow<T, S>) {
         if (!layer.kept) return;
-        const BatchTiles<T> tiles(batch);
         const int64_t width = tiles.width(i), count = (some.end - some.begin) * width;
         T* input = tiles.of(static_cast<T*>(layer.input), features, i) + some.begin * width;
         S* kept = tiles.of(static_cast<S*>(layer.kept), features, i) + some.begin * width;
         for (int64_t k = 0; k < count; k += kWidth<T>)
             back ? store<T>(input + k, load<T>(kept + k)) : store<T>(kept + k, load<T>(input + k));
     }
+}
+
+// Are the plans of all layers theirs, and are there values?
+inline bool are_plans(const ChainArgs& a, const ChainLayer* layers, bool backward) {
+    for (int64_t l = 0; l < a.layers; ++l)
+        if (!is_plan(layers[l].plan, layers[l].plan_size, layers[l].rows, l ? layers[l - 1].rows : a.features, layers[l].nnz,
+                     backward) ||
+            (layers[l].nnz && !layers[l].values))
+            return false;
+    return true;
+}
+
+// f(T, S) for tensors of this element type.
+template <class F>
+void of_element(int64_t element, F f) {
+    if (element == FLOAT64) f(double(), double());
+    else if (element == FLOAT32) f(float(), float());
+    else if (element == BFLOAT16) f(float(), Bfloat16());
+    else f(float(), Float16());
+}
+
+// Of a whole chain: the same forward and backward.
+template <class T>
+BatchTiles<T> tiles_of(const ChainArgs& a, const ChainLayer* layers) {
+    int64_t values = 0, features = 0;
+    for (int64_t l = 0; l < a.layers; ++l)
+        values += layers[l].nnz, features += (l ? layers[l - 1].rows : a.features) + layers[l].rows;
+    return BatchTiles<T>(a.batch, is_light(values, features));
 }

@@ -1,6 +1,8 @@
 // Row-major (N, features) <-> packed: batch-minor, columns N.. zero. What is packed is of T, and the other of T or of 16
 // bits: it is converted on its way.
 #pragma once
+#include <algorithm>
+
 #include "half.h"
 #include "team.h"
 
@@ -12,20 +14,33 @@ INLINE auto rows_of(T* matrix, int64_t stride) {
 
 inline int64_t padded(int64_t batch) { return (batch + kLanes - 1) / kLanes * kLanes; }
 
-// The batch in equal tiles of at most 8 vectors, as few as there can be. Packed activations are tile after tile, each
-// (features, width) and contiguous: a page then holds many features. What the tiles are depends on the batch alone.
+// Is a chain's work more in its activations than in its weights? features: of the inputs and outputs of all its layers.
+// What another core wrote comes late. So a thread then takes a tile of the batch through all layers, and backward it finds
+// gradients of all values, which are added up afterwards. Measured on Zen 4: even at 60 to 100 values a feature on one die.
+constexpr int64_t kValues = 64;  // a feature, at most
+inline bool is_light(int64_t values, int64_t features) { return values <= kValues * features; }
+
 template <class T>
 constexpr int64_t kWidest = kMaxGroups<T> * kLanes;
 
+// Groups of lanes that two threads would rather have a tile each of: of 3 vectors or more.
+template <class T>
+constexpr int64_t kHalved = std::max(4, 6 * kWidth<T> / kLanes);
+
+// The batch in equal tiles of at most 8 vectors, as few as there can be, but two if `light`. Packed activations are tile
+// after tile, each (features, width) and contiguous: a page then holds many features. No tile depends on the threads.
 template <class T>
 struct BatchTiles {
-    explicit BatchTiles(int64_t batch)
-        : groups(padded(batch) / kLanes), count((groups + kMaxGroups<T> - 1) / kMaxGroups<T>) {}
+    explicit BatchTiles(int64_t batch, bool light = false)
+        : light(light), batch(batch), groups(padded(batch) / kLanes),
+          count(std::max<int64_t>((groups + kMaxGroups<T> - 1) / kMaxGroups<T>, light && groups >= kHalved<T> ? 2 : 1)) {}
     int64_t begin(int64_t i) const { return groups * i / count * kLanes; }  // first column
     int64_t width(int64_t i) const { return begin(i + 1) - begin(i); }
     template <class U>
     U* of(U* packed, int64_t features, int64_t i) const { return packed + features * begin(i); }
-    int64_t groups, count;
+    int64_t samples(int64_t i) const { return std::min(width(i), batch - begin(i)); }
+    bool light;
+    int64_t batch, groups, count;
 };
 
 // Features [from, to) of x, whose rows (samples) are `stride` apart, to `width` columns.

@@ -13,7 +13,8 @@ int64_t sparselottery_conv_plan(int32_t, const Taps*, const int32_t*, const int3
                                 int64_t, int32_t**);
 int64_t sparselottery_quads(int32_t, const int32_t*, const int32_t*, int32_t*);
 void sparselottery_free(void* memory);
-void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y);
+void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y, int64_t values,
+                          int64_t all_features);
 void sparselottery_net(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_rows(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_t batch);
@@ -117,11 +118,12 @@ T from(PyObject* number) {
         return static_cast<T>(integer(number));
 }
 
-// (is_double, packed, batch, features, y): packed x -> y.
+// (is_double, packed, batch, features, y, values, all_features): packed x -> y.
 PyObject* unpack(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([=] {
-        take(count, 5);
-        sparselottery_unpack(is_true(args[0]), from<const void*>(args[1]), integer(args[2]), integer(args[3]), from<void*>(args[4]));
+        take(count, 7);
+        sparselottery_unpack(is_true(args[0]), from<const void*>(args[1]), integer(args[2]), integer(args[3]),
+                             from<void*>(args[4]), integer(args[5]), integer(args[6]));
         return Py_NewRef(Py_None);
     });
 }

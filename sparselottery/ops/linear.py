@@ -169,7 +169,7 @@ def _keep_one_copy(ctx):
         if torch.is_grad_enabled():  # gradients of gradients read x; autograd knows where it came from
             plans, blocks = ctx.indices[2:]
             on_cpu = saved.is_cpu and _gpu_plans(stand_in, plans, blocks) is None and cpu.supports(saved.dtype, plans)
-            return (cpu if on_cpu else reference).saved_input(saved, batch, features)
+            return (cpu if on_cpu else reference).saved_input(saved, batch, features, *ctx.indices[:2])
         return stand_in
 
     with suppress(RuntimeError):  # hooks of the caller have it already: they decide
