@@ -36,7 +36,8 @@ class Trainer:
 
     rule: "adam" with constants (beta1, beta2, eps, weight decay), as torch.optim.Adam, or "sgd" with (momentum, weight
     decay), as torch.optim.SGD. All tensors have one dtype, float32 or float64, and are contiguous; patterns are valid.
-    Results do not depend on the number of threads, which is torch's when the trainer is made.
+    Results do not depend on the number of threads, which is torch's when the trainer is made, or one where that is
+    faster, as for small nets whose cores are on two dies: both are timed, again and again.
     moments: of an optimiser that has done `steps` steps, two of the values and two of the bias for each layer, which
     change in place, too; None: it is a new one. The second ones of "sgd" are None.
     """
@@ -53,6 +54,7 @@ class Trainer:
         self._classes = len(layers[-1].crow_indices) - 1
         self._threads, self._rule, self._steps = torch.get_num_threads(), _RULES.index(rule), steps
         self._constants = torch.tensor(constants, dtype=torch.float64, device="cpu")
+        self._pace = torch.zeros(3, dtype=torch.float64, device="cpu")  # Pace in csrc/train.cpp
         moments = map(_zeros, layers) if moments is None else moments
         self._kept = [self._tensors(*each) for each in zip(layers, moments, strict=True)]
         self._words = [0 if tensor is None else tensor.data_ptr() for tensors in self._kept for tensor in tensors]
@@ -85,7 +87,7 @@ class Trainer:
         rates = torch.tensor(rates, dtype=torch.float64, device="cpu")
         sizes = [self._dtype == torch.float64, self._threads, len(self._kept), order.shape[1]]
         data = [each.data_ptr() for each in (images, labels, order, rates)]
-        rule = [len(order), self._steps, self._rule, self._constants.data_ptr()]
+        rule = [len(order), self._steps, self._rule, self._constants.data_ptr(), self._pace.data_ptr()]
         if order.numel():
             native.LIBRARY.train([*sizes, *data, *rule, *self._words])
         self._steps += len(order)

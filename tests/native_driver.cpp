@@ -277,12 +277,13 @@ void train(int64_t batch) {
     std::vector<T> trained = w.values, bias = w.bias, moments(w.values.size()), bias_moments(21);
     std::vector<T> expected = w.values, expected_bias = w.bias;
     const double rate = 0.5, constants[2] = {0, 0};
+    double pace[3] = {};
     int32_t* plan;
     sparselottery_plan(21, 45, w.begin.data(), w.at.data(), 16, 16, 32, 32, true, 1, &plan);
     const std::vector<int64_t> args{
         sizeof(T) == 8, threads, 1, batch, word(x.data()), word(labels.data()), word(order.data()), word(&rate), 1, 0, 1,
-        word(constants), word(plan), word(trained.data()), word(moments.data()), 0, word(bias.data()), word(bias_moments.data()),
-        0};
+        word(constants), word(pace), word(plan), word(trained.data()), word(moments.data()), 0, word(bias.data()),
+        word(bias_moments.data()), 0};
     sparselottery_train(args.data());
     const std::vector<T> logits = product(w, x, batch, false);
     for (int64_t n = 0; n < batch; ++n) {
@@ -337,7 +338,7 @@ void all() {
 
 int main(int count, char** arguments) {
     const int64_t* train = sparselottery_abi_train;
-    if (train[1] != 12 || train[2] != 7 || sparselottery_abi_rows[1] != 7 ||
+    if (train[1] != 13 || train[2] != 7 || sparselottery_abi_rows[1] != 7 ||
         sparselottery_abi_net[4] != 7 + sizeof(Field) / 8) {
         std::puts("structs of the sources have changed: so must the driver's");
         return 100;

@@ -21,6 +21,7 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float64]
 BATCHES = [1, 2, 15, 16, 17, 60, 128, 129, 240, 256, 300]
 FEATURES = [1, 7, 16, 100, 1000]
+LIGHT, HEAVY = ([300, 100, 10], 0.05), ([300, 400, 10], 0.9)  # is_light in csrc/pack.h: of the first, tiles are taken whole
 BACKENDS = pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 
 MASKS = {
@@ -215,16 +216,25 @@ def test_strided_values_and_biases(batch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 16, 17, 48, 60, 80, 129, 144, 256, 300, 384])
-def test_threads_change_no_bit(level, batch, dtype):
-    """How a batch is shared out decides the width of its tiles, and no sum may depend on it."""
-    chain = make(batch, [300, 100, 10], density=0.05, entries=gaussian).to(dtype)
+@pytest.mark.parametrize(("widths", "density"), [LIGHT, HEAVY])
+@pytest.mark.parametrize("batch", [1, 16, 17, 48, 60, 80, 129, 144, 256, 300, 384, 650])
+def test_threads_change_no_bit(level, batch, widths, density, dtype):
+    """What a thread takes, a tile of the batch or strips of W, depends on the threads, and no sum may depend on it."""
+    chain = make(batch, widths, density=density, entries=gaussian).to(dtype)
     torch.set_num_threads(1)
     alone = run(cpu, chain)
     for threads in (2, 3, 4, 5):
         torch.set_num_threads(threads)
         for name, result in run(cpu, chain).items():
             assert torch.equal(result, alone[name]), (threads, name)
+
+
+@pytest.mark.parametrize(("widths", "density"), [LIGHT, HEAVY])
+@pytest.mark.parametrize("batch", [5, 60, 112, 128, 300])
+def test_what_is_saved_gives_the_input_back(level, batch, widths, density):
+    chain = make(batch, widths, density=density, entries=gaussian)
+    _, saved = cpu.chain_forward(chain.x, chain.values, chain.biases, *chain.indices(), False, True)
+    assert torch.equal(cpu.saved_input(saved, batch, widths[0], *chain.indices()[:2]), chain.x)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])

@@ -148,6 +148,21 @@ def test_threads_change_no_bit(batch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_a_team_and_one_thread_are_timed_and_give_the_same_bits():
+    torch.set_num_threads(2)
+    problem, results = make(60, [150, 33, 10], steps=40), []
+    for known in ([0.0, 0.0, 0.0], [6.0, 1.0, 2.0], [6.0, 2.0, 1.0]):  # nothing, that the team is faster, that one is
+        layers = problem.layers()
+        training = trainer(layers)
+        training._pace.copy_(torch.tensor(known))
+        training(problem.images, problem.labels, problem.order, rates(problem))
+        results.append([tensor for layer in layers for tensor in (layer.values, layer.bias)])
+        assert training._pace[0] == known[0] + 10  # four steps a time
+        assert (training._pace[1:] > 0).all()
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("batch", [17, 60])
 def test_threads_change_no_bit_of_blocks(batch):
     """Strips depend on the threads, and rows that are multiplied four at a time are of one strip."""

@@ -16,24 +16,22 @@ inline int64_t padded(int64_t batch) { return (batch + kLanes - 1) / kLanes * kL
 
 // Is a chain's work more in its activations than in its weights? features: of the inputs and outputs of all its layers.
 // What another core wrote comes late. So a thread then takes a tile of the batch through all layers, and backward it finds
-// gradients of all values, which are added up afterwards. Measured on Zen 4: even at 60 to 100 values a feature on one die.
+// gradients of all values, which are added up afterwards. On Zen 4 that pays up to 60 to 100 values a feature on one die.
 constexpr int64_t kValues = 64;  // a feature, at most
 inline bool is_light(int64_t values, int64_t features) { return values <= kValues * features; }
 
 template <class T>
 constexpr int64_t kWidest = kMaxGroups<T> * kLanes;
 
-// Groups of lanes that two threads would rather have a tile each of: of 3 vectors or more.
-template <class T>
-constexpr int64_t kHalved = std::max(4, 6 * kWidth<T> / kLanes);
-
-// The batch in equal tiles of at most 8 vectors, as few as there can be, but two if `light`. Packed activations are tile
-// after tile, each (features, width) and contiguous: a page then holds many features. No tile depends on the threads.
+// The batch in equal tiles of at most 8 vectors, as few as there can be. If `light`, an even number of them, so that two
+// threads have as many, where a tile of all had 6 vectors or more. Packed activations are tile after tile, each
+// (features, width) and contiguous: a page then holds many features. No tile depends on the threads.
 template <class T>
 struct BatchTiles {
     explicit BatchTiles(int64_t batch, bool light = false)
-        : light(light), batch(batch), groups(padded(batch) / kLanes),
-          count(std::max<int64_t>((groups + kMaxGroups<T> - 1) / kMaxGroups<T>, light && groups >= kHalved<T> ? 2 : 1)) {}
+        : light(light), batch(batch), groups(padded(batch) / kLanes), count((groups + kMaxGroups<T> - 1) / kMaxGroups<T>) {
+        if (light && count < groups && groups >= std::max(4, 6 * kWidth<T> / kLanes)) count += count % 2;
+    }
     int64_t begin(int64_t i) const { return groups * i / count * kLanes; }  // first column
     int64_t width(int64_t i) const { return begin(i + 1) - begin(i); }
     template <class U>

@@ -17,6 +17,25 @@ namespace {
 
 constexpr int64_t kSteps = 4;  // that a team does before it may be told to leave processors to others
 
+// Is a team faster than one thread? For small nets that depends on where the cores are, which may change: lines that wander
+// between two dies take five times as long. So both are timed, again and again, and the faster one does most of the steps.
+class Pace {
+  public:
+    explicit Pace(double* kept) : turn_(kept[0]), seconds_(kept + 1) {}
+    bool team() const { return turn_ < kTries || (turn_ >= 2 * kTries && seconds_[0] <= seconds_[1]); }
+    // What a step took, of those since it was asked.
+    void took(double seconds) {
+        double& best = seconds_[turn_ >= kTries];
+        const int attempt = int(turn_) % kTries;
+        if (turn_ < 2 * kTries && attempt) best = attempt == 1 ? seconds : std::min(best, seconds);
+        turn_ = turn_ + 1 < kTurns ? turn_ + 1 : 0;
+    }
+
+  private:
+    static constexpr int kTries = 3, kTurns = 256;  // of kSteps steps; the first try of each way warms caches
+    double &turn_, *const seconds_;
+};
+
 thread_local Scratch workspace;  // the caller's: what threads share
 thread_local Scratch scratch;    // of a thread: its values and their gradients in the order of tiles
 
@@ -211,7 +230,7 @@ void train(const Training& a, const TrainedLayer* params) {
     const int64_t at_ordered[] = {reserve(entries), reserve(entries), reserve(entries)};
     T* base = workspace.get<T>(size);
     std::fill_n(base + at_zeros, features, T(0));
-    for (int64_t from = 0; from < a.steps; from += kSteps) together(a.threads, [&] {
+    const auto some_steps = [&](int64_t from, int64_t to) {
         const int64_t part = thread_index(), parts = team_size();
         std::vector<Layer<T>> layers(a.layers);
         for (int64_t l = 0; l < a.layers; ++l) {
@@ -227,7 +246,7 @@ void train(const Training& a, const TrainedLayer* params) {
         const auto feature = [&](int64_t p) { return p == parts ? features : features * p / parts / 16 * 16; };
         const Range my_features{feature(part), feature(part + 1)};
         const Range my_columns{tiles.groups * part / parts * kLanes, tiles.groups * (part + 1) / parts * kLanes};
-        for (int64_t step = from; step < std::min(a.steps, from + kSteps); ++step) {
+        for (int64_t step = from; step < to; ++step) {
             const int64_t* order = a.order + step * a.batch;
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
             pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x);
@@ -251,8 +270,15 @@ void train(const Training& a, const TrainedLayer* params) {
             layers[0].update_ordered(rule, tiles, x);
             layers[0].update_bias(rule, tiles);
         }
-        if (from + kSteps >= a.steps) layers[0].bring(false);
-    });
+        if (to == a.steps) layers[0].bring(false);
+    };
+    Pace pace(a.pace);
+    for (int64_t from = 0, to; from < a.steps; from = to) {
+        to = std::min(a.steps, from + kSteps);
+        const double began = Meeting::seconds();
+        together(pace.team() ? a.threads : 1, [&] { some_steps(from, to); });
+        pace.took((Meeting::seconds() - began) / double(to - from));
+    }
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Training {  // mirrored in cpu_train.py; its layers follow
     int64_t steps, first;           // first: steps that were done before these
     int64_t rule;
     const double* constants;  // ADAM: beta1, beta2, eps, weight decay. SGD: momentum, weight decay
+    double* pace;             // of this trainer: what Pace keeps, zeros at first
 };
 
 // One step's rule for parameters with gradients: both as in torch.
