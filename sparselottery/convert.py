@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .calls import ExampleInput
 from .copying import copied
 from .execution import choose_execution
-from .masks import as_mask
+from .masks import as_mask, by_name
 from .nn import MaskedLayer, MaskedSequential, OpenedModule, keep_from_fast_path, masked_type_of, opened_type_of
 from .nn.carried import own_buffers
 from .nn.weight import plain
@@ -66,7 +66,7 @@ def convert(model: nn.Module, masks: Mapping[str, Tensor], example_input: Exampl
 
 
 def _warn_of_optimizers(found: Survey, masks: Mapping[str, Tensor]) -> None:
-    weights = [found.maskable[name] for name in masks if name in found.maskable]
+    weights = [found.maskable[name] for name in by_name(masks) if name in found.maskable]
     held = {weight.parameter for weight in weights if isinstance(weight.layer, MaskedLayer)}
     if held and known_optimizers(lambda each: any(held & set(group["params"]) for group in each.param_groups)):
         warnings.warn(
@@ -82,9 +82,7 @@ def converted_with(
 ) -> nn.Module:
     """As `convert`, with other weights, by name, in the masked layers: of the same shapes, not checked."""
     found = survey(model) if found is None else found
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"masks: expected a dict of masks by parameter name, got {type(masks).__name__}")
-    masks = {name: as_mask(name, mask) for name, mask in masks.items()}
+    masks = {name: as_mask(name, mask) for name, mask in by_name(masks).items()}
     for name, mask in masks.items():
         if name not in found.maskable:
             raise ValueError(_no_weight(name, found))

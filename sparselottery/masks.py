@@ -59,9 +59,16 @@ def as_mask(name: str, mask: Tensor | np.ndarray) -> Tensor:
     return mask
 
 
+def by_name(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The masks; raises TypeError if they are no mapping."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks: expected a dict of masks by parameter name, got {type(masks).__name__}")
+    return masks
+
+
 def check(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError or TypeError unless each mask is boolean and of the shape of the weight it is named after."""
-    for name, mask in masks.items():
+    for name, mask in by_name(masks).items():
         if name not in weights:
             raise ValueError(f"masks: expected names among {list(weights)}, got {name!r}")
         mask = as_mask(name, mask)

@@ -121,7 +121,12 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """The weights of a model, dense or converted; of modules with several names the first counts."""
+    """The weights of a model, dense or converted; of modules with several names the first counts.
+
+    Raises TypeError if it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     holders: dict[Tensor, list[str]] = defaultdict(list)
     uses: dict[Tensor, list[tuple[Use, type[MaskedLayer] | None, str | None]]] = defaultdict(list)
     for prefix, module, parent, names in _modules(model):

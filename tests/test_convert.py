@@ -347,3 +347,15 @@ def test_data_parallel_sends_gradients_and_statistics_only(tmp_path):
     assert sum(sent) == sum(parameter.nbytes for parameter in model.parameters())
     assert {id(buffer) for buffer in replica.modules_buffers} == {id(buffer) for buffer in model[1].buffers()}
     assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore")
+
+
+@pytest.mark.parametrize("masks", [None, [], "0.weight"])
+def test_masks_that_are_no_mapping(masks):
+    told = f"masks: expected a dict of masks by parameter name, got {type(masks).__name__}"
+    with pytest.raises(TypeError, match=told):
+        convert(nn.Sequential(nn.Linear(4, 3)), masks)
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got Parameter"):
+        convert(nn.Linear(4, 3).weight, {})

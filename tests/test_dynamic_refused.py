@@ -24,6 +24,8 @@ from sparselottery.convert import masks_of
         ({"ignore": "0.*"}, TypeError, "ignore: expected a sequence of names"),
         ({"ignore": ["9.*"]}, ValueError, r"ignore: expected names or patterns among \['0.weight', .*, got '9.\*'"),
         ({"ignore": ["*"]}, ValueError, "model: expected masked layers that may move, got none"),
+        ({"density": 0.1}, TypeError, r"density: expected a function of the step, as constant\(0.1\) is, got 0.1"),
+        ({"drop_fraction": 0.3}, TypeError, "drop_fraction: expected a function of the step, .* got 0.3"),
         ({"density": dynamic.constant(1.5)}, ValueError, "density: expected values in .*, got 1.5 at step 0"),
         (
             {"distribution": lambda shapes, density: dict.fromkeys(shapes, 2.0)},
@@ -57,6 +59,8 @@ def test_what_a_step_refuses():
     [
         (lambda m, o: dynamic.gmp(m, o, 1.5, end=5), ValueError, r"density: expected values in \[0, 1\], got 1.5"),
         (lambda m, o: dynamic.gmp(m, o, math.nan, end=5), ValueError, r"density: expected values in \[0, 1\], got nan"),
+        (lambda m, o: dynamic.gmp(m, o, "x", end=5), TypeError, "schedule: expected numbers, got 1.0, 'x', begin 0"),
+        (lambda m, o: dynamic.set_training(m, o, "x", end=5), TypeError, "schedule: expected a number, got 'x'"),
         (lambda m, o: dynamic.rigl(m, o, 0.1, end=1.5), TypeError, "every, end: expected ints, got 100 and 1.5"),
         (lambda m, o: dynamic.dsd(m, o, 0.1, 9, 5), ValueError, "expected 0 < sparse_from < dense_from, got 9 and 5"),
     ],

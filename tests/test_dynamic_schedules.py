@@ -68,6 +68,7 @@ def test_phases_and_turns():
         (lambda: cubic(0.1, end=5, begin=5), "0 <= begin < end, got 5 and 5"),
         (lambda: linear(0.1, end=5, begin=-1), "got -1 and 5"),
         (lambda: exponential(0.0, end=5), "positive ends, got 1.0 and 0.0"),
+        (lambda: exponential(-0.5, end=5), "positive ends, got 1.0 and -0.5"),
         (lambda: phases({1: 0.5}), r"a value for step 0, got those for \[1\]"),
         (lambda: alternating(0.1, 0, 3, 5), "at least a step of each, got 0 and 3"),
     ],
@@ -75,6 +76,14 @@ def test_phases_and_turns():
 def test_what_schedules_refuse(call, told):
     with pytest.raises(ValueError, match=told):
         call()
+
+
+@pytest.mark.parametrize("schedule", [linear, cubic, exponential])
+def test_ends_that_are_no_numbers(schedule):
+    with pytest.raises(TypeError, match=r"schedule: expected numbers, got 1.0, None, begin 0 and end 5"):
+        schedule(None, end=5)
+    with pytest.raises(TypeError, match=r"got 1.0, 0.1, begin 0 and end 'x'"):
+        schedule(0.1, end="x")
 
 
 def overall(densities):

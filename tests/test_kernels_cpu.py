@@ -21,7 +21,7 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float64]
 BATCHES = [1, 2, 15, 16, 17, 60, 128, 129, 240, 256, 300]
 FEATURES = [1, 7, 16, 100, 1000]
-LIGHT, HEAVY = ([300, 100, 10], 0.05), ([300, 400, 10], 0.9)  # is_light in csrc/pack.h: of the first, tiles are taken whole
+LIGHT, HEAVY = ([300, 100, 10], 0.05), ([300, 400, 10], 0.9)  # is_light in csrc/pack.h
 BACKENDS = pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 
 MASKS = {

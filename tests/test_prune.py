@@ -95,3 +95,12 @@ def test_a_pruned_weight_never_returns(fractions):
 def test_prune_refuses(model, arguments, error, message):
     with pytest.raises(error, match=message):
         prune(model, **{"fraction": 0.2, **arguments})
+
+
+def test_prune_of_what_is_no_model_or_has_no_data():
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got str"):
+        prune("x", 0.2)
+    with pytest.raises(ValueError, match=r"model: expected weights with data, got those of '0.weight' on"):
+        prune(nn.Sequential(nn.Linear(4, 3, device="meta")), 0.2)
+    with pytest.raises(TypeError, match="masks: expected a dict of masks by parameter name, got list"):
+        prune(nn.Sequential(nn.Linear(4, 3)), 0.2, [])

@@ -90,7 +90,7 @@ struct Pass {
         const int64_t width = tiles.width(i), out_features = layers.back().params.rows;
         pack_tile<T, S>(a.x, tiles, i, mine(out_features), of(a.packed_gy, out_features));
         if (a.input.data) pack_tile<T, S>(a.input, tiles, i, mine(a.features), of(layers[0].params.input, a.features));
-        for (const Layer<T, S>& layer : layers) 
+        for (const Layer<T, S>& layer : layers)
             keep<T, S>(layer.params, tiles, layer.in_features, i, mine(layer.in_features), true);
         if (!alone) barrier();
         T* const out = scratch.get<T>(rows * kWidest<T>);

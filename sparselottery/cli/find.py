@@ -97,8 +97,8 @@ def _find(args: argparse.Namespace) -> None:
     rounds = settings.prunings
     before = trainings(out, rounds + 1)
     args.kept = lambda: kept(trainings(out, rounds + 1), rounds + 1, out)
+    images = data.load(settings.data)  # raises, before anything is said
     print(f"{settings.data}: {settings.model}, {rounds + 1} trainings of {settings.iterations} iterations, into {out}")
-    images = data.load(settings.data)
     for note in filter(None, (settings.scale, images.note)):
         print(f"note: {note}")
     print(header(ROUND_COLUMNS))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 Schedule = Callable[[int], float]
 
@@ -21,7 +22,11 @@ def constant(value: float) -> Schedule:
     Examples:
         >>> constant(0.3)(500)
         0.3
+
+    Raises TypeError if it is no number.
     """
+    if not isinstance(value, Real):
+        raise TypeError(f"schedule: expected a number, got {value!r}")
     return lambda step: value
 
 
@@ -54,7 +59,7 @@ def exponential(final: float, end: int, begin: int = 0, initial: float = 1.0) ->
 
     Raises ValueError unless both ends are positive.
     """
-    if min(initial, final) <= 0:
+    if all(isinstance(each, Real) for each in (initial, final)) and min(initial, final) <= 0:
         raise ValueError(f"exponential: expected positive ends, got {initial} and {final}")
     return _between(initial, final, begin, end, lambda passed: initial * (final / initial) ** passed)
 
@@ -97,8 +102,10 @@ def alternating(sparse: float, sparse_steps: int, dense_steps: int, end: int) ->
 
 def _between(initial: float, final: float, begin: int, end: int, at: Callable[[float], float]) -> Schedule:
     """`initial` until `begin`, `final` from `end` on; at(share of the way) between them, and never beyond them."""
+    if not all(isinstance(each, Real) for each in (initial, final, begin, end)):
+        raise TypeError(f"schedule: expected numbers, got {initial!r}, {final!r}, begin {begin!r} and end {end!r}")
     if not 0 <= begin < end:
-        raise ValueError(f"expected 0 <= begin < end, got {begin} and {end}")
+        raise ValueError(f"schedule: expected 0 <= begin < end, got {begin} and {end}")
     low, high = min(initial, final), max(initial, final)
 
     def schedule(step: int) -> float:

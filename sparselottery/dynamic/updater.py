@@ -97,6 +97,9 @@ class MaskUpdater:
         ignore: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
+        for name, given in (("density", density), ("drop_fraction", drop_fraction or constant(0.0))):
+            if not callable(given):
+                raise TypeError(f"{name}: expected a function of the step, as constant(0.1) is, got {given!r}")
         self.model, self.density, self.drop_fraction = model, density, drop_fraction or constant(0.0)
         optimizers = optimizers_of(optimizer, model, {})
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizers
