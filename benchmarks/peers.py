@@ -81,8 +81,9 @@ def sparseprop(problem: Problem, backward: bool) -> Candidate:
 
 def sparselab(problem: Problem, backward: bool) -> Candidate:
     """SparseLab's layer, whose vector kernels are NEON's and scalar elsewhere; rows without room for new survivors."""
-    from sparselab import SparseLinear, layout
+    from sparselab import SparseLinear, layout, ops
 
+    ops._transpose_cache.clear()  # by the ids of matrices, which new ones have again
     layer = SparseLinear(problem.x.shape[1], problem.gy.shape[1])
     layer._csr = layout.from_dense(problem.weight, padding_ratio=0)
     layer._values = nn.Parameter(torch.from_numpy(np.asarray(layer._csr.values)))
