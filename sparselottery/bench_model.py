@@ -62,6 +62,10 @@ def bench_model(
     if example_input is None:
         example_input = torch.randn(1, *(shape or _input_shape(ticket, dense)))
     example = arguments(example_input).map(lambda each: each.float() if each.is_floating_point() else each)
+    try:
+        _call(dense, example)()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"shape, example_input: expected an input that the net takes; it says: {error}") from error
     sparse, rows = load_sparse(path, model), []
     for batch in batches:
         given = example.with_batch(batch)

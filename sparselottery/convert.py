@@ -18,7 +18,15 @@ from .calls import ExampleInput
 from .copying import copied
 from .execution import choose_execution
 from .masks import as_mask, by_name
-from .nn import MaskedLayer, MaskedSequential, OpenedModule, keep_from_fast_path, masked_type_of, opened_type_of
+from .nn import (
+    MaskedLayer,
+    MaskedSequential,
+    OpenedModule,
+    as_module,
+    keep_from_fast_path,
+    masked_type_of,
+    opened_type_of,
+)
 from .nn.carried import own_buffers
 from .nn.weight import plain
 from .pretrained import saved_sparse
@@ -140,7 +148,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     replaced: dict[nn.Module, nn.Module] = {}
     weights: dict[Tensor, nn.Parameter] = {}  # by the values that layers may share
-    for module in model.modules():
+    for module in as_module(model).modules():
         if isinstance(module, OpenedModule):
             replaced[module] = module.closed()
         elif isinstance(module, MaskedLayer):

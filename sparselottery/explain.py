@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .nn import EXECUTIONS, MaskedLayer, Measured, count_packs
+from .nn import EXECUTIONS, MaskedLayer, Measured, as_module, count_packs
 from .survey import survey
 
 
@@ -33,7 +33,7 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
     prunable: is it masked, or can it be? What share of the model can be pruned is
     `sum(math.prod(row["shape"]) for row in rows if row["prunable"]) / sum(math.prod(row["shape"]) for row in rows)`.
     """
-    packs, rows = count_packs(model), []
+    packs, rows = count_packs(as_module(model)), []
     for weight in survey(model).weights:
         layer, module = weight.name.removesuffix(".weight"), weight.layer
         layer = "" if layer == "weight" else layer

@@ -56,13 +56,17 @@ def as_mask(name: str, mask: Tensor | np.ndarray) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"{type(mask).__name__} of {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
         raise TypeError(f"masks[{name!r}]: expected a bool tensor or bool NumPy array, got {got}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"masks[{name!r}]: expected an ordinary tensor, as mask.to_dense() is, got {mask.layout}")
     return mask
 
 
 def by_name(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The masks; raises TypeError if they are no mapping."""
+    """The masks; raises TypeError if they are no mapping from names."""
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks: expected a dict of masks by parameter name, got {type(masks).__name__}")
+    if strange := [name for name in masks if not isinstance(name, str)]:
+        raise TypeError(f"masks: expected names of parameters, as '0.weight' is, got {strange[0]!r}")
     return masks
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .convert import masked_layers
 from .kernels import cpu_pattern, native
-from .masks import as_mask
+from .masks import as_mask, by_name
 from .nn import MaskedLayer
 from .nn.base import layers_alive
 from .pattern import Pattern, matrix_shape
@@ -136,7 +136,7 @@ def set_masks(
 def _moves(layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor | Pattern]) -> Moves:
     """What the masks ask for, checked."""
     moves: Moves = {}
-    for name, mask in masks.items():
+    for name, mask in by_name(masks).items():
         if not layers:
             raise ValueError("model: expected masked layers, got none: convert(model, masks) makes them")
         if name not in layers:

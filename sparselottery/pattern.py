@@ -77,6 +77,8 @@ class Pattern:
         """The pattern, and of a matrix that can be passed in pieces the values."""
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
+        if mask.layout != torch.strided:  # which have no strides, or only seem to have some
+            raise TypeError(f"mask: expected an ordinary tensor, as mask.to_dense() is, got {mask.layout}")
         if mask.dim() != 2:
             raise ValueError(f"mask: expected shape (out_features, in_features), got {tuple(mask.shape)}")
         if mask.is_meta:

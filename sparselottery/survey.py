@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .nn import MaskedLayer, OpenedModule, masked_type_of, name_of, opened_type_of
+from .nn import MaskedLayer, OpenedModule, as_module, masked_type_of, name_of, opened_type_of
 from .nn.carried import own_buffers
 from .weight_decay import SparseLotteryWarning
 
@@ -125,8 +125,7 @@ def survey(model: nn.Module) -> Survey:
 
     Raises TypeError if it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    as_module(model)
     holders: dict[Tensor, list[str]] = defaultdict(list)
     uses: dict[Tensor, list[tuple[Use, type[MaskedLayer] | None, str | None]]] = defaultdict(list)
     for prefix, module, parent, names in _modules(model):

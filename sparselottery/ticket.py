@@ -32,7 +32,7 @@ from .convert import (
 from .entries import as_tensors, owned, tied_places, with_data
 from .files import digest, json_copy, read, refusals_name, write
 from .masks import as_mask, check, survivors
-from .nn import MaskedLayer
+from .nn import MaskedLayer, as_module
 from .pattern import Pattern
 from .pieces import keep
 
@@ -93,7 +93,7 @@ class Ticket:
     @classmethod
     def from_model(cls, model: nn.Module, recipe: Mapping[str, Any] | None = None) -> Ticket:
         """The present weights and masks of a converted model."""
-        weights = {name: owned(name, entry, copied=True) for name, entry in dense_state(model).items()}
+        weights = {name: owned(name, entry, copied=True) for name, entry in dense_state(as_module(model)).items()}
         weights |= {name: weights[first] for name, first in tied(model).items()}
         masks = {name: mask.cpu() for name, mask in masks_of(model).items()}
         recipe = json_copy("recipe", dict(recipe or {}))
@@ -187,7 +187,7 @@ class Ticket:
                 path, _, part = name.rpartition(".")
                 setattr(model.get_submodule(path), part, model.get_parameter(first))
         else:
-            model = with_data(model, self.weights)
+            model = with_data(as_module(model), self.weights)
         converted = converted_with(model, self.masks, self.weights)
         present = {name: layer.weight for name, layer in masked_layers(converted).items() if name in self.masks}
         present |= {name: present[first] for name, first in tied(converted).items() if first in present}

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .nn import MaskedLayer
+from .nn import MaskedLayer, as_module
 from .nn.base import layers_alive
 
 
@@ -40,7 +40,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     one train alike. Shared parameters are in one group, once; frozen ones are in none.
     Raises ValueError for lazy parameters, which have no dimensions before the model's first call.
     """
-    survivors = {id(layer.values) for layer in model.modules() if isinstance(layer, MaskedLayer)}
+    survivors = {id(layer.values) for layer in as_module(model).modules() if isinstance(layer, MaskedLayer)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

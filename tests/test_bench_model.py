@@ -81,6 +81,9 @@ def test_the_shape_of_images_must_be_said(ways, tmp_path):
     Ticket.from_model(convert(model, prune(model, 0.8, method="random"))).save(path)
     with pytest.raises(ValueError, match="shape: expected that of one input"):
         bench_model.bench_model(path, [1])
+    for wrong in ((4, 8, 8), (3, 8)):
+        with pytest.raises(ValueError, match="shape, example_input: expected an input that the net takes; it says: "):
+            bench_model.bench_model(path, [1], wrong)
     assert bench_model.bench_model(path, [1], (3, 8, 8), seconds=0.01)[0]["median_ms"] > 0
 
 

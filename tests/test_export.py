@@ -125,6 +125,10 @@ def test_an_existing_folder_is_not_touched(exported, without):
 def test_refused_sources(tmp_path):
     with pytest.raises(ValueError, match=r"format: expected one of \['npz', 'safetensors', .*\], got 'pickle'"):
         export(converted(), tmp_path / "out", format="pickle")
+    with pytest.raises(
+        ValueError, match=r"format: expected that of a file with the path .*net.safetensors, .* got 'npz'"
+    ):
+        export(converted(), tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match="sparse_initializer: expected the format 'onnx', got 'npz'"):
         export(converted(), tmp_path / "out", sparse_initializer=True)
     unknown = Ticket.from_model(converted())

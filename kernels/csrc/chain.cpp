@@ -152,7 +152,7 @@ EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t bat
     const ChainMatrix to{y, features, 0};
     const auto all = [&](auto* x) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
-        const BatchTiles<T> tiles(batch, is_light(values, all_features));
+        const BatchTiles<T> tiles(batch, is_light<T>(values, all_features));
         for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T, T>(tiles.of(x, features, i), tiles, i, 0, features, to);
     };
     is_double ? all(static_cast<const double*>(packed)) : all(static_cast<const float*>(packed));

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t kMost = 1 << 21;  // elements of all tiles' sums: of huge batches they would be as much as activations
+
 thread_local Scratch scratch;  // of a thread: a strip of gx
 thread_local Scratch ordered;  // the caller's: values in the order of tiles, and sums
 
@@ -119,7 +121,7 @@ template <class T, class S>
 void backward(const ChainArgs& a, const ChainLayer* params) {
     const Pass<T, S> pass(a, params);
     const int64_t count = pass.tiles.count;
-    const bool light = pass.tiles.light && a.threads > 1;
+    const bool light = pass.tiles.light && a.threads > 1 && count * pass.sums <= kMost;
     T* const own = ordered.get<T>(pass.values + (light ? count : 1) * pass.sums + kLanes);
     T* const total = own + pass.values;
     Queue whole;

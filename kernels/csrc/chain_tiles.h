@@ -73,5 +73,5 @@ BatchTiles<T> tiles_of(const ChainArgs& a, const ChainLayer* layers) {
     int64_t values = 0, features = 0;
     for (int64_t l = 0; l < a.layers; ++l)
         values += layers[l].nnz, features += (l ? layers[l - 1].rows : a.features) + layers[l].rows;
-    return BatchTiles<T>(a.batch, is_light(values, features));
+    return BatchTiles<T>(a.batch, is_light<T>(values, features));
 }

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .. import ranks
 from ..masks import Block, Granularity
 from ..moves import optimizers_of, set_masks
 from ..n_of_m import NofM
-from ..nn import MaskedLayer
+from ..nn import MaskedLayer, as_module
 from ..weight_decay import SparseLotteryWarning
 from .choices import at_random, by_gradient, finite, gradients_at, highest, kept, merged
 from .distributions import DISTRIBUTIONS, Distribution
@@ -100,7 +101,7 @@ class MaskUpdater:
         for name, given in (("density", density), ("drop_fraction", drop_fraction or constant(0.0))):
             if not callable(given):
                 raise TypeError(f"{name}: expected a function of the step, as constant(0.1) is, got {given!r}")
-        self.model, self.density, self.drop_fraction = model, density, drop_fraction or constant(0.0)
+        self.model, self.density, self.drop_fraction = as_module(model), density, drop_fraction or constant(0.0)
         optimizers = optimizers_of(optimizer, model, {})
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizers
         self._distribution = distribution if callable(distribution) else DISTRIBUTIONS.get(distribution)
@@ -114,10 +115,14 @@ class MaskUpdater:
             raise ValueError(f"grow: expected one of {GROWTH}, got {grow!r}")
         if candidates is not None and not candidates >= 1:
             raise ValueError(f"candidates: expected at least 1 for each weight that is to grow, got {candidates}")
-        if min(every, window) < 1:
-            raise ValueError(f"every, window: expected at least 1, got {every} and {window}")
         if not isinstance(every, int) or not isinstance(end, int | None):
             raise TypeError(f"every, end: expected ints, got {every!r} and {end!r}")
+        if not isinstance(window, int):
+            raise TypeError(f"window: expected an int, got {window!r}")
+        if min(every, window) < 1:
+            raise ValueError(f"every, window: expected at least 1, got {every} and {window}")
+        if end is not None and end < 1:
+            raise ValueError(f"end: expected a step from 1 on, or None, got {end}")
         self.every, self.end, self.grow = every, end, grow
         self._candidates = 10.0 if candidates is None and grow == "momentum" else candidates
         self._window = {"random": 0, "gradient": 1, "momentum": min(window, every)}[grow]
@@ -141,6 +146,7 @@ class MaskUpdater:
         for step in (0, self._next_update(), end):
             if step is not None:
                 self._plan(step, start=step == 0)  # raises for what can be seen now
+        _share("drop_fraction", self.drop_fraction(1), 1)
         self._update(start=True)
         self._look_ahead()
 
@@ -197,10 +203,8 @@ class MaskUpdater:
 
     def _plan(self, step: int, start: bool = False) -> list[tuple[int, int]]:
         """Of each pool how many survivors stay and how many weights come."""
-        density, fraction = self.density(step), 0.0 if start else self.drop_fraction(step)
-        for name, value in (("density", density), ("drop_fraction", fraction)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected values in [0, 1], got {value} at step {step}")
+        density = _share("density", self.density(step), step)
+        fraction = 0.0 if start else _share("drop_fraction", self.drop_fraction(step), step)
         shares = self._distribution and self._distribution(self._shapes, density)
         plan = []
         for pool in self._pools:
@@ -317,3 +321,12 @@ class MaskUpdater:
 
 def _pool(layers: dict[str, MaskedLayer], grain: Block | NofM) -> Pool:
     return Groups(layers, grain) if isinstance(grain, NofM) else Pool(layers, grain)
+
+
+def _share(name: str, value: float, step: int) -> float:
+    """What a schedule says at a step, checked."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a function of the step that returns numbers, got {value!r} at step {step}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected values in [0, 1], got {value} at step {step}")
+    return value

@@ -55,6 +55,7 @@ FORMATS: dict[str, tuple[Callable[[Job, Path], tuple[str, ...] | None], Callable
     "onnx": (onnx.write, onnx.fault),
     "pt2": (pt2.write, pt2.fault),
 }
+_OF_FILES = (".safetensors", ".onnx", ".pt", ".pt2")  # no folder is called so
 
 
 def export(
@@ -94,6 +95,10 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {list(FORMATS)}, got {format!r}")
+    if format == "npz" and Path(path).suffix in _OF_FILES:
+        raise ValueError(
+            f"format: expected that of a file with the path {path}, as 'safetensors', got 'npz', a folder's"
+        )
     if sparse_initializer and format != "onnx":
         raise ValueError(f"sparse_initializer: expected the format 'onnx', got {format!r}")
     ticket, model = (source, None) if isinstance(source, Ticket) else (Ticket.from_model(source), source)

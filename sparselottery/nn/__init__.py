@@ -11,7 +11,7 @@ from .indices import IndexedLayer
 from .linear import MaskedLinear
 from .opened import OpenedModule
 from .own_forward import has_own_forward, with_forward_of
-from .registry import masked_type_of, name_of, opened_type_of, register
+from .registry import as_module, masked_type_of, name_of, opened_type_of, register
 from .runs import count_packs, native_runs
 from .scattered import (
     MaskedConv3d,
@@ -43,6 +43,7 @@ __all__ = [
     "Measured",
     "OpenedModule",
     "ScatteredLayer",
+    "as_module",
     "count_packs",
     "geometry_of",
     "has_own_forward",

@@ -42,6 +42,14 @@ _OPENED: tuple[type[OpenedModule], ...] = (MaskedMultiheadAttention, MaskedExper
 _BY_NAME = {"transformers.pytorch_utils.Conv1D": MaskedTransposedLinear}  # of packages that need not be there
 
 
+def as_module(model: nn.Module) -> nn.Module:
+    """The model; raises TypeError if it is none, as the class of one is not."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model: expected an nn.Module, got {got}")
+    return model
+
+
 def register(dense_type: type[nn.Module], masked_type: type[MaskedLayer]) -> None:
     """Have layers of a dense type masked by a masked type of one's own: by `prune`, `convert` and all that follows.
 

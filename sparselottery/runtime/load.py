@@ -18,7 +18,7 @@ from ..contents import Contents
 from ..copying import copied
 from ..files import read, refusals_name
 from ..kernels import native
-from ..nn import MaskedLayer, OpenedModule, keep_from_fast_path, opened_type_of
+from ..nn import MaskedLayer, OpenedModule, as_module, keep_from_fast_path, opened_type_of
 from ..survey import Survey, survey
 from .layer import FrozenLayer, runs_native
 from .sequential import FrozenSequential
@@ -127,6 +127,8 @@ def load_sparse(
     formed, knows no architecture and no model is given, the model's names or shapes are not the file's, or it has
     a buffer that is neither in the file nor has values.
     """
+    if model is not None:
+        as_module(model)
     contents = read(path)
     with refusals_name(Path(path)):
         if model is None and contents.architecture is None:
