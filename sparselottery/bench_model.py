@@ -52,8 +52,8 @@ def bench_model(
     the net is called with, its samples repeated to each batch size.
     seconds: of calls for each way and batch. A row has batch, impl, median_ms, p99_ms, items_per_s and speedup (that
     of `sparselottery` over it: above 1 where sparse is faster); of what is not installed here, a `note` and no times.
-    Raises OSError or ValueError as `load_sparse`, ValueError for a shape that is not known or given twice, RuntimeError
-    if ways differ in what they compute.
+    Raises OSError or ValueError as `load_sparse`, ValueError for a shape that is not known, given twice or not one that
+    the net takes, RuntimeError if ways differ in what they compute.
     """
     if shape and example_input is not None:
         raise ValueError("shape: expected none beside an example_input, got both")
@@ -64,7 +64,7 @@ def bench_model(
     example = arguments(example_input).map(lambda each: each.float() if each.is_floating_point() else each)
     try:
         _call(dense, example)()
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"shape, example_input: expected an input that the net takes; it says: {error}") from error
     sparse, rows = load_sparse(path, model), []
     for batch in batches:

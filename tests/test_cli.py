@@ -149,6 +149,8 @@ def test_find_without_the_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
     assert "train-images-idx3-ubyte" in fails(capsys, "find", "--data", "mnist", "--out", tmp_path / "runs")
     assert "cifar-10-batches-bin" in fails(capsys, "find", "--model", "conv-2", "--out", tmp_path / "runs")
+    assert cli.main(["find", "--data", "mnist", "--out", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().out == ""  # no head of a table that does not follow
 
 
 def test_find_a_convolutional_net_and_explain_it(tmp_path, capsys, monkeypatch):

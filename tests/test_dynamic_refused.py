@@ -29,11 +29,6 @@ from sparselottery.convert import masks_of
         ({"every": "10"}, TypeError, "every, end: expected ints, got '10' and None"),
         ({"window": "x"}, TypeError, "window: expected an int, got 'x'"),
         (
-            {"drop_fraction": dynamic.cosine(5.0, 100)},
-            ValueError,
-            r"drop_fraction: expected values in \[0, 1\], got 4.99",
-        ),
-        (
             {"density": lambda step: None},
             TypeError,
             "density: expected a function .* that returns numbers, got None at",
@@ -73,8 +68,8 @@ def test_what_a_step_refuses():
     [
         (lambda m, o: dynamic.gmp(m, o, 1.5, end=5), ValueError, r"density: expected values in \[0, 1\], got 1.5"),
         (lambda m, o: dynamic.gmp(m, o, math.nan, end=5), ValueError, r"density: expected values in \[0, 1\], got nan"),
-        (lambda m, o: dynamic.gmp(m, o, "x", end=5), TypeError, "schedule: expected numbers, got 1.0, 'x', begin 0"),
-        (lambda m, o: dynamic.set_training(m, o, "x", end=5), TypeError, "schedule: expected a number, got 'x'"),
+        (lambda m, o: dynamic.gmp(m, o, "x", end=5), TypeError, "schedule: expected numbers, got 'x'"),
+        (lambda m, o: dynamic.set_training(m, o, "x", end=5), TypeError, "schedule: expected numbers, got 'x'"),
         (lambda m, o: dynamic.rigl(m, o, 0.1, end=1.5), TypeError, "every, end: expected ints, got 100 and 1.5"),
         (lambda m, o: dynamic.dsd(m, o, 0.1, 9, 5), ValueError, "expected 0 < sparse_from < dense_from, got 9 and 5"),
     ],

@@ -80,9 +80,9 @@ def test_what_schedules_refuse(call, told):
 
 @pytest.mark.parametrize("schedule", [linear, cubic, exponential])
 def test_ends_that_are_no_numbers(schedule):
-    with pytest.raises(TypeError, match=r"schedule: expected numbers, got 1.0, None, begin 0 and end 5"):
+    with pytest.raises(TypeError, match="schedule: expected numbers, got None"):
         schedule(None, end=5)
-    with pytest.raises(TypeError, match=r"got 1.0, 0.1, begin 0 and end 'x'"):
+    with pytest.raises(TypeError, match="schedule: expected numbers, got 'x'"):
         schedule(0.1, end="x")
 
 

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kMost = 1 << 21;  // elements of all tiles' sums: of huge batches they would be as much as activations
+constexpr int64_t kMost = 1 << 21;  // elements of all tiles' sums: those of huge batches would be kept for nothing
 
 thread_local Scratch scratch;  // of a thread: a strip of gx
 thread_local Scratch ordered;  // the caller's: values in the order of tiles, and sums

@@ -18,9 +18,9 @@ template <class T>
 constexpr int64_t kWidest = kMaxGroups<T> * kLanes;
 
 // Is a chain's work more in its activations than in its weights? features: of the inputs and outputs of all its layers.
-// What another core wrote comes late. So a thread then takes a tile of the batch through all layers, and backward it finds
-// gradients of all values, which are added up afterwards: of a tile half as many as activations. On Zen 4 with AVX-512 (64
-// values a feature) that pays up to 60 to 100 values a feature on one die, and beyond on two.
+// What another core wrote comes late. So a thread then takes a tile of the batch through all layers. Backward it finds
+// gradients of all values, which are added up afterwards: of a tile, at most half as many as its activations. With AVX-512
+// that is 64 values a feature. On Zen 4 it pays up to 60 to 100 on one die, and beyond on two.
 template <class T>
 bool is_light(int64_t values, int64_t features) { return values <= features * kWidest<T> / 2; }
 

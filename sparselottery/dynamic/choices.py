@@ -97,17 +97,14 @@ def gradients_at(pool: Pool, places: Tensor, watch: Watch) -> Tensor:
 
 def merged(one: Tensor, other: Tensor) -> Tensor:
     """Ascending places of both, which share none."""
-    if not len(other):
-        return one
-    both = torch.cat([one, other])
-    if both.is_cpu:  # a stable sort merges what comes in runs, in a twentieth of the time
-        return torch.from_numpy(np.sort(both.numpy(), kind="stable"))
-    return both.sort().values
+    return ascending(torch.cat([one, other]), in_runs=True) if len(other) else one
 
 
-def ascending(places: Tensor) -> Tensor:
-    """Sorted, on the CPU by NumPy, which is faster."""
-    return torch.from_numpy(np.sort(places.numpy())) if places.is_cpu else places.sort().values
+def ascending(places: Tensor, in_runs: bool = False) -> Tensor:
+    """Sorted, on the CPU by NumPy, which is faster. in_runs: a stable sort merges them, in a twentieth of the time."""
+    if not places.is_cpu:
+        return places.sort().values
+    return torch.from_numpy(np.sort(places.numpy(), kind="stable" if in_runs else None))
 
 
 def finite(scores: Tensor) -> bool:

@@ -25,8 +25,7 @@ def constant(value: float) -> Schedule:
 
     Raises TypeError if it is no number.
     """
-    if not isinstance(value, Real):
-        raise TypeError(f"schedule: expected a number, got {value!r}")
+    _check_numbers(value)
     return lambda step: value
 
 
@@ -59,7 +58,8 @@ def exponential(final: float, end: int, begin: int = 0, initial: float = 1.0) ->
 
     Raises ValueError unless both ends are positive.
     """
-    if all(isinstance(each, Real) for each in (initial, final)) and min(initial, final) <= 0:
+    _check_numbers(initial, final)
+    if min(initial, final) <= 0:
         raise ValueError(f"exponential: expected positive ends, got {initial} and {final}")
     return _between(initial, final, begin, end, lambda passed: initial * (final / initial) ** passed)
 
@@ -100,10 +100,14 @@ def alternating(sparse: float, sparse_steps: int, dense_steps: int, end: int) ->
     return lambda step: sparse if step >= end or step % (sparse_steps + dense_steps) < sparse_steps else 1.0
 
 
+def _check_numbers(*given: float) -> None:
+    if strange := [each for each in given if not isinstance(each, Real)]:
+        raise TypeError(f"schedule: expected numbers, got {strange[0]!r}")
+
+
 def _between(initial: float, final: float, begin: int, end: int, at: Callable[[float], float]) -> Schedule:
     """`initial` until `begin`, `final` from `end` on; at(share of the way) between them, and never beyond them."""
-    if not all(isinstance(each, Real) for each in (initial, final, begin, end)):
-        raise TypeError(f"schedule: expected numbers, got {initial!r}, {final!r}, begin {begin!r} and end {end!r}")
+    _check_numbers(initial, final, begin, end)
     if not 0 <= begin < end:
         raise ValueError(f"schedule: expected 0 <= begin < end, got {begin} and {end}")
     low, high = min(initial, final), max(initial, final)

@@ -98,10 +98,11 @@ class MaskUpdater:
         ignore: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        for name, given in (("density", density), ("drop_fraction", drop_fraction or constant(0.0))):
+        drop_fraction = constant(0.0) if drop_fraction is None else drop_fraction
+        for name, given in (("density", density), ("drop_fraction", drop_fraction)):
             if not callable(given):
                 raise TypeError(f"{name}: expected a function of the step, as constant(0.1) is, got {given!r}")
-        self.model, self.density, self.drop_fraction = as_module(model), density, drop_fraction or constant(0.0)
+        self.model, self.density, self.drop_fraction = as_module(model), density, drop_fraction
         optimizers = optimizers_of(optimizer, model, {})
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizers
         self._distribution = distribution if callable(distribution) else DISTRIBUTIONS.get(distribution)
@@ -146,7 +147,6 @@ class MaskUpdater:
         for step in (0, self._next_update(), end):
             if step is not None:
                 self._plan(step, start=step == 0)  # raises for what can be seen now
-        _share("drop_fraction", self.drop_fraction(1), 1)
         self._update(start=True)
         self._look_ahead()
 
@@ -203,8 +203,8 @@ class MaskUpdater:
 
     def _plan(self, step: int, start: bool = False) -> list[tuple[int, int]]:
         """Of each pool how many survivors stay and how many weights come."""
-        density = _share("density", self.density(step), step)
-        fraction = 0.0 if start else _share("drop_fraction", self.drop_fraction(step), step)
+        density = _share_at(step, "density", self.density)
+        fraction = 0.0 if start else _share_at(step, "drop_fraction", self.drop_fraction)
         shares = self._distribution and self._distribution(self._shapes, density)
         plan = []
         for pool in self._pools:
@@ -323,8 +323,9 @@ def _pool(layers: dict[str, MaskedLayer], grain: Block | NofM) -> Pool:
     return Groups(layers, grain) if isinstance(grain, NofM) else Pool(layers, grain)
 
 
-def _share(name: str, value: float, step: int) -> float:
-    """What a schedule says at a step, checked."""
+def _share_at(step: int, name: str, schedule: Schedule) -> float:
+    """What a schedule of shares says at a step. Raises TypeError or ValueError if it is no number in [0, 1]."""
+    value = schedule(step)
     if not isinstance(value, Real):
         raise TypeError(f"{name}: expected a function of the step that returns numbers, got {value!r} at step {step}")
     if not 0 <= value <= 1:
