@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from torch import Tensor, distributed
 
 
@@ -19,6 +21,15 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if _several():
         distributed.barrier()
+
+
+def leave() -> None:
+    """End the group, and its threads: one that still frees a tensor while Python ends aborts the process.
+
+    They end once nothing holds the group: replicas of DistributedDataParallel do.
+    """
+    distributed.destroy_process_group()
+    gc.collect()
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from pathlib import Path
 PROGRAM = """
 import sys
 import torch
+import torch.distributed.nn  # before there is a group: its defaults would hold it
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from sparselottery import convert, dynamic
+from sparselottery import convert, dynamic, ranks
 from sparselottery.convert import dense_state, masks_of
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -41,7 +42,8 @@ for how in ({}, {"grow": "random"}, {"candidates": 3.0}, {"grow": "momentum"}, {
     for one, other in zip(*everywhere):
         assert all(torch.equal(one[name], other[name]) for name in one), how
     assert any(not torch.equal(mask, first[name]) for name, mask in masks_of(model).items())
-distributed.destroy_process_group()
+del replica, updater
+ranks.leave()  # of threads that would free tensors while Python ends
 """
 
 

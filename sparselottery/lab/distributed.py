@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed.nn  # imported while there is a group, its defaults would hold that group for ever
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..convert import to_dense
-from ..ranks import rank, size
+from ..ranks import leave, rank, size
 
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -38,7 +39,22 @@ def from_environment() -> Iterator[int]:
         yield rank()
         dist.barrier()  # none leaves while another still waits for what it sent
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+class Average:
+    """Averages gradients over all processes, by a hook of DistributedDataParallel, and counts the bytes sent.
+
+    The replica holds it, through C++ where no cycle is seen, so it must not hold the replica.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def hook(self, _, bucket):  # torch refuses annotations that are strings
+        gradients = bucket.buffer().div_(size())
+        self.sent += gradients.nbytes
+        return dist.all_reduce(gradients, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 class Replica(DistributedDataParallel):
@@ -49,13 +65,8 @@ class Replica(DistributedDataParallel):
             dist.broadcast(tensor.detach(), 0)
         super().__init__(model, init_sync=False)
         self.broadcast_buffers = False  # it would send the indices of the survivors in every step
-        self.sent = 0
-        self.register_comm_hook(None, self._average)
-
-    def _average(self, _, bucket):  # torch refuses annotations that are strings
-        gradients = bucket.buffer().div_(size())
-        self.sent += gradients.nbytes
-        return dist.all_reduce(gradients, async_op=True).get_future().then(lambda done: done.value()[0])
+        self.average = Average()
+        self.register_comm_hook(None, self.average.hook)
 
 
 def replica(model: nn.Module) -> nn.Module:
@@ -100,7 +111,7 @@ def traffic(trained: nn.Module, steps: int) -> dict[str, int]:
     if not isinstance(trained, Replica):
         return {}
     dense = sum(parameter.nbytes for parameter in to_dense(trained.module).parameters())
-    return {"allreduce_bytes": trained.sent // steps, "dense_allreduce_bytes": dense}
+    return {"allreduce_bytes": trained.average.sent // steps, "dense_allreduce_bytes": dense}
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:
