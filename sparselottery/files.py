@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -223,7 +224,8 @@ def json_copy(what: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, default=_number))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{what}: expected JSON-able contents, got {value!r}: {error}") from None
+        got = reprlib.repr(value)  # of a long one the beginning
+        raise TypeError(f"{what}: expected JSON-able contents, got {got}: {error}") from None
 
 
 def _number(value: Any) -> Any:

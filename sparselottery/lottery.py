@@ -98,8 +98,8 @@ def find_ticket(
             losing at most the round in flight and ending as if it had never stopped; with more `rounds`, a finished
             one goes on too. It holds settings.json, theta.safetensors (theta_k), for each round round-00.json (its
             record) and round-00.safetensors (a Ticket: its trained weights and mask), and ticket.safetensors.
-        settings: JSON-able; whatever else decides the result (learning rate, data). Kept in the folder and in the
-            ticket's recipe; going on in the folder of a run with other settings is refused.
+        settings: JSON-able; whatever else decides the result (learning rate, data, which net of these layers). Kept in
+            the folder and in the ticket's recipe; going on in the folder of a run with other settings is refused.
         on_round: called with each round's record when it is done, or found done: round, density, nnz, total, seconds
             (of the training) and what `train` returned.
     Returns the ticket: theta_k at the last mask. The trained weights are in `out`, whose files hold dense tensors only:
@@ -111,8 +111,11 @@ def find_ticket(
     """
     _check_count("rounds", rounds, 0)
     _check_count("rewind_step", rewind_step, 0)
-    if scores is not None and not callable(scores):
-        raise TypeError(f"scores: expected a function of the trained model, got {type(scores).__name__}")
+    if not callable(train):
+        raise TypeError(f"train: expected a function that trains a model, got {type(train).__name__}")
+    for name, given in (("retrain", retrain), ("scores", scores), ("on_round", on_round)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name}: expected a function or None, got {type(given).__name__}")
     found = survey(model)
     weights = prunable(model, found)
     masks = complete(weights, masks_of(model))

@@ -126,9 +126,10 @@ def pools(
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
     _check_fraction("fraction", fraction)
+    if not isinstance(rates, Mapping | None):
+        raise TypeError(f"rates: expected a dict of fractions by name, got {type(rates).__name__}")
+    left = ignored(ignore, names)
     own: dict[str, float] = {}
     for pattern, rate in (rates or {}).items():
         _check_fraction(f"rates[{pattern!r}]", rate)
@@ -139,8 +140,7 @@ def pools(
         own[names[-1]] = float(output_fraction)
     elif granularity in ("rows", Rows()) and len(names) > 1:
         own.setdefault(names[-1], 0.0)  # its units are the outputs
-    for pattern in ignore:
-        own.update(dict.fromkeys(_matching("ignore", pattern, names), 0.0))
+    own.update(dict.fromkeys(left, 0.0))
     grains = granularities(names, granularity, permute)
     groups: dict[object, list[str]] = {}
     for name in names:
@@ -149,6 +149,13 @@ def pools(
             groups.setdefault(grains[name] if together else name, []).append(name)
     alone = [Pool((name,), rate, grains[name]) for name, rate in own.items()]
     return alone + [Pool(tuple(group), float(fraction), grains[group[0]]) for group in groups.values()]
+
+
+def ignored(ignore: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those of the names that `ignore` names, or that match a pattern in it; TypeError or ValueError for others."""
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
+    return [name for pattern in ignore for name in _matching("ignore", pattern, names)]
 
 
 def granularities(names: Iterable[str], granularity: Granularity, permute: bool = False) -> dict[str, Grain]:
@@ -315,6 +322,8 @@ def _checked_grain(what: str, block: Block | NofM | str) -> Grain:
 
 
 def _matching(what: str, pattern: str, names: Sequence[str]) -> list[str]:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what}: expected names of parameters, as '0.weight' is, got {pattern!r}")
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         raise ValueError(f"{what}: expected a name or pattern among {list(names)}, got {pattern!r}, which matches none")

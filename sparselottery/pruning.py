@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .convert import masks_of, prunable
 from .links import Link, links
@@ -74,16 +75,19 @@ def prune(
     several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
     all weights of two dimensions or more, and says why; and of whole layers so small that the fraction of them rounds
     to nothing.
-    Raises ValueError or TypeError for a model without such layers, weights without data or not finite, a fraction
-    outside [0, 1), an unknown method, scope, name or pattern, a granularity that is not two positive ints, "rows" or
-    "N:M", blocks of which a layer to be pruned is no more than one, "rows" of an embedding, whose rows are words, a
-    mask that is not boolean, not of its weight's shape or, in a layer to be pruned, not of whole blocks, scores of
-    another shape, not finite or missing, a fraction that does not leave N:M, and `permute` without blocks.
+    Raises ValueError or TypeError for a model without such layers, weights without a shape (lazy ones), without data or
+    not finite, a fraction outside [0, 1), an unknown method, scope, name or pattern, a granularity that is not two
+    positive ints, "rows" or "N:M", blocks of which a layer to be pruned is no more than one, "rows" of an embedding,
+    whose rows are words, a mask that is not boolean, not of its weight's shape or, in a layer to be pruned, not of
+    whole blocks, scores of another shape, not finite or missing, a fraction that does not leave N:M, and `permute`
+    without blocks.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     found = survey(model)
     weights = prunable(model, found)
+    if lazy := [each.name for each in found.weights if is_lazy(each.parameter)]:
+        raise ValueError(f"model: expected weights with a shape, got the lazy {lazy[0]!r}: call the model once first")
     if without := [name for name, weight in weights.items() if weight.is_meta]:
         raise ValueError(f"model: expected weights with data, got those of {without[0]!r} on the meta device")
     masks = complete(weights, masks_of(model) if masks is None else masks)

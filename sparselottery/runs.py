@@ -33,7 +33,11 @@ class RunFolder:
             if not path.exists():
                 raise ValueError(f"{path}: expected a folder that all processes see, not found by rank {ranks.rank()}")
             return read_json(path)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            got = f"{str(self.folder)!r}: {error.strerror}"
+            raise type(error)(f"out: expected a folder that can be made, got {got}") from error
         recipe = self._begun(path, recipe)
         self.wait()
         return recipe

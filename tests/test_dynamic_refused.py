@@ -22,7 +22,8 @@ from sparselottery.convert import masks_of
         ({"candidates": 0.5}, ValueError, "candidates: expected at least 1 for each weight"),
         ({"every": 0}, ValueError, "every, window: expected at least 1, got 0 and 10"),
         ({"ignore": "0.*"}, TypeError, "ignore: expected a sequence of names"),
-        ({"ignore": ["9.*"]}, ValueError, r"ignore: expected names or patterns among \['0.weight', .*, got '9.\*'"),
+        ({"ignore": ["9.*"]}, ValueError, r"ignore: expected a name or pattern among \['0.weight', .*, got '9.\*'"),
+        ({"ignore": [0]}, TypeError, "ignore: expected names of parameters, as '0.weight' is, got 0"),
         ({"ignore": ["*"]}, ValueError, "model: expected masked layers that may move, got none"),
         ({"end": 0}, ValueError, "end: expected a step from 1 on, or None, got 0"),
         ({"end": -1}, ValueError, "end: expected a step from 1 on, or None, got -1"),
@@ -71,6 +72,11 @@ def test_what_a_step_refuses():
         (lambda m, o: dynamic.gmp(m, o, "x", end=5), TypeError, "schedule: expected numbers, got 'x'"),
         (lambda m, o: dynamic.set_training(m, o, "x", end=5), TypeError, "schedule: expected numbers, got 'x'"),
         (lambda m, o: dynamic.rigl(m, o, 0.1, end=1.5), TypeError, "every, end: expected ints, got 100 and 1.5"),
+        (
+            lambda m, o: dynamic.gmp(m, None, 0.1, end=5),
+            TypeError,
+            "optimizer: expected the one that trains the layers",
+        ),
         (lambda m, o: dynamic.dsd(m, o, 0.1, 9, 5), ValueError, "expected 0 < sparse_from < dense_from, got 9 and 5"),
     ],
 )

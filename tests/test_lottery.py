@@ -209,7 +209,7 @@ def test_records(tmp_path):
         assert record["seconds"] > 0
         assert json.loads((tmp_path / f"round-0{record['round']}.json").read_text()) == record
     found = []
-    run(tmp_path, rounds=2, on_round=found.append, train=None)
+    run(tmp_path, rounds=2, on_round=found.append, train=pytest.fail)
     assert found == records
 
 
@@ -228,14 +228,14 @@ def test_a_folder_changes_nothing_and_is_only_trained_once(tmp_path):
     ticket = run(tmp_path / "run")
     assert run().same(ticket)
     torch.manual_seed(99)  # theta_0, the masks and the seed come from the folder, not from what is given now
-    again = find_ticket(net(seed=5), None, rounds=ROUNDS, fraction=0.3, out=tmp_path / "run")
+    again = find_ticket(net(seed=5), pytest.fail, rounds=ROUNDS, fraction=0.3, out=tmp_path / "run")
     assert again.same(ticket)
 
 
 def test_more_rounds_go_on_from_a_finished_run(tmp_path):
     run(tmp_path, rounds=1)
     assert run(tmp_path, rounds=ROUNDS).same(run())
-    assert run(tmp_path, rounds=1, train=None).same(run(rounds=1))
+    assert run(tmp_path, rounds=1, train=pytest.fail).same(run(rounds=1))
 
 
 def test_interrupted_between_the_weights_and_the_record(tmp_path):
@@ -270,7 +270,7 @@ def test_damaged_files_are_named(tmp_path, name):
     run(tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
     with pytest.raises(ValueError, match=name):
-        run(tmp_path, train=None)
+        run(tmp_path, train=pytest.fail)
 
 
 def test_settings_of_something_else(tmp_path):
@@ -289,6 +289,10 @@ def test_settings_of_something_else(tmp_path):
         ({"rates": {"typo": 0.1}}, ValueError, "'typo', which matches none"),
         ({"settings": {"lr": torch.ones(1)}}, TypeError, "settings: expected JSON-able"),
         ({"model": nn.ReLU()}, ValueError, "expected at least one layer that can be masked"),
+        ({"train": None}, TypeError, "train: expected a function that trains a model, got NoneType"),
+        ({"retrain": "x"}, TypeError, "retrain: expected a function or None, got str"),
+        ({"on_round": "x"}, TypeError, "on_round: expected a function or None, got str"),
+        ({"out": f"{__file__}/run"}, OSError, "out: expected a folder that can be made, got .*: Not a directory"),
     ],
 )
 def test_arguments_are_refused_before_any_training(tmp_path, changes, error, message):

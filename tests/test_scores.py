@@ -218,7 +218,7 @@ def test_a_fraction_that_leaves_something_else_is_refused():
             ValueError,
             r"expected the fraction 0\.5, which leaves 2:4",
         ),
-        ({"rounds": 1, "scores": {}}, TypeError, "scores: expected a function of the trained model, got dict"),
+        ({"rounds": 1, "scores": {}}, TypeError, "scores: expected a function or None, got dict"),
     ],
 )
 def test_find_ticket_refuses_before_any_training(how, error, says):

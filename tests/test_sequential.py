@@ -9,7 +9,7 @@ import torch
 from chains import noted, spy
 from torch import nn
 
-from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, ops
+from sparselottery import MaskedConv2d, MaskedLinear, MaskedSequential, convert, ops, prune, to_dense
 from sparselottery.kernels import cpu, reference
 from sparselottery.nn.fuse import Group, groups
 from sparselottery.nn.sequential import rules
@@ -327,3 +327,41 @@ def test_a_norm_of_mixed_dtypes_is_not_in_the_call(part):
         assert group_sizes(children, x) == [2]
         getattr(children[1], part).data = getattr(children[1], part).double()
         assert group_sizes(children, x) == [1]
+
+
+class Sum(nn.Module):
+    """Of a pair of tensors."""
+
+    def forward(self, pair):
+        return pair[0] + pair[1]
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mode", [True, False])
+def test_children_may_take_and_give_what_is_no_tensor(mode, grad):
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    for children, given in ([Sum()], (x, x)), ([nn.Linear(8, 8), nn.ReLU(), Pair(), Sum()], x):
+        dense = nn.Sequential(*children, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+        masks = prune(dense, 0.5)
+        model = convert(dense, masks).train(mode)
+        assert type(model) is MaskedSequential
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(given), to_dense(model)(given))
+
+
+@pytest.mark.parametrize("x", [[1.0], None, "x"])
+def test_what_is_no_tensor_is_refused_by_name(x):
+    for dense in nn.Linear(4, 3), nn.Conv2d(2, 3, 2), nn.Conv1d(2, 3, 2), nn.ConvTranspose2d(2, 3, 2):
+        model = convert(nn.Sequential(dense), prune(nn.Sequential(dense), 0.5))
+        for each in model, model[0]:
+            with pytest.raises(TypeError, match=f"x: expected a tensor, got {type(x).__name__}"):
+                each(x)
+    model = convert(nn.Sequential(nn.Embedding(4, 3)), prune(nn.Sequential(nn.Embedding(4, 3)), 0.5))
+    with pytest.raises(TypeError, match=f"ids: expected a tensor, got {type(x).__name__}"):
+        model(x)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from ..convert import masked_layers
-from ..masks import Block, Granularity, Rows, block_sums, granularities, lowest
+from ..masks import Block, Granularity, Rows, block_sums, granularities, ignored, lowest
 from ..n_of_m import NofM
 from ..nn import MaskedLayer
 from ..pattern import Pattern, has_blocks, matrix_shape
@@ -129,18 +128,14 @@ class Pool:
 def sharing(model: nn.Module, ignore: Sequence[str]) -> dict[str, list[MaskedLayer]]:
     """The layers that take part, by the first name of their values: one, or all that share them."""
     layers = masked_layers(model)
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
-    for pattern in ignore:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(f"ignore: expected names or patterns among {list(layers)}, got {pattern!r}")
+    left = set(ignored(ignore, list(layers)))
     found: dict[int, list[tuple[str, MaskedLayer]]] = {}
     for name, layer in layers.items():
         found.setdefault(id(layer.values), []).append((name, layer))
     taking_part = {
         together[0][0]: [layer for _, layer in together]
         for together in found.values()
-        if not any(fnmatchcase(name, pattern) for name, _ in together for pattern in ignore)
+        if left.isdisjoint(name for name, _ in together)
     }
     if not taking_part:
         raise ValueError("model: expected masked layers that may move, got none: convert(model, masks) makes them")

@@ -103,6 +103,8 @@ class MaskUpdater:
             if not callable(given):
                 raise TypeError(f"{name}: expected a function of the step, as constant(0.1) is, got {given!r}")
         self.model, self.density, self.drop_fraction = as_module(model), density, drop_fraction
+        if optimizer is None:
+            raise TypeError("optimizer: expected the one that trains the layers, or all of them, got None")
         optimizers = optimizers_of(optimizer, model, {})
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizers
         self._distribution = distribution if callable(distribution) else DISTRIBUTIONS.get(distribution)

@@ -92,7 +92,7 @@ class MaskedLinear(MaskedLayer):
         return put_back(y, self._rows).reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        if x.dtype == torch.bfloat16 and x.is_cpu:
+        if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.is_cpu:
             x = x.contiguous()  # torch multiplies what lies between rows by zero, and NaN times zero is NaN
         return F.linear(x, weight, bias)
 

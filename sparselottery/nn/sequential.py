@@ -39,8 +39,8 @@ class MaskedSequential(nn.Sequential):
     _kept: _Kept | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if nn.modules.module._has_any_global_hook() or ops.in_torch(input):
-            return super().forward(input)
+        if nn.modules.module._has_any_global_hook() or ops.in_torch(input) or not isinstance(input, Tensor):
+            return super().forward(input)  # what is no tensor, the first child may take
         found, at, end = self._groups(input), 0, 0
         while at < len(found):
             group, at = found[at], at + 1

@@ -19,6 +19,12 @@ Block = tuple[int, int]  # (R, C): all of its weights survive or none
 LIBRARY = torch.library.Library("sparselottery", "DEF")
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError for what is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Exception:
     """The error for a tensor that is not of this dtype, the one of x, or not of this shape."""
     if tensor.dtype != dtype:
@@ -32,7 +38,8 @@ def misplaced(x: Tensor, values: Tensor) -> Exception:
 
 
 def check_layout(x: Tensor) -> None:
-    """Raise TypeError for an x that is nested or sparse: no kernel of ours reads it."""
+    """Raise TypeError for an x that is no tensor, or nested or sparse: no kernel of ours reads it."""
+    check_tensor("x", x)
     if x.is_nested or x.layout is not torch.strided:
         got = "a nested one" if x.is_nested else f"one of {x.layout}"
         use = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.reference import rows as rows_of
 from ..kernels.reference import rows_gradient
-from .common import LIBRARY
+from .common import LIBRARY, check_tensor
 
 LIBRARY.define(
     "rows(Tensor ids, Tensor values, Tensor crow_indices, Tensor col_indices, int columns, int padding) -> Tensor"
@@ -29,6 +29,7 @@ def rows(
     Differentiable in values (nnz,), but for row `padding`. Raises IndexError on the CPU for numbers outside [0, V), and
     TypeError for others than integers.
     """
+    check_tensor("ids", ids)
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
     return _ROWS(ids, values, crow_indices, col_indices, columns, -1 if padding is None else padding)
