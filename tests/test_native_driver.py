@@ -112,3 +112,28 @@ def test_who_waited_too_long_works_alone(tmp_path):
     flags = ["-std=c++17", "-fopenmp", "-Wno-psabi", f"-I{ROOT / 'kernels/csrc'}"]
     subprocess.run([found("g++"), *flags, source, "-o", tmp_path / "main"], check=True)
     assert output(tmp_path / "main") == "3 1 333; 1 0 333; 3 1 333; 1"
+
+
+def test_strips_are_shared_out_as_nearly_as_they_can_be(tmp_path):
+    """Of four strips with nearly equal entries two threads have two each, whichever has one more."""
+    source = tmp_path / "main.cpp"
+    source.write_text("""
+        #include <cstdio>
+        #include "order.h"
+        int main() {
+            const auto shared = [](int strips, const Tile* tiles, int parts) {
+                Schedule s{};
+                s.rows = 75 * strips, s.strip = 75, s.strips = strips, s.blocks = 1, s.tiles = tiles;
+                for (int part = 0; part < parts; ++part)
+                    std::printf("%d ", int(fair_share(s, part, parts).end - fair_share(s, part, parts).begin));
+                std::printf("of %d; ", int(fair_share(s, parts - 1, parts).end));
+            };
+            const Tile less[] = {{0, 0, 0}, {0, 0, 99}, {0, 0, 199}, {0, 0, 300}, {0, 0, 401}};
+            const Tile more[] = {{0, 0, 0}, {0, 0, 102}, {0, 0, 203}, {0, 0, 302}, {0, 0, 401}};
+            const Tile last[] = {{0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 9000}};
+            shared(4, less, 2), shared(4, more, 2), shared(4, less, 3), shared(3, last, 2), shared(4, less, 6);
+            shared(0, less, 2);
+        }
+    """)
+    subprocess.run([found("g++"), *FLAGS, source, "-o", tmp_path / "main"], check=True)
+    assert output(tmp_path / "main") == "2 2 of 4; 2 2 of 4; 1 2 1 of 4; 2 1 of 3; 1 0 1 1 0 1 of 4; 0 0 of 0; "

@@ -16,6 +16,17 @@ inline Range share(int64_t count, int64_t part, int64_t parts) {
 // How many entries come before a strip.
 inline int64_t first_entry(const Schedule& s, int64_t strip) { return s.tiles[strip * s.blocks].entry; }
 
+// One of `parts` parts of the strips: as nearly equal in entries and rows as whole strips are.
+inline Range fair_share(const Schedule& s, int64_t part, int64_t parts) {
+    const auto weight = [&](int64_t strip) { return first_entry(s, strip) + strip * s.strip; };
+    const auto first = [&](int64_t p) {
+        int64_t strip = 0;
+        while (strip < s.strips && (weight(strip) + weight(strip + 1)) * parts < 2 * weight(s.strips) * p) ++strip;
+        return strip;
+    };
+    return {first(part), part + 1 < parts ? first(part + 1) : s.strips};
+}
+
 // f(place in the order, place in CSR, how many follow) for runs of the entries of `strips`, of which the places in `csr` are
 // asked for before.
 template <bool TRANSPOSED, class T, class F>

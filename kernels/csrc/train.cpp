@@ -39,18 +39,6 @@ class Pace {
 thread_local Scratch workspace;  // the caller's: what threads share
 thread_local Scratch scratch;    // of a thread: its values and their gradients in the order of tiles
 
-// The strips of one thread: about its share of the entries.
-Range owned_strips(const Schedule& s, int64_t part, int64_t parts) {
-    const auto weight = [&](int64_t strip) { return first_entry(s, strip) + strip * s.strip; };
-    const auto first = [&](int64_t p) {
-        int64_t strip = 0;
-        if (p == parts) return int64_t(s.strips);
-        while (strip < s.strips && weight(strip) * parts < weight(s.strips) * p) ++strip;
-        return strip;
-    };
-    return {first(part), first(part + 1)};
-}
-
 Range rows_of_strips(const Schedule& s, Range strips) {
     return {std::min<int64_t>(strips.begin * s.strip, s.rows), std::min<int64_t>(strips.end * s.strip, s.rows)};
 }
@@ -119,7 +107,7 @@ struct Layer {
     T* ordered[3];           // of the first layer: values and moments in the order of tiles; else null
     Range strips, strips_back, owned_rows, owned_values;  // this thread's
     void divide(int64_t part, int64_t parts) {
-        strips = owned_strips(rows, part, parts), strips_back = owned_strips(columns, part, parts);
+        strips = fair_share(rows, part, parts), strips_back = fair_share(columns, part, parts);
         owned_rows = rows_of_strips(rows, strips);
         const int32_t* crow_indices = read_plan(params->plan).crow_indices;
         owned_values = {crow_indices[owned_rows.begin], crow_indices[owned_rows.end]};
