@@ -62,14 +62,6 @@ void pack_images(const T* images, int64_t features, const int64_t* order, int64_
         }
 }
 
-// Asks for what `pack_images` will read: images are anywhere in memory.
-template <class T>
-void prefetch(const T* images, int64_t features, const int64_t* order, int64_t batch, Range range) {
-    for (int64_t n = 0; n < batch; ++n)
-        for (int64_t f = range.begin; f < range.end; f += 64 / sizeof(T))
-            __builtin_prefetch(images + order[n] * features + f, 0, 2);
-}
-
 // Logits, packed, of columns `range` -> the gradient of their mean cross-entropy, in place.
 template <class T>
 void cross_entropy_gradient(T* logits, int64_t classes, const int64_t* labels, const int64_t* order, int64_t batch,
@@ -239,7 +231,6 @@ void train(const Training& a, const TrainedLayer* params) {
             T* const x = base + at_x[step % 2];  // a slower thread may still read the last one
             pack_images(static_cast<const T*>(a.images), features, order, a.batch, base + at_zeros, my_features, x);
             barrier();
-            if (step + 1 < a.steps) prefetch(static_cast<const T*>(a.images), features, order + a.batch, a.batch, my_features);
             const T* input = x;
             for (const Layer<T>& l : layers) {
                 l.forward(tiles, input, &l != &last);
