@@ -163,9 +163,7 @@ def _pattern(name: str, layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
     if isinstance(mask, Pattern):
         if mask.shape != shape:
             raise ValueError(f"masks[{name!r}]: expected a pattern of shape {shape}, got {mask.shape}")
-        mask = mask.validate()
-        indices = (each.to(device).clone(memory_format=torch.contiguous_format) for each in mask.indices)
-        return Pattern(*indices, shape)
+        return mask.copied(device)
     mask = as_mask(name, mask)
     if tuple(mask.shape) != layer.dense_shape:
         raise ValueError(f"masks[{name!r}]: expected shape {layer.dense_shape}, got {tuple(mask.shape)}")

@@ -8,6 +8,7 @@ from blocks import blocky, is_blocky
 from hypothesis import given, settings
 
 from sparselottery import Pattern
+from sparselottery.kernels import native as native_library
 from sparselottery.pattern import BLOCKS, block_of, has_blocks
 
 MASK = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
@@ -263,3 +264,28 @@ def test_positions_by_torch_are_those_by_numpy(shape, monkeypatch):
     monkeypatch.undo()
     assert torch.equal(here.positions(), expected)
     assert here.positions().dtype == torch.int64
+
+
+@pytest.mark.parametrize("native", [True, False])
+@given(mask=masks, data=st.data())
+def test_a_copy_has_memory_of_its_own_and_is_checked(native, mask, data):
+    pattern = Pattern.from_mask(mask)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(native_library, "available", lambda: False)
+        copy = pattern.copied(torch.device("cpu"))
+        spread = Pattern(*(torch.stack([each, each], 1)[:, 0] for each in pattern.indices), pattern.shape)
+        narrow = Pattern(pattern.crow_indices, pattern.col_indices.to(torch.int16), pattern.shape)
+        for made in copy, spread.copied(torch.device("cpu")), narrow.copied(torch.device("cpu")):
+            for new, old in zip(made.indices, pattern.indices, strict=True):
+                assert torch.equal(new, old)
+                assert (new.dtype, new.is_contiguous()) == (torch.int32, True)
+        if pattern.nnz:
+            assert copy.col_indices.data_ptr() != pattern.col_indices.data_ptr()
+            at = data.draw(st.integers(0, pattern.nnz - 1))
+            columns = pattern.col_indices.clone()
+            columns[at] = data.draw(st.sampled_from([-1, pattern.shape[1]]))
+            with pytest.raises(ValueError, match="col_indices: expected"):
+                Pattern(pattern.crow_indices, columns, pattern.shape).copied(torch.device("cpu"))
+        with pytest.raises(ValueError, match="crow_indices: expected length"):
+            Pattern(pattern.crow_indices[1:], pattern.col_indices, pattern.shape).copied(torch.device("cpu"))

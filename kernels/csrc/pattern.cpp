@@ -144,13 +144,16 @@ EXPORT int64_t sparselottery_is_pattern(int64_t rows, int64_t columns, int64_t n
     if (crow_indices[0] != 0 || crow_indices[rows] != nnz) return false;
     for (int64_t r = 0; r < rows; ++r)
         if (crow_indices[r] > crow_indices[r + 1]) return false;
+    int64_t descents = 0, allowed = 0;  // of a column to the next one: of all, and where a row ends
+    bool inside = true;
+    for (int64_t k = 1; k < nnz; ++k) descents += col_indices[k] <= col_indices[k - 1];
     for (int64_t r = 0; r < rows; ++r) {
-        int64_t last = -1;
-        bool ascending = true;
-        for (int32_t k = crow_indices[r]; k < crow_indices[r + 1]; last = col_indices[k++]) ascending &= col_indices[k] > last;
-        if (!ascending || last >= columns) return false;
+        const int32_t begin = crow_indices[r], end = crow_indices[r + 1];
+        if (begin == end) continue;
+        inside &= col_indices[begin] >= 0 && col_indices[end - 1] < columns;
+        allowed += begin && col_indices[begin] <= col_indices[begin - 1];
     }
-    return true;
+    return inside && descents == allowed;
 }
 
 // Of each value its place in the matrix when flattened.

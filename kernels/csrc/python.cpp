@@ -259,6 +259,7 @@ PyMethodDef methods[] = {
     {"unpack", fast(unpack), METH_FASTCALL, nullptr},
     {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
     {"compiled", fast(compiled), METH_FASTCALL, nullptr},
+    {"copied", fast(copied), METH_FASTCALL, nullptr},
     {"carried", fast(carried), METH_FASTCALL, nullptr},
     {"gather", fast(Call<sparselottery_gather>::function), METH_FASTCALL, nullptr},
     {"positions", fast(Call<sparselottery_positions>::function), METH_FASTCALL, nullptr},

@@ -192,6 +192,7 @@ PyObject* conv_gradients(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // Of python_pattern.cpp.
 PyObject* compiled(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* copied(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* carried(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // Of python_frozen.cpp.

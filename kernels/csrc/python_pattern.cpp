@@ -9,6 +9,7 @@ int64_t sparselottery_mask_rows(const uint8_t*, int64_t, int64_t, int32_t*, int6
 int64_t sparselottery_mask_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int64_t);
 int64_t sparselottery_sources(int64_t, int64_t, const int32_t*, const int32_t*, const int32_t*, const int32_t*, int32_t*,
                               int64_t);
+int64_t sparselottery_is_pattern(int64_t, int64_t, int64_t, const int32_t*, const int32_t*);
 int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const void*, void*, const void*, int64_t);
 }
 
@@ -59,6 +60,22 @@ PyObject* compiled(PyObject*, PyObject* const* args, Py_ssize_t count) {
             sparselottery_mask_columns(flags, rows, columns, begins, found, threads);
         }
         return Py_BuildValue("NNL", crow_indices.give(), col_indices.give(), static_cast<long long>(nnz));
+    });
+}
+
+// (crow_indices, col_indices, columns, ORDINARY of native.py) -> copies of the indices, checked. None where they are no
+// ordinary tensors, or no pattern's.
+PyObject* copied(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([=] {
+        take(count, 4);
+        if (!is_ordinary(args[0], args[3]) || !is_plain(args[1], args[3])) throw Unfit();
+        const Indices from(args[0], args[1]);
+        const int64_t rows = from.rows.size - 1, nnz = from.columns.size;
+        if (rows < 0 || !sparselottery_is_pattern(rows, integer(args[2]), nnz, from.crow(), from.col())) throw Unfit();
+        Object crow_indices = empty(args[0], rows + 1), col_indices = empty(args[1], nnz);
+        std::copy_n(from.crow(), rows + 1, static_cast<int32_t*>(address(crow_indices)));
+        std::copy_n(from.col(), nnz, static_cast<int32_t*>(address(col_indices)));
+        return PyTuple_Pack(2, crow_indices.get(), col_indices.get());
     });
 }
 

@@ -137,7 +137,7 @@ class ExecutedLayer(CheckpointedLayer):
 
     def _use_plan(self, block: tuple[int, int], pattern: Pattern | None = None) -> None:
         """For kernels that multiply blocks (R, C) of this pattern, None: the layer's."""
-        if not self.plan.numel() or block != self.block:
+        if block != self.block or not self.plan.numel():
             self._buffers["plan"], vars(self)["block"] = self._compile(pattern or self.pattern, block), block
 
     def _use_dense_weight(self, positions: Tensor, shape: tuple[int, ...]) -> None:
@@ -164,8 +164,7 @@ class ExecutedLayer(CheckpointedLayer):
         known, before, digest = self._known, dict(self._buffers), self._digest
         if changed and self.measured:
             self._execution = self.measured = None
-        self._buffers["plan"] = self._no_plan()
-        vars(self).update(_mask_block=None, _mask_order=None)
+        vars(self).update(block=None, _mask_block=None, _mask_order=None)  # of no plan
         self._prepare()
         written = [before[name] is each and each._version != version for name, each, version in known]
         if all(written) and not all(_equal(before[name], self._buffers[name]) for name, *_ in known[2:]):

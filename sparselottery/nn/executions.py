@@ -166,5 +166,8 @@ def of(layer: nn.Module, wish: str | None) -> type[Execution]:
         return Dense
     if wish and BY_NAME[wish].why_not(layer) is None:
         return BY_NAME[wish]
-    natural = (Block, Permuted, Sparse) if ops.blocks_taken(layer.values.device, layer.geometry) else (Sparse,)
-    return next((each for each in natural if each.why_not(layer) is None), Dense)
+    if ops.blocks_taken(layer.values.device, layer.geometry):
+        for blocked in (Block, Permuted):
+            if blocked.why_not(layer) is None:
+                return blocked
+    return Dense if "sparse" in layer.lacks else Sparse
