@@ -6,6 +6,8 @@ The plan of a pattern (csrc/plan.h) is a flat int32 tensor; strips and tiles are
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def supports(dtype: torch.dtype, plans: list[Tensor]) -> bool:
     return known and native.LIBRARY is not None and all(plan.is_cpu and plan.numel() for plan in plans)
 
 
+@lru_cache(1024)  # of layers whose masks move the numbers stay
 def tile_shape(out_features: int, in_features: int, nnz: int) -> tuple[int, int, int]:
     """(strip, block, wide) of a plan: rows of a strip, columns of a tile, and those where most weights are of quads.
 

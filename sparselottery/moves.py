@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, is_tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -121,13 +121,13 @@ def set_masks(
         reducers = _reducers({move.values for move in moves.values() if move.after.nnz != move.before.nnz})
         for reducer, state in reducers:  # undone in the opposite order
             undo.callback(_renew, reducer, state)
+        layers = [(layer, move.after) for move in moves.values() for layer in move.layers]
+        before = [(layer, dict(vars(layer)), dict(layer._buffers)) for layer, _ in layers]
+        undo.callback(_restore, before, [(move, move.tensors()) for move in moves.values()])
         for move, tensors in moved:
-            undo.callback(move.put, move.tensors())
             move.put(tensors)
-        for move in moves.values():
-            for layer in move.layers:
-                undo.callback(_restore, layer, dict(vars(layer)), dict(layer._buffers))
-                layer.take(move.after)
+        for layer, after in layers:
+            layer.take(after)
         for reducer, state in reducers:
             _renew(reducer, state)
         undo.pop_all()
@@ -208,8 +208,8 @@ def _kept_by(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Any]:
     """The state that the optimiser has for single values, or for who knows what: all but what is one number."""
 
     def is_one(entry: Any) -> bool:
-        if not is_tensor(entry):
-            return all(is_one(each) for each in tree_leaves(entry) if is_tensor(each))
+        if not isinstance(entry, Tensor):
+            return all(is_one(each) for each in tree_leaves(entry) if isinstance(each, Tensor))
         return entry.numel() == 1 and entry.shape != values.shape
 
     return {key: entry for key, entry in optimizer.state.get(values, {}).items() if not is_one(entry)}
@@ -249,10 +249,17 @@ def _refuse(_: tuple[Tensor, ...]) -> None:
     raise RuntimeError("backward: expected a graph of calls after the last set_masks, got one of a call before it")
 
 
-def _restore(layer: MaskedLayer, attributes: dict[str, Any], buffers: dict[str, Tensor | None]) -> None:
-    vars(layer).clear()
-    vars(layer).update(attributes)
-    layer._buffers.update(buffers)
+def _restore(
+    layers: Iterable[tuple[MaskedLayer, dict[str, Any], dict[str, Tensor | None]]],
+    tensors: Iterable[tuple[Move, Sequence[Tensor | None]]],
+) -> None:
+    """What layers, with their attributes and buffers, and moves had before."""
+    for layer, attributes, buffers in layers:
+        vars(layer).clear()
+        vars(layer).update(attributes)
+        layer._buffers.update(buffers)
+    for move, before in tensors:
+        move.put(before)
 
 
 def _reducers(resized: set[nn.Parameter]) -> list[tuple[DistributedDataParallel, dict[str, Any]]]:

@@ -114,6 +114,18 @@ def test_elements_that_are_carried(shape, dtype, fill, monkeypatch):
         assert all(map(same, ours, theirs))
 
 
+@pytest.mark.parametrize("densities", [(0.98, 0.02), (0.02, 0.98), (0.9, 0.95), (0.5, 0.5), (0.1, 0.11), (1.0, 0.3)])
+def test_elements_near_and_far_from_each_other(densities, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for shape in (1, 16), (1, 47), (40, 90):
+        near = torch.rand(shape, generator=generator)
+        for other in near, torch.rand(shape, generator=generator):  # a mask within the other one, and two of their own
+            before, after = (Pattern.from_mask(x < d) for x, d in zip((near, other), densities, strict=True))
+            tensors, fills = [torch.randn(before.nnz), torch.randn(before.nnz).double()], [2.0, 0.0]
+            ours, theirs = both(monkeypatch, lambda b=before, a=after, t=tensors, f=fills: carried(b, a, t, f))
+            assert all(map(same, ours, theirs))
+
+
 def test_what_native_code_carries_and_what_it_leaves_to_torch(monkeypatch):
     before, after = map(Pattern.from_mask, masks((7, 63)))
     sources, count = after.indices_in(before), before.nnz

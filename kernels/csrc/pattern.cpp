@@ -65,7 +65,16 @@ void carry_some(const int32_t* __restrict sources, int64_t begin, int64_t end, i
         for (; begin + 16 <= end; begin += 16) {
             const __m512i at = _mm512_loadu_si512(sources + begin), fill = _mm512_set1_epi32(int32_t(newcomer));
             const __mmask16 known = _mm512_cmplt_epi32_mask(at, _mm512_set1_epi32(before));
-            _mm512_storeu_si512(to + begin, _mm512_mask_i32gather_epi32(fill, known, at, from, 4));
+            const int32_t first = known ? sources[begin + __builtin_ctz(known)] : 0;
+            const int32_t last = known ? sources[begin + 31 - __builtin_clz(known)] : 0;
+            if (last - first < 32 && first + 32 <= before) {  // they ascend: as a rule two loads have all, a gather 16
+                const __m512i low = _mm512_loadu_si512(from + first), high = _mm512_loadu_si512(from + first + 16);
+                const __m512i here = _mm512_sub_epi32(at, _mm512_set1_epi32(first));
+                _mm512_storeu_si512(to + begin,
+                                    _mm512_mask_blend_epi32(known, fill, _mm512_permutex2var_epi32(low, here, high)));
+            } else {
+                _mm512_storeu_si512(to + begin, _mm512_mask_i32gather_epi32(fill, known, at, from, 4));
+            }
         }
 #endif
     for (int64_t k = begin; k < end; ++k) {  // without a branch, which is often taken wrongly

@@ -125,7 +125,8 @@ void write_transpose(Writer& out, int phase, const Grid& grid, int32_t size, con
                 each_tile_row(top, bottom, height, [&](int32_t r, int32_t tile) {
                     Entry e;
                     int32_t k = cursor[r], *const length = lengths.data() + tile * width - row0;
-                    for (; k < w.ptr[r + 1] && w.idx[k] < limit; ++k)
+                    const int32_t stop = w.ptr[r + 1];  // read once: lengths might be there, for all the compiler knows
+                    for (; k < stop && w.idx[k] < limit; ++k)
                         if (at(r, w.idx[k], &e)) ++length[e.row];
                     end[r] = k;
                 });
@@ -141,14 +142,14 @@ void write_transpose(Writer& out, int phase, const Grid& grid, int32_t size, con
                 each_tile_row(top, bottom, height, [&](int32_t r, int32_t tile) {
                     Entry e;
                     int32_t* const to = next.data() + tile * width - row0;
-                    const int32_t col0 = (b + tile) * grid.block;
-                    for (int32_t k = cursor[r]; k < end[r]; ++k) {
+                    const int32_t col0 = (b + tile) * grid.block, stop = end[r];
+                    for (int32_t k = cursor[r]; k < stop; ++k) {
                         if (!at(r, w.idx[k], &e)) continue;
                         const int32_t here = to[e.row]++;
                         part.entry_col[here] = uint16_t(e.col - col0);
                         part.entry_value[here] = k;
                     }
-                    cursor[r] = end[r];
+                    cursor[r] = stop;
                 });
             }
         }

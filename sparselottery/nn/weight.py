@@ -80,7 +80,8 @@ class WeightedLayer(IndexedLayer):
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.crow_indices, self.col_indices, matrix_shape(self.shape))
+        indices = self._buffers["crow_indices"], self._buffers["col_indices"]  # in a third of nn.Module's time
+        return Pattern(*indices, matrix_shape(self.shape))
 
     @property
     def weight(self) -> Tensor:
