@@ -27,9 +27,9 @@ def is_valid(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) 
     return bool(native.LIBRARY.is_pattern(*shape, col_indices.numel(), *pointers))
 
 
-def copied(indices: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor] | None:
+def copied(indices: tuple[Tensor, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
     """crow_indices and col_indices in memory of their own; None if they are no ordinary tensors, or no pattern's."""
-    return native.LIBRARY.copied(*indices, columns, native.ORDINARY)
+    return native.LIBRARY.copied(*indices, *shape, native.ORDINARY)
 
 
 def positions(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -21,8 +22,8 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
         [('0', 205, 'sparse'), ('2', 32, 'sparse')]
 
     layer: its name; of a parameter that is not its module's `weight`, the parameter's. shape, density, nnz: of the
-    weight. bytes: of values and indices. dense_bytes: of the weight if it were dense. execution: as of
-    `MaskedLayer.execution`, "dense" of what is not masked.
+    weight, (0, 0) and zeros of a lazy one. bytes: of values and indices. dense_bytes: of the weight if it were dense.
+    execution: as of `MaskedLayer.execution`, "dense" of what is not masked.
     plan_bytes: of what the kernels made of the indices, kept beside them. flops: of the survivors forward, 2 for each
     at each row or output pixel of one sample; of nn.Linear and nn.Conv2d that were measured, else None.
     packs: how often in a training step a whole activation or gradient is rewritten for the layer's kernels, forward and
@@ -41,11 +42,10 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
             stored = module.values, module.crow_indices, module.col_indices
             row = _row(layer, weight.shape, stored, module.execution, module.why, packs[module], module.measured)
             row |= {"plan_bytes": module.plan.nbytes, "flops": _flops(module)}
-        elif is_lazy(weight.parameter):
-            continue
         else:
-            why = f"kept dense: {weight.why or 'no mask was given'}"
-            row = _row(layer, weight.shape, (weight.parameter,), "dense", why)
+            lazy = is_lazy(weight.parameter)
+            shape, stored = ((0, 0), torch.empty(0)) if lazy else (weight.shape, weight.parameter)
+            row = _row(layer, shape, (stored,), "dense", f"kept dense: {weight.why or 'no mask was given'}")
         if tied := ", ".join(use.name for use in weight.uses[1:]):
             row["why"] += f"; also {tied}"
         rows.append({**row, "prunable": weight.why is None})

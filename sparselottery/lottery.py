@@ -118,6 +118,11 @@ def find_ticket(
             raise TypeError(f"{name}: expected a function or None, got {type(given).__name__}")
     found = survey(model)
     weights = prunable(model, found)
+    state = dict(dense_entries(model))
+    if lazy := [name for name, entry in state.items() if is_lazy(entry)]:
+        raise ValueError(
+            f"model: expected parameters with a shape, got the lazy {lazy[0]!r}: call the model once first"
+        )
     masks = complete(weights, masks_of(model))
     how = {"scope": scope, "rates": rates, "output_fraction": output_fraction, "ignore": ignore}
     chosen = pools(list(weights), fraction, **how, granularity=granularity, permute=permute)
@@ -136,11 +141,6 @@ def find_ticket(
         recipe["granularity"] = {
             name: grain if isinstance(grain, tuple) else str(grain) for name, grain in grains.items()
         }
-    state = dict(dense_entries(model))
-    if lazy := [name for name, entry in state.items() if is_lazy(entry)]:
-        raise ValueError(
-            f"model: expected parameters with a shape, got the lazy {lazy[0]!r}: call the model once first"
-        )
     if out is not None:
         check_storable(weights, {name: entry for name, entry in state.items() if name not in weights})
     found.tell(model, stacklevel=2)

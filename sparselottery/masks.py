@@ -153,8 +153,8 @@ def pools(
 
 def ignored(ignore: Sequence[str], names: Sequence[str]) -> list[str]:
     """Those of the names that `ignore` names, or that match a pattern in it; TypeError or ValueError for others."""
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore: expected a sequence of names, got the string {ignore!r}")
+    if isinstance(ignore, str) or not isinstance(ignore, Iterable):
+        raise TypeError(f"ignore: expected a sequence of names, got {ignore!r}")
     return [name for pattern in ignore for name in _matching("ignore", pattern, names)]
 
 

@@ -10,8 +10,8 @@ optimiser and the schedule of that, hooks, and DistributedDataParallel.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from .convert import masked_layers
 from .kernels import cpu_pattern, native
 from .masks import as_mask, by_name
-from .nn import MaskedLayer
+from .nn import MaskedLayer, as_module
 from .nn.base import layers_alive
 from .pattern import Pattern, matrix_shape
 from .weight_decay import known_optimizers
@@ -114,7 +114,7 @@ def set_masks(
     if not isinstance(fill, Real):
         raise TypeError(f"fill: expected a number, got {type(fill).__name__}")
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        moves = _moves(masked_layers(model), masks)
+        moves = _moves(masked_layers(as_module(model)), masks)
         _find_layers(moves)
         _find_states(optimizers_of(optimizer, model, moves), moves)
         moved = [(move, move.moved(fill)) for move in moves.values()]
@@ -163,11 +163,22 @@ def _pattern(name: str, layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
     if isinstance(mask, Pattern):
         if mask.shape != shape:
             raise ValueError(f"masks[{name!r}]: expected a pattern of shape {shape}, got {mask.shape}")
-        return mask.copied(device)
+        with _of(name):
+            return mask.copied(device)
     mask = as_mask(name, mask)
     if tuple(mask.shape) != layer.dense_shape:
         raise ValueError(f"masks[{name!r}]: expected shape {layer.dense_shape}, got {tuple(mask.shape)}")
-    return Pattern.from_mask(layer.as_matrix(mask if mask.is_meta else mask.to(device)))
+    with _of(name):
+        return Pattern.from_mask(layer.as_matrix(mask if mask.is_meta else mask.to(device)))
+
+
+@contextmanager
+def _of(name: str) -> Iterator[None]:
+    """Errors name the layer."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"masks[{name!r}]: {error}") from None
 
 
 def _equal(one: Pattern, other: Pattern) -> bool:
@@ -189,7 +200,8 @@ def _find_layers(moves: Moves) -> None:
 
 def optimizers_of(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module, moves: Moves) -> list[Optimizer]:
     """The optimisers, checked: nobody else has state that would no longer fit."""
-    given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    several = isinstance(optimizer, Iterable | None)
+    given = list(optimizer or ()) if several else [optimizer]
     for each in given:
         if not isinstance(each, Optimizer):
             raise TypeError(f"optimizer: expected torch.optim.Optimizers, got {type(each).__name__}")

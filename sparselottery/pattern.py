@@ -153,6 +153,12 @@ class Pattern:
         Returns self, or where files hold col_indices as int16 the same with int32.
         """
         crow_indices, col_indices, (rows, cols) = self.crow_indices, self.col_indices, self.shape
+        for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                got = (
+                    f"one on {tensor.device}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                )
+                raise ValueError(f"{name}: expected an ordinary tensor with data, got {got}")
         if col_indices.dtype == torch.int16:
             return Pattern(crow_indices, col_indices.to(torch.int32), self.shape).validate()
         for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
@@ -185,8 +191,8 @@ class Pattern:
 
     def copied(self, device: torch.device) -> Pattern:
         """The same on a device, in memory of its own and checked as by `validate`."""
-        fast = native.available() and device.type == "cpu" and len(self.crow_indices) == self.shape[0] + 1
-        indices = cpu_pattern.copied(self.indices, self.shape[1]) if fast else None
+        fast = native.available() and device.type == "cpu"
+        indices = cpu_pattern.copied(self.indices, self.shape) if fast else None
         if indices is None:
             valid = self.validate()
             indices = (each.to(device).clone(memory_format=torch.contiguous_format) for each in valid.indices)

@@ -23,6 +23,10 @@ from sparselottery.convert import masks_of
         ({"every": 0}, ValueError, "every, window: expected at least 1, got 0 and 10"),
         ({"ignore": "0.*"}, TypeError, "ignore: expected a sequence of names"),
         ({"ignore": ["9.*"]}, ValueError, r"ignore: expected a name or pattern among \['0.weight', .*, got '9.\*'"),
+        ({"ignore": 3}, TypeError, "ignore: expected a sequence of names, got 3"),
+        ({"seed": None}, TypeError, "candidates, seed: expected a number or None, and an int, got None and None"),
+        ({"seed": 2**64}, ValueError, "seed: expected one of 64 bits, got 18446744073709551616"),
+        ({"candidates": "a"}, TypeError, "candidates, seed: expected a number or None, and an int, got 'a' and 0"),
         ({"ignore": [0]}, TypeError, "ignore: expected names of parameters, as '0.weight' is, got 0"),
         ({"ignore": ["*"]}, ValueError, "model: expected masked layers that may move, got none"),
         ({"end": 0}, ValueError, "end: expected a step from 1 on, or None, got 0"),
@@ -77,6 +81,7 @@ def test_what_a_step_refuses():
             TypeError,
             "optimizer: expected the one that trains the layers",
         ),
+        (lambda m, o: dynamic.gmp(m, 3, 0.1, end=5), TypeError, "optimizer: expected torch.optim.Optimizers, got int"),
         (lambda m, o: dynamic.dsd(m, o, 0.1, 9, 5), ValueError, "expected 0 < sparse_from < dense_from, got 9 and 5"),
     ],
 )
@@ -112,6 +117,11 @@ def test_a_state_that_is_none():
         ValueError, match="state: expected that of a MaskUpdater, got none of generator, late, momentum"
     ):
         updater.load_state_dict({"steps": 4, "watched": None})
+    for name, wrong in {"generator": "x", "steps": 1.5, "late": None, "watched": 3, "momentum": [1]}.items():
+        with pytest.raises(ValueError, match="state: expected that of a MaskUpdater, got another"):
+            updater.load_state_dict({**updater.state_dict(), "steps": 77, name: wrong})
+    with pytest.raises(ValueError, match="state: expected that of a MaskUpdater, got NoneType"):
+        updater.load_state_dict(None)
     assert updater.steps == 0
 
 

@@ -62,9 +62,30 @@ BAD = {
         ValueError,
         "crow_indices: expected to run from 0 to nnz",
     ),
+    "lists": (
+        lambda m, o: ({**m, "5.weight": Pattern([0] * 6, [], (5, 7))}, o),
+        ValueError,
+        r"masks\['5.weight'\]: crow_indices: expected an ordinary tensor with data, got list",
+    ),
+    "no data": (
+        lambda m, o: ({**m, "5.weight": Pattern(torch.zeros(6).int(), torch.zeros(3, device="meta").int(), (5, 7))}, o),
+        ValueError,
+        r"masks\['5.weight'\]: col_indices: expected an ordinary tensor with data, got one on meta",
+    ),
+    "sparse indices": (
+        lambda m, o: ({**m, "5.weight": Pattern(torch.zeros(6).int().to_sparse(), torch.zeros(0).int(), (5, 7))}, o),
+        ValueError,
+        "crow_indices: expected an ordinary tensor with data, got one on cpu, torch.sparse_coo",
+    ),
+    "a number": (
+        lambda m, o: ({**m, "5.weight": Pattern(torch.tensor(0).int(), torch.zeros(0).int(), (5, 7))}, o),
+        ValueError,
+        "crow_indices: expected a 1-D int32 tensor",
+    ),
     "meta": (lambda m, o: ({**m, "5.weight": m["5.weight"].to("meta")}, o), ValueError, "meta device"),
     "no optimizer": (lambda m, o: (m, None), ValueError, "expected all that train the layers, got no AdamW"),
     "another": (lambda m, o: (m, [o, other_optimizer(m)]), ValueError, "expected one of the model, got SGD of other"),
+    "a class": (lambda m, o: (m, torch.optim.Adam), TypeError, "expected torch.optim.Optimizers, got type"),
     "no type": (lambda m, o: (m, [o, "adam"]), TypeError, "expected torch.optim.Optimizers, got str"),
 }
 
@@ -142,3 +163,9 @@ def test_pruning_a_live_model_trains_on_while_a_copy_warns():
         warnings.simplefilter("error")
         convert(model, masks)
         set_masks(model, random_masks(1))
+
+
+@pytest.mark.parametrize("model", [None, 3, {}, nn.Linear])
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got"):
+        set_masks(model, {})

@@ -157,3 +157,16 @@ def test_nested_and_sparse_inputs_are_refused(tmp_path, layout):
         converted[0].execution = "dense"
         for ours, theirs in zip(converted[0](x).unbind(), x.unbind(), strict=True):
             torch.testing.assert_close(ours, torch.nn.functional.linear(theirs, converted[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize(
+    ("density", "kinds"),
+    [(0.45, ["FrozenLayer", "FrozenLayer"]), (0.6, ["FrozenLayer", "Linear"]), (0.8, ["Conv2d", "Linear"])],
+)
+def test_without_an_example_dense_layers_are_those_of_high_density(density, kinds, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 20)).double()
+    converted = convert(model, prune(model, 1 - density, method="random"))
+    Ticket.from_model(converted).save(tmp_path / "net.safetensors")
+    frozen, x = load_sparse(tmp_path / "net.safetensors"), torch.randn(5, 3, 8, 8).double()
+    assert [type(frozen.net[at]).__name__ for at in (0, 2)] == kinds
+    torch.testing.assert_close(frozen(x), to_dense(converted)(x).detach())

@@ -144,6 +144,8 @@ def test_modules_of_two_dtypes_are_read_again(tmp_path):
 def test_tensors_without_values_are_refused():
     with pytest.raises(ValueError, match=r"got the lazy '1\.weight': call the model once first"):
         find_ticket(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)), pytest.fail, rounds=1)
+    with pytest.raises(ValueError, match=r"got the lazy '0\.weight': call the model once first"):
+        find_ticket(nn.Sequential(nn.LazyLinear(2)), pytest.fail, rounds=1)
     with pytest.raises(ValueError, match=r"weights\['extra'\]: expected values, got a tensor on the meta device"):
         find_ticket(with_buffer(torch.ones(2, device="meta")), pytest.fail, rounds=1)
 

@@ -75,6 +75,12 @@ UNMASKABLE = {
 }
 
 
+def test_a_lazy_weight_has_a_row_without_a_shape():
+    rows = explain(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)))
+    assert [(row["shape"], row["bytes"], row["prunable"]) for row in rows] == [((0, 0), 0, False), ((2, 4), 32, True)]
+    assert "call the model once first" in rows[0]["why"]
+
+
 @pytest.mark.parametrize("name", UNMASKABLE)
 def test_what_cannot_be_masked_is_not_prunable(name):
     make, why = UNMASKABLE[name]

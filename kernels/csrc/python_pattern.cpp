@@ -63,15 +63,16 @@ PyObject* compiled(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-// (crow_indices, col_indices, columns, ORDINARY of native.py) -> copies of the indices, checked. None where they are no
-// ordinary tensors, or no pattern's.
+// (crow_indices, col_indices, rows, columns, ORDINARY of native.py) -> copies of the indices, checked. None where they are
+// no ordinary tensors, or no pattern's.
 PyObject* copied(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([=] {
-        take(count, 4);
-        if (!is_ordinary(args[0], args[3]) || !is_plain(args[1], args[3])) throw Unfit();
+        take(count, 5);
+        if (!is_ordinary(args[0], args[4]) || !is_plain(args[1], args[4])) throw Unfit();
         const Indices from(args[0], args[1]);
-        const int64_t rows = from.rows.size - 1, nnz = from.columns.size;
-        if (rows < 0 || !sparselottery_is_pattern(rows, integer(args[2]), nnz, from.crow(), from.col())) throw Unfit();
+        const int64_t rows = integer(args[2]), columns = integer(args[3]), nnz = from.columns.size;
+        if (rows < 0 || from.rows.size != rows + 1) throw Unfit();
+        if (!sparselottery_is_pattern(rows, columns, nnz, from.crow(), from.col())) throw Unfit();
         Object crow_indices = empty(args[0], rows + 1), col_indices = empty(args[1], nnz);
         std::copy_n(from.crow(), rows + 1, static_cast<int32_t*>(address(crow_indices)));
         std::copy_n(from.col(), nnz, static_cast<int32_t*>(address(col_indices)));

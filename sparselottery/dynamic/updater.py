@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -116,6 +117,10 @@ class MaskUpdater:
             raise ValueError(f"drop: expected one of {tuple(DROP)} or a function, got {drop!r}")
         if grow not in GROWTH:
             raise ValueError(f"grow: expected one of {GROWTH}, got {grow!r}")
+        if not isinstance(candidates, Real | None) or not isinstance(seed, int):
+            raise TypeError(f"candidates, seed: expected a number or None, and an int, got {candidates!r} and {seed!r}")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: expected one of 64 bits, got {seed}")
         if candidates is not None and not candidates >= 1:
             raise ValueError(f"candidates: expected at least 1 for each weight that is to grow, got {candidates}")
         if not isinstance(every, int) or not isinstance(end, int | None):
@@ -189,13 +194,20 @@ class MaskUpdater:
 
         Raises ValueError, and changes nothing, for what is no `state_dict` of a MaskUpdater.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state: expected that of a MaskUpdater, got {type(state).__name__}")
         if missing := {"steps", "late", "watched", "momentum", "generator"} - state.keys():
             raise ValueError(f"state: expected that of a MaskUpdater, got none of {', '.join(sorted(missing))}")
-        self.steps, self._late = state["steps"], state["late"]
         device = self._pools[0].places().device
-        of_pools = (state["watched"], state["momentum"])
-        self._watched, self._momentum = (each and [part.to(device, copy=True) for part in each] for each in of_pools)
-        self._generator.set_state(state["generator"].cpu())
+        try:
+            (generator := torch.Generator()).set_state(state["generator"].cpu())
+            steps, late = operator.index(state["steps"]), operator.index(state["late"])
+            of_pools = (state["watched"], state["momentum"])
+            watched, momentum = (each and [part.to(device, copy=True) for part in each] for each in of_pools)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"state: expected that of a MaskUpdater, got another: {error}") from None
+        self.steps, self._late, self._watched, self._momentum = steps, late, watched, momentum
+        self._generator = generator
         self._look_ahead()
 
     def _due(self, step: int) -> bool:
