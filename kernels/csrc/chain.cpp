@@ -86,7 +86,7 @@ void forward(const Args& a, const Layer* layers) {
     T* const all = ordered.get<T>(entries + kLanes);
     Queue whole;
     std::vector<Queue> shared(tiles.count * a.layers);
-    together(a.threads, [&] {
+    together(team_of<T>(a, layers, tiles), [&] {
         if (!in_csr) {
             T* values = all;
             for (int64_t l = 0; l < a.layers; values += operands(layers[l]), ++l) {

@@ -126,7 +126,7 @@ void backward(const ChainArgs& a, const ChainLayer* params) {
     T* const total = own + pass.values;
     Queue whole;
     std::vector<Queue> queues(a.layers);
-    together(a.threads, [&] {
+    together(team_of<T>(a, params, pass.tiles), [&] {
         const int64_t part = thread_index(), parts = team_size(), alone = light && parts > 1 ? count - count % parts : 0;
         if (alone) {
             for (const auto& layer : pass.layers) layer.order(share(layer.s.strips, part, parts), own);
