@@ -52,6 +52,11 @@ def tile_shape(out_features: int, in_features: int, nnz: int) -> tuple[int, int,
     return 256, columns(10, 256), columns(32, 512)
 
 
+@lru_cache(1024)
+def _strip(rows: int, most: int) -> int:
+    return min(most, max(32, rows // 8 // 16 * 16))
+
+
 def plan(
     crow_indices: Tensor,
     col_indices: Tensor,
@@ -67,7 +72,7 @@ def plan(
     """
     out_features = crow_indices.numel() - 1
     strip, block, wide = (*tile, tile[1]) if tile else tile_shape(out_features, in_features, col_indices.numel())
-    strips = strips or [min(strip, max(32, rows // 8 // 16 * 16)) for rows in (out_features, in_features)]
+    strips = strips or (_strip(out_features, strip), _strip(in_features, strip))
     crow_indices, col_indices = crow_indices.contiguous(), col_indices.contiguous()
     indices = crow_indices.data_ptr(), col_indices.data_ptr()
     sizes = *strips, block, wide, backward, torch.get_num_threads()

@@ -10,8 +10,8 @@ optimiser and the schedule of that, hooks, and DistributedDataParallel.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from numbers import Real
 from typing import Any
 
@@ -159,26 +159,22 @@ def _moves(layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor | Patte
 
 def _pattern(name: str, layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
     """The mask of a layer as a pattern on its device, in memory of its own."""
+    mask = mask if isinstance(mask, Pattern) else as_mask(name, mask)
+    try:
+        return _compiled(layer, mask)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"masks[{name!r}]: {error}") from None
+
+
+def _compiled(layer: MaskedLayer, mask: Tensor | Pattern) -> Pattern:
     shape, device = matrix_shape(layer.shape), layer.values.device
     if isinstance(mask, Pattern):
         if mask.shape != shape:
-            raise ValueError(f"masks[{name!r}]: expected a pattern of shape {shape}, got {mask.shape}")
-        with _of(name):
-            return mask.copied(device)
-    mask = as_mask(name, mask)
+            raise ValueError(f"expected a pattern of shape {shape}, got {mask.shape}")
+        return mask.copied(device)
     if tuple(mask.shape) != layer.dense_shape:
-        raise ValueError(f"masks[{name!r}]: expected shape {layer.dense_shape}, got {tuple(mask.shape)}")
-    with _of(name):
-        return Pattern.from_mask(layer.as_matrix(mask if mask.is_meta else mask.to(device)))
-
-
-@contextmanager
-def _of(name: str) -> Iterator[None]:
-    """Errors name the layer."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"masks[{name!r}]: {error}") from None
+        raise ValueError(f"expected shape {layer.dense_shape}, got {tuple(mask.shape)}")
+    return Pattern.from_mask(layer.as_matrix(mask if mask.is_meta else mask.to(device)))
 
 
 def _equal(one: Pattern, other: Pattern) -> bool:
@@ -246,8 +242,8 @@ def _find_states(optimizers: list[Optimizer], moves: Moves) -> None:
 
 def _exchange(values: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
     """Other values and their gradient in a Parameter; graphs of calls on the old ones raise."""
-    values.grad = None
     if data.shape != values.shape:
+        values.grad = None
         # Graphs that are still alive hold a node that sums up gradients of the old size. Another dtype parts with it.
         if values.requires_grad:
             get_gradient_edge(values).node.register_prehook(_refuse)

@@ -82,8 +82,9 @@ def _warn_once(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 def known_optimizers(holds: Callable[[Optimizer], bool]) -> list[Optimizer]:
     """The optimisers for which that is true, of those that are in use and have made a step."""
-    if any(map(holds, list(_SEEN))):
-        gc.collect()  # one that refers to itself, as its schedule does, outlives its use
+    if not any(map(holds, list(_SEEN))):
+        return []
+    gc.collect()  # one that refers to itself, as its schedule does, outlives its use
     return [optimizer for optimizer in list(_SEEN) if holds(optimizer)]
 
 
