@@ -43,12 +43,9 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
             row = _row(layer, weight.shape, stored, module.execution, module.why, packs[module], module.measured)
             row |= {"plan_bytes": module.plan.nbytes, "flops": _flops(module)}
         else:
-            lazy = is_lazy(weight.parameter)
-            shape, stored = (
-                ((0, 0), torch.empty(0, dtype=torch.float32, device="cpu"))
-                if lazy
-                else (weight.shape, weight.parameter)
-            )
+            shape, stored = weight.shape, weight.parameter
+            if is_lazy(stored):
+                shape, stored = (0, 0), torch.empty(0, dtype=torch.float32, device="cpu")
             row = _row(layer, shape, (stored,), "dense", f"kept dense: {weight.why or 'no mask was given'}")
         if tied := ", ".join(use.name for use in weight.uses[1:]):
             row["why"] += f"; also {tied}"

@@ -154,10 +154,10 @@ class Pattern:
         """
         crow_indices, col_indices, (rows, cols) = self.crow_indices, self.col_indices, self.shape
         for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-                got = (
-                    f"one on {tensor.device}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                )
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name}: expected an ordinary tensor with data, got {type(tensor).__name__}")
+            if tensor.layout != torch.strided or tensor.is_meta:
+                got = f"one on {tensor.device}, {tensor.layout}"
                 raise ValueError(f"{name}: expected an ordinary tensor with data, got {got}")
         if col_indices.dtype == torch.int16:
             return Pattern(crow_indices, col_indices.to(torch.int32), self.shape).validate()

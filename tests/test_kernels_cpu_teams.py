@@ -50,6 +50,17 @@ TRAINING = """
     trainer(images, labels, torch.zeros(4, 20, dtype=torch.int64), [0.1] * 4)
     print(status("Threads") - before)
 """
+CHAIN = """
+    torch.set_num_threads(2)
+    layer = MaskedLinear(100, 50, mask=torch.rand(50, 100) < DENSITY)
+    layer.execution = "sparse"
+    x, before = torch.ones(20, 100, requires_grad=True), status("Threads")
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    with torch.inference_mode():
+        layer(x)
+    print(status("Threads") - before)
+"""
 
 
 def number(script: str) -> int:
@@ -68,3 +79,8 @@ def test_sums_of_a_huge_batch_are_not_held_for_each_tile():
 @pytest.mark.parametrize(("pace", "more"), [([6.0, 1.0, 2.0], 1), ([6.0, 2.0, 1.0], 0)])
 def test_training_is_by_a_team_or_by_one_thread_as_is_faster(pace, more):
     assert number(TRAINING.replace("PACE", str(pace))) == more
+
+
+@pytest.mark.parametrize(("density", "more"), [(0.02, 0), (0.99, 1)])
+def test_very_few_products_start_no_team(density, more):
+    assert number(CHAIN.replace("DENSITY", str(density))) == more

@@ -72,10 +72,15 @@ PyObject* copied(PyObject*, PyObject* const* args, Py_ssize_t count) {
         const Indices from(args[0], args[1]);
         const int64_t rows = integer(args[2]), columns = integer(args[3]), nnz = from.columns.size;
         if (rows < 0 || from.rows.size != rows + 1) throw Unfit();
-        if (!sparselottery_is_pattern(rows, columns, nnz, from.crow(), from.col())) throw Unfit();
         Object crow_indices = empty(args[0], rows + 1), col_indices = empty(args[1], nnz);
-        std::copy_n(from.crow(), rows + 1, static_cast<int32_t*>(address(crow_indices)));
-        std::copy_n(from.col(), nnz, static_cast<int32_t*>(address(col_indices)));
+        int32_t* const begins = static_cast<int32_t*>(address(crow_indices));
+        int32_t* const found = static_cast<int32_t*>(address(col_indices));
+        {
+            const Unlocked unlocked;  // so the copy is checked: others may write to what was given
+            std::copy_n(from.crow(), rows + 1, begins);
+            std::copy_n(from.col(), nnz, found);
+            if (!sparselottery_is_pattern(rows, columns, nnz, begins, found)) throw Unfit();
+        }
         return PyTuple_Pack(2, crow_indices.get(), col_indices.get());
     });
 }

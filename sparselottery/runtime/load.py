@@ -25,7 +25,8 @@ from .sequential import FrozenSequential
 from .tuning import choose_dense
 
 # Densities from which on a layer is dense unless an example says otherwise. Convolutions stay faster for longer, as the
-# ReLU and the pooling that follow are part of their call: on Zen 4 and held to AVX2 1.1 to 2 times at 0.55.
+# ReLU and the pooling that follow are part of their call: at 0.55 mostly 1.1 to 2 times on Zen 4, but held to AVX2 one
+# image of a 3x3 or 5x5 convolution 0.75 to 0.94 times (November 2026; no rows were kept).
 DENSE_ABOVE, DENSE_CONV_ABOVE = 0.5, 0.7
 
 
