@@ -13,7 +13,7 @@
 
 extern "C" {
 extern const int64_t sparselottery_abi_net[], sparselottery_abi_rows[], sparselottery_abi_train[];
-int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, int, bool, int64_t, int32_t**);
+int64_t sparselottery_plan(int, int, const int32_t*, const int32_t*, int, int, int, int, int, bool, int64_t, int32_t**);
 int64_t sparselottery_conv_plan(int, const Taps*, const int32_t*, const int32_t*, int, int, int, bool, int64_t, int32_t**);
 int64_t sparselottery_quads(int32_t, const int32_t*, const int32_t*, int32_t*);
 int64_t sparselottery_chain_forward(const ChainArgs*, const ChainLayer*);
@@ -109,7 +109,8 @@ void chain(int64_t batch) {
     int32_t* plans[2];
     for (int l = 0; l < 2; ++l) {
         const Matrix<T>& w = layers[l];
-        const auto size = sparselottery_plan(w.rows, w.columns, w.begin.data(), w.at.data(), 32, 16, 32, 64, true, 1, plans + l);
+        const auto size = sparselottery_plan(w.rows, w.columns, w.begin.data(), w.at.data(), 32, 16, 32, 48, 64, true, 1,
+                                             plans + l);
         inputs[l].resize(w.columns * ld), gvalues[l].resize(w.values.size()), gbias[l].resize(w.rows);
         all.push_back({plans[l], size, w.rows, int64_t(w.values.size()), w.values.data(), w.bias.data(), inputs[l].data(),
                        gvalues[l].data(), gbias[l].data(), l ? ghidden.data() : nullptr, nullptr});
@@ -279,7 +280,7 @@ void train(int64_t batch) {
     const double rate = 0.5, constants[2] = {0, 0};
     double pace[3] = {};
     int32_t* plan;
-    sparselottery_plan(21, 45, w.begin.data(), w.at.data(), 16, 16, 32, 32, true, 1, &plan);
+    sparselottery_plan(21, 45, w.begin.data(), w.at.data(), 16, 16, 32, 32, 32, true, 1, &plan);
     const std::vector<int64_t> args{
         sizeof(T) == 8, threads, 1, batch, word(x.data()), word(labels.data()), word(order.data()), word(&rate), 1, 0, 1,
         word(constants), word(pace), word(plan), word(trained.data()), word(moments.data()), 0, word(bias.data()),

@@ -217,7 +217,8 @@ def test_torchrun_finds_the_ticket_that_one_process_finds(tmp_path, capsys):
     dense = 4 * (300 * 64 + 300 * 100 + 1000 + 410)
     for number in range(2):
         ours, alone = (json.loads((each / f"round-{number:02d}.json").read_text()) for each in (two, one))
-        assert ours["curves"]["val_loss"] == pytest.approx(alone["curves"]["val_loss"], rel=0.02)
+        close = 0.05 if number else 1e-3  # sums are rounded otherwise, so that the second mask may differ in a tie
+        assert ours["curves"]["val_loss"] == pytest.approx(alone["curves"]["val_loss"], rel=close)
         assert ours["final_test_accuracy"] == pytest.approx(alone["final_test_accuracy"], abs=0.01)
         assert 4 * (ours["nnz"] + 410) == ours["allreduce_bytes"] <= ours["dense_allreduce_bytes"] == dense
     tickets = [Ticket.load(each / "ticket.safetensors") for each in (two, one)]

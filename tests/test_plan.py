@@ -85,6 +85,15 @@ def test_a_plan_has_each_value_once_at_its_place(columns, density, backward):
     assert entries(plan, backward) == expected
 
 
+def test_tiles_of_the_transpose_are_wider():
+    pattern = Pattern.from_mask(mask_of(300, 0.03))
+    plan = cpu.plan(pattern.crow_indices, pattern.col_indices, 300)
+    blocks = [int(plan[PLAN_HEADER + 12 * transposed + 3]) for transposed in (False, True)]
+    assert blocks == list(cpu.tile_shape(*pattern.shape, pattern.nnz)[1:3]) == [256, 512]
+    places = zip(pattern.row_indices().tolist(), pattern.col_indices.tolist(), strict=True)
+    assert entries(plan, True) == {place[::-1]: index for index, place in enumerate(places)}
+
+
 def shared(mask: torch.Tensor, **how) -> int:
     """Of how many entries of W its plan says that four rows have them in the same columns; it says so of no others."""
     pattern = Pattern.from_mask(mask)

@@ -77,6 +77,7 @@ void forward_few(const Args& a, const Layer* layers) {
 template <class T, class S>
 void forward(const Args& a, const Layer* layers) {
     if (is_few(a)) return forward_few<T, S>(a, layers);
+    expect_matrix<S>(a.y, a.batch, layers[a.layers - 1].rows);
     const BatchTiles<T> tiles = tiles_of<T>(a, layers);
     constexpr bool narrow = kNarrow<T, S>;
     const bool in_csr = !narrow && (tiles.count == 1 || (tiles.light && tiles.count == 2));  // read once, or there are few

@@ -120,6 +120,9 @@ struct Pass {
 template <class T, class S>
 void backward(const ChainArgs& a, const ChainLayer* params) {
     const Pass<T, S> pass(a, params);
+    expect_matrix<S>(a.y, a.batch, a.features);
+    for (const auto& layer : pass.layers)
+        if (layer.gvalues) expect_writes(layer.gvalues, layer.params.nnz * sizeof(S));
     const int64_t count = pass.tiles.count;
     const bool light = pass.tiles.light && a.threads > 1 && count * pass.sums <= kMost;
     T* const own = ordered.get<T>(pass.values + (light ? count : 1) * pass.sums + kLanes);

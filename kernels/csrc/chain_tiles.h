@@ -35,6 +35,12 @@ void unpack_rows(const T* packed, const BatchTiles<T>& tiles, int64_t i, int64_t
     }
 }
 
+// A large result is mostly fresh memory.
+template <class S>
+void expect_matrix(const ChainMatrix& y, int64_t batch, int64_t features) {
+    if (y.data) expect_writes(y.data, y.stride * (y.batch_minor ? features : batch) * sizeof(S));
+}
+
 // Features `some` of a layer's input, tile i: to what is kept of it in 16 bits, or from there if `back`.
 template <class T, class S>
 void keep(const ChainLayer& layer, const BatchTiles<T>& tiles, int64_t features, int64_t i, Range some, bool back) {

@@ -181,11 +181,12 @@ bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, 
 EXPORT const int64_t sparselottery_vector_bytes = VECTOR_BYTES;
 ABI(plan, FORWARD, sizeof(Taps) / 4, kAlike);
 
-// Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` if `backward`; *words is
-// to be given back to sparselottery_free. Not a bit of it depends on the threads. wide: `block` of W, if more, for quads.
+// Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` and tiles of `block_back` if
+// `backward`; *words is to be given back to sparselottery_free. Not a bit of it depends on the threads. wide: `block` of W, if
+// more, for quads.
 EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, const int32_t* crow_indices,
                                   const int32_t* col_indices, int32_t strip, int32_t strip_back, int32_t block,
-                                  int32_t wide, bool backward, int64_t threads, int32_t** words) {
+                                  int32_t block_back, int32_t wide, bool backward, int64_t threads, int32_t** words) {
     const Csr w{out_features, crow_indices, col_indices};
     const int32_t nnz = crow_indices[out_features];
     Writer out(out_features, in_features, nnz, backward, {});
@@ -198,7 +199,7 @@ EXPORT int64_t sparselottery_plan(int32_t out_features, int32_t in_features, con
     }
     write_forward(out, {out_features, in_features, strip, block}, wide, w, threads);
     if (backward)
-        write_transpose(out, 0, {in_features, out_features, strip_back, block}, 1, w, threads,
+        write_transpose(out, 0, {in_features, out_features, strip_back, block_back}, 1, w, threads,
                         [](int32_t row, int32_t col, Entry* e) {
                             *e = {col, row};
                             return true;

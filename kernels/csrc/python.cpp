@@ -7,8 +7,8 @@
 #include "python_tensor.h"
 
 extern "C" {
-int64_t sparselottery_plan(int32_t, int32_t, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, int32_t, bool, int64_t,
-                           int32_t**);
+int64_t sparselottery_plan(int32_t, int32_t, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, int32_t, int32_t, bool,
+                           int64_t, int32_t**);
 int64_t sparselottery_conv_plan(int32_t, const Taps*, const int32_t*, const int32_t*, int32_t, int32_t, int32_t, bool,
                                 int64_t, int32_t**);
 int64_t sparselottery_quads(int32_t, const int32_t*, const int32_t*, int32_t*);

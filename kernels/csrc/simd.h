@@ -35,6 +35,8 @@ template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
 constexpr int kWidth = VECTOR_BYTES / sizeof(T);  // elements per vector
+template <class T>
+constexpr int kUnit = 16 / sizeof(T);  // elements of 128 bits: of a unit
 
 template <class T>
 INLINE Vec<T> load(const T* p) {
@@ -183,21 +185,78 @@ INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
     return shuffle<T, Alternate<T, ACROSS, false>>(a, b) + shuffle<T, Alternate<T, ACROSS, true>>(a, b);
 }
 
-// kWidth vectors -> one vector whose lane i is the sum of vector i.
+// f of the places of a unit, in turn, as constants.
+template <int I>
+using Place = std::integral_constant<int, I>;
+template <class F, int... I>
+INLINE void each_place(F f, std::integer_sequence<int, I...>) { (f(Place<I>()), ...); }
+template <class T, class F>
+INLINE void each_place(F f) { each_place(f, std::make_integer_sequence<int, kUnit<T>>()); }
+
+// Of every unit the lower half of a and the upper one of b; or, if OTHER, the upper half of a and the lower one of b.
+template <class T, bool OTHER>
+struct Crossed {
+    static constexpr int at(int l) {
+        const bool lower = l % kUnit<T> < kUnit<T> / 2;
+        return l + (lower ? 0 : kWidth<T>) + (OTHER ? (lower ? 1 : -1) * kUnit<T> / 2 : 0);
+    }
+};
+
+// kUnit vectors -> one, in each unit of which element i is a part of the sum of vector i.
 template <class T>
-INLINE Vec<T> sums(const T* vectors) {
-    constexpr int W = kWidth<T>, E = 16 / sizeof(T);
-    Vec<T> v[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = load<T>(vectors + i * W);
-#pragma GCC unroll 4
-    for (int n = W / 2; n; n /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < n; ++i)
-            v[i] = n * E >= W ? add_neighbours<T, false>(v[2 * i], v[2 * i + 1])
-                              : add_neighbours<T, (W > E)>(v[2 * i], v[2 * i + 1]);  // of one lane: never
-    return v[0];
+INLINE Vec<T> fold(const Vec<T> (&v)[kUnit<T>]) {
+    const auto crossed = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
+        return shuffle<T, Crossed<T, false>>(a, b) + shuffle<T, Crossed<T, true>>(a, b);
+    };
+    if constexpr (kUnit<T> == 2) return add_neighbours<T, false>(v[0], v[1]);
+    else return add_neighbours<T, false>(crossed(v[0], v[1]), crossed(v[2], v[3]));
 }
+
+// The sum of a vector's units.
+template <class T>
+INLINE typename Simd<T>::Lane add_units(Vec<T> v) {
+#if VECTOR_BYTES == 64
+    typedef T Half __attribute__((vector_size(32), may_alias));
+    const Half h = reinterpret_cast<const Half&>(v) + (Half)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+#else
+    const Vec<T> h = v;
+#endif
+#if VECTOR_BYTES >= 32
+    typedef typename Simd<T>::Lane Lane;
+    return (Lane)_mm256_castps256_ps128((__m256)h) + (Lane)_mm256_extractf128_ps((__m256)h, 1);
+#else
+    return h;
+#endif
+}
+
+// A unit of values, by one load. Where each multiply-add has a load of its own, loads are what is short.
+template <class T>
+class Unit {
+  public:
+    INLINE explicit Unit(const T* p) {
+#if VECTOR_BYTES == 64
+        v_ = (Vec<T>)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(reinterpret_cast<const float*>(p)));
+#elif VECTOR_BYTES == 32
+        v_ = (Vec<T>)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#else
+        v_ = load<T>(p);
+#endif
+        hold<T>(v_);
+    }
+    // Element J, for all lanes.
+    template <int J>
+    INLINE auto all() const {
+        if constexpr (kUnit<T> == kWidth<T>) return v_[J];
+        else return shuffle<T, Filled<J>>(v_, v_);
+    }
+
+  private:
+    template <int J>
+    struct Filled {
+        static constexpr int at(int l) { return l / kUnit<T> * kUnit<T> + J; }
+    };
+    Vec<T> v_;
+};
 
 template <class T>
 INLINE T sum(Vec<T> v) {
