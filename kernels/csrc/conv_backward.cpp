@@ -1,6 +1,6 @@
 // The gradients of a convolution: as conv.cpp multiplies, for x by Wᵀ and, from the same loads, for the values.
 #include "conv_gradients.h"
-#include "tile.h"
+#include "tile_backward.h"
 
 namespace {
 

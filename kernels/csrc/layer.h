@@ -8,7 +8,7 @@
 #include "order.h"
 #include "pack.h"
 #include "team.h"
-#include "tile.h"
+#include "tile_backward.h"
 
 inline int64_t first_row(const Schedule& s, int64_t strip) { return strip * s.strip; }
 inline int64_t height(const Schedule& s, int64_t strip) { return std::min<int64_t>(s.strip, s.rows - first_row(s, strip)); }

@@ -204,7 +204,7 @@ struct Crossed {
 
 // kUnit vectors -> one, in each unit of which element i is a part of the sum of vector i.
 template <class T>
-INLINE Vec<T> fold(const Vec<T> (&v)[kUnit<T>]) {
+INLINE Vec<T> fold(const Vec<T>* v) {
     const auto crossed = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
         return shuffle<T, Crossed<T, false>>(a, b) + shuffle<T, Crossed<T, true>>(a, b);
     };
