@@ -203,6 +203,7 @@ def test_the_folder_of_a_run_has_one_writer_and_serves_all(trained):
 
 def test_torchrun_finds_the_ticket_that_one_process_finds(tmp_path, capsys):
     options = {"data": "digits", "rounds": 1, "iterations": 60, "eval-every": 20, "batch": 32, "lr": 0.005}
+    options["seed"] = 2  # no weight is so near to being pruned that another rounding decides
     arguments = ["find", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "sparselottery", *arguments, "--out", str(tmp_path / "two")]
@@ -217,8 +218,7 @@ def test_torchrun_finds_the_ticket_that_one_process_finds(tmp_path, capsys):
     dense = 4 * (300 * 64 + 300 * 100 + 1000 + 410)
     for number in range(2):
         ours, alone = (json.loads((each / f"round-{number:02d}.json").read_text()) for each in (two, one))
-        close = 0.05 if number else 1e-3  # sums are rounded otherwise, so that the second mask may differ in a tie
-        assert ours["curves"]["val_loss"] == pytest.approx(alone["curves"]["val_loss"], rel=close)
+        assert ours["curves"]["val_loss"] == pytest.approx(alone["curves"]["val_loss"], rel=1e-3)
         assert ours["final_test_accuracy"] == pytest.approx(alone["final_test_accuracy"], abs=0.01)
         assert 4 * (ours["nnz"] + 410) == ours["allreduce_bytes"] <= ours["dense_allreduce_bytes"] == dense
     tickets = [Ticket.load(each / "ticket.safetensors") for each in (two, one)]
