@@ -160,6 +160,18 @@ def test_activations_stay_batch_minor_if_a_writer_or_reader_has_them_so(monkeypa
     assert calls == [True, False, True, False]
 
 
+@pytest.mark.parametrize("batch", [16, 17])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_comes_out_is_contiguous(batch, grad):
+    """As of nn.Linear, whatever x is: users take views of it."""
+    x, layer = torch.randn(16, batch).t(), linear(SPARSE)
+    with torch.set_grad_enabled(grad):
+        for model in (layer, MaskedSequential(layer, nn.Tanh(), linear(SPARSE))):
+            y = model(x)
+            assert y.is_contiguous()
+            torch.testing.assert_close(y, model(x.contiguous()))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("execution", ["sparse", "block", "compact", "dense"])
 @pytest.mark.parametrize("kind", BUILT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
@@ -102,3 +103,32 @@ def test_hooks_of_the_caller_decide():
     base, x = activation(chain)
     again = torch.utils.checkpoint.checkpoint(function(chain), x, *params, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(again, [base, *params], chain.gy), wanted)
+
+
+@pytest.mark.parametrize("backward", ["none", "kept", "higher"])
+def test_a_graph_that_nobody_walks_to_its_end_is_freed(backward):
+    chain, params = problem(17)
+    base, x = activation(chain)
+    y, kept = function(chain)(x, *params), weakref.ref(params[0])
+    if backward != "none":
+        torch.autograd.grad(y.sum(), [base, *params], retain_graph=True, create_graph=backward == "higher")
+    del chain, params, base, x, y
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_of_gradients(batch, depth):
+    """As of torch.autograd.functional.jacobian(vectorize=True)."""
+    chain, params = problem(batch, depth)
+    base, x = activation(chain)
+    gys = torch.stack([chain.gy, chain.gy.flip(0), torch.zeros_like(chain.gy)])
+    results = [
+        torch.autograd.grad(y, [base, *params], gys, is_grads_batched=True, create_graph=True)
+        for y in (function(chain)(x, *params), expected(chain, base, params))
+    ]
+    torch.testing.assert_close(*results)
+    leaves = [base, *params[:depth]]
+    higher = [torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in results]
+    torch.testing.assert_close(*higher)

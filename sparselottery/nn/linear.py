@@ -117,7 +117,7 @@ def _check_features(x: Tensor, layer: MaskedLinear) -> None:
 def run_chain(x: Tensor, layers: list[MaskedLinear], batch_minor: bool = False) -> Tensor:
     """layers[-1](... relu(layers[0](x))) in one native call: (*, I) -> (*, O).
 
-    The result is batch-minor, strides (1, ld), if asked for or if x is; else contiguous.
+    The result is batch-minor, strides (1, ld), if asked for; else contiguous.
     """
     y = ops.call_chain(x, layers, batch_minor)
     return _chain(x, layers, batch_minor) if y is None else y

@@ -82,14 +82,15 @@ def too_old(device: torch.device) -> str | None:
     return gpu.too_old(device) if gpu.runs_on(device) else None
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Is x a tensor of torch's own that has no memory, or shows something else than its memory holds?"""
+    return type(x) is Tensor and torch._C._dispatch_keys(x).raw_repr() & KINDS != DENSE
+
+
 def untraced(x: Tensor) -> bool:
     """Is x an ordinary tensor that nothing observes? Then the dispatcher, 10 us a call, would change nothing."""
-    return (
-        type(x) is Tensor
-        and (x.is_cpu or x.is_cuda)
-        and torch._C._dispatch_keys(x).raw_repr() & KINDS == DENSE
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    plain = type(x) is Tensor and (x.is_cpu or x.is_cuda) and not is_wrapped(x)
+    return plain and not torch._C._len_torch_dispatch_stack()
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import cpu, gpu, native, reference
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, in_torch, is_ordinary, misfit, misplaced, on_gpu, untraced
+from .common import LIBRARY, Block, autocast, in_torch, is_ordinary, is_wrapped, misfit, misplaced, on_gpu, untraced
 
 LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
@@ -50,15 +50,14 @@ def chain(
 ) -> Tensor:
     """spmm(... relu(spmm(x)) ...): (N, I) -> (N, O), differentiable in x, values and biases.
 
-    Layers are in order. With `batch_minor`, or where x is batch-minor itself, y has strides (1, ld): the next masked
-    layer reads it without repacking. blocks: those that the plans were compiled for, None: all (1, 1). Under autocast
-    everything is computed from inputs rounded to the autocast dtype.
+    Layers are in order. With `batch_minor` y has strides (1, ld), and the next masked layer reads it without repacking;
+    else it is contiguous, whatever x is. blocks: those that the plans were compiled for, None: all (1, 1). Under
+    autocast everything is computed from inputs rounded to the autocast dtype.
     Raises TypeError if x, values and biases differ in dtype, ValueError if their sizes are not those of the indices.
     """
     flat = [1, 1] * len(values) if blocks is None else [side for block in blocks for side in block]
     indices, grad = (crow_indices, col_indices, plans, flat), torch.is_grad_enabled()
     if is_ordinary(x):
-        batch_minor = batch_minor or (not x.is_contiguous() and reference.is_packed(x))
         if grad:
             return _apply(x, values, biases, indices, batch_minor)
         return _forward(x, values, biases, *indices, batch_minor, False)[0]
@@ -68,7 +67,6 @@ def chain(
         x, values = autocast(x, dtype), [autocast(v, dtype) for v in values]
         biases = [autocast(b, dtype) for b in biases]
     _check(x, values, biases, crow_indices, col_indices)
-    batch_minor = batch_minor or reference.is_packed(x)
     if in_torch(x):
         return reference.chain_forward(x, values, biases, crow_indices, col_indices, plans, False, False)[0]
     if torch.compiler.is_compiling():  # a list with None in it gets no gradients
@@ -143,15 +141,18 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy):
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[3:]
+        if is_wrapped(gy):  # a batch of them, by is_grads_batched: for torch's ops, which read all of x
+            with torch.enable_grad():
+                kept = ctx.saved_tensors
+            return None, None, None, *_backward_by_torch(ctx, gy, kept, needs)
+        kept = ctx.saved_tensors
         if native.LIBRARY is not None:  # where all is as usual there is a shorter way
             threads = torch.get_num_threads()
             gradients = native.LIBRARY.chain_gradients(gy, native.ORDINARY, kept, ctx.indices, needs, threads)
             if gradients is not None:
                 return None, None, None, *gradients
-        layers = len(needs) // 2
-        gx, gvalues, gbiases = _backward(ctx, gy, kept, needs[0], needs[1 : 1 + layers], needs[1 + layers :])
-        return None, None, None, gx, *gvalues, *gbiases
+        return None, None, None, *_backward(ctx, gy, kept, needs)
 
 
 _APPLY = super(torch.autograd.Function, _Chain).apply  # without a look for functorch, which everybody here has had
@@ -160,31 +161,32 @@ _APPLY = super(torch.autograd.Function, _Chain).apply  # without a look for func
 def _keep_one_copy(ctx):
     """Where `saved` begins with x, packed, x is not kept as well. Backward then reads its sizes alone, or the copy."""
     (saved, (batch, features)), ctx.copied = ctx.copied, None
-    ld = reference.leading_dim(batch)
-    if saved.numel() == ld * sum(crow.shape[0] - 1 for crow in ctx.indices[0][:-1]):
+    indices = ctx.indices  # not ctx, which owns the hook, unseen by the garbage collector
+    if saved.numel() == reference.leading_dim(batch) * sum(crow.shape[0] - 1 for crow in indices[0][:-1]):
         return
 
     def restored(_):
         stand_in = saved.as_strided((batch, features), (features, 1))
         if torch.is_grad_enabled():  # gradients of gradients read x; autograd knows where it came from
-            plans, blocks = ctx.indices[2:]
+            plans, blocks = indices[2:]
             on_cpu = saved.is_cpu and _gpu_plans(stand_in, plans, blocks) is None and cpu.supports(saved.dtype, plans)
-            return (cpu if on_cpu else reference).saved_input(saved, batch, features, *ctx.indices[:2])
+            return (cpu if on_cpu else reference).saved_input(saved, batch, features, *indices[:2])
         return stand_in
 
     with suppress(RuntimeError):  # hooks of the caller have it already: they decide
         ctx._raw_saved_tensors[0].register_hooks(lambda x: None, restored)
 
 
-def _backward(ctx, gy, kept, need_x, need_values, need_biases):
-    x, saved, *params = kept  # may be asked for but once
-    values, biases = params[: len(need_values)], params[len(need_values) :]
+def _backward(ctx, gy, kept, needs):
+    """(gx, *gvalues, *gbiases), each None where it is not needed. kept: may be asked for but once."""
+    x, saved, *params = kept
     if torch.is_grad_enabled() or (saved.numel() == 0 and _saved_features(x, *ctx.indices)):
-        return _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases)
-    args = gy, x, saved, values, *ctx.indices, need_x, need_values, need_biases
-    if untraced(gy) and untraced(x):
-        return _gradients(*args)
-    return _needed(_CHAIN_BACKWARD(*args), need_x, need_values, need_biases)
+        return _backward_by_torch(ctx, gy, kept, needs)
+    layers = len(params) // 2
+    needs = needs[0], needs[1 : 1 + layers], needs[1 + layers :]
+    args = gy, x, saved, params[:layers], *ctx.indices, *needs
+    found = _gradients(*args) if untraced(gy) and untraced(x) else _needed(_CHAIN_BACKWARD(*args), *needs)
+    return found[0], *found[1], *found[2]
 
 
 def _needed(gradients, need_x, need_values, need_biases):
@@ -195,18 +197,18 @@ def _needed(gradients, need_x, need_values, need_biases):
     return gx if need_x else None, gvalues, gbiases
 
 
-def _differentiable_backward(ctx, gy, x, values, biases, need_x, need_values, need_biases):
-    """The same gradients by torch ops: for create_graph=True, or where forward was told not to save."""
-    create_graph = torch.is_grad_enabled()
+def _backward_by_torch(ctx, gy, kept, needs):
+    """The same by torch's ops: for create_graph=True, batches of gradients, and where forward was told not to save."""
+    x, _, *params = kept
+    layers, create_graph = len(params) // 2, torch.is_grad_enabled()
     with torch.enable_grad():  # aliases: the gradient stops here, wherever x comes from and whatever is shared
-        x, values = x.view_as(x), [v.view_as(v) for v in values]
-        biases = [None if b is None else b.view_as(b) for b in biases]
-        y, _ = reference.chain_forward(x, values, biases, *ctx.indices[:3], batch_minor=False, save=False)
-    inputs, needs = [x, *values, *biases], [need_x, *need_values, *need_biases]
+        inputs = [None if t is None else t.view_as(t) for t in (x, *params)]
+        x, *params = inputs
+        args = x, params[:layers], params[layers:], *ctx.indices[:3]
+        y, _ = reference.chain_forward(*args, batch_minor=False, save=False)
     needed = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, needed, gy, create_graph=create_graph))
-    gx, *rest = [next(grads) if need else None for need in needs]
-    return gx, rest[: len(values)], rest[len(values) :]
+    return [next(grads) if need else None for need in needs]
 
 
 def _setup_context(ctx, inputs, output):
@@ -214,12 +216,13 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, output[1], *values, *biases)
     ctx.indices = indices
     ctx.set_materialize_grads(False)
-    ctx.needs = x.requires_grad, [v.requires_grad for v in values], [b is not None and b.requires_grad for b in biases]
+    ctx.needs = [t is not None and t.requires_grad for t in (x, *values, *biases)]
 
 
 def _op_backward(ctx, gy, _gsaved):
-    gx, gvalues, gbiases = _backward(ctx, gy, ctx.saved_tensors, *ctx.needs)
-    return gx, list(gvalues), list(gbiases), *([None] * len(gvalues) for _ in range(3)), None, None, None
+    gx, *gradients = _backward(ctx, gy, ctx.saved_tensors, ctx.needs)
+    layers = len(gradients) // 2
+    return gx, gradients[:layers], gradients[layers:], *([None] * layers for _ in range(3)), None, None, None
 
 
 def _gpu_plans(x, plans, blocks):
