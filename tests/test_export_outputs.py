@@ -82,6 +82,19 @@ def test_a_model_that_torch_cannot_export(tmp_path, format, more, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pt2_of_convolutions_with_trained_batchnorms(tmp_path, dtype):
+    """In eager inference one native call is both, whose last bits differ from those of the operators of a program."""
+    norm = nn.BatchNorm2d(16)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, 2))
+    sparse, x = convert(model.to(dtype).eval(), prune(model, 0.8)), torch.randn(2, 3, 16, 16, dtype=dtype)
+    export(sparse, tmp_path / "net.pt2", format="pt2", example_input=x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), sparse(x))
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_pt2_of_attention(tmp_path, depth):
     """Eager inference has a fused path for it, whose last bits differ from those of the operators of a program."""
