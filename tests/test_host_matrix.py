@@ -6,6 +6,8 @@ import contextlib
 import copy
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -287,6 +289,27 @@ def test_a_forked_child_has_no_team():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(threads)
+
+
+FORKED = """
+import os, signal, torch
+from sparselottery import MaskedLinear
+torch.set_num_threads(2)
+layer, x = MaskedLinear(512, 512, mask=torch.rand(512, 512) < 0.1), torch.randn(256, 512)
+gy = torch.ones(256, 512).add_(1)  # by two threads, of the same OpenMP as ours
+child = os.fork()
+if not child:
+    signal.alarm(60)  # ends it
+    layer(x).backward(gy)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="needs the native kernels")
+def test_a_child_of_a_process_that_had_other_teams():
+    """In a process of its own, which has never called a kernel."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True)
 
 
 class Marked(Tensor):

@@ -82,14 +82,10 @@ class Company {
 inline thread_local Company company;
 
 #ifdef _OPENMP
-// Whether this process was forked from one whose teams have run: OpenMP's threads stayed there, and a team would wait for
-// them forever.
-inline bool orphaned() {
-    static std::atomic<int64_t> first{0};
-    const int64_t own = getpid();
-    int64_t found = 0;
-    return !first.compare_exchange_strong(found, own) && found != own;
-}
+// Was this process forked from the one that loaded this library? Threads of OpenMP, torch's or ours, stayed there, and a team
+// would wait for them forever.
+inline const int64_t loaded_by = getpid();
+inline bool orphaned() { return getpid() != loaded_by; }
 #endif
 
 // f() by a team of `threads`, just as many if `all`; false, with nothing done, where there is no company.
