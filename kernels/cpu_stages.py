@@ -57,15 +57,32 @@ def output_shape(stage: Stage, shape: Shape) -> Shape:
     """Of a stage that reads `shape`. Raises ValueError if it cannot."""
     if isinstance(stage, Linear):
         if size(shape) != stage.in_features:
-            raise ValueError(f"stages: expected {stage.in_features} features, got {shape}")
+            raise ValueError(f"x: expected shape (*, {stage.in_features}), got (N, {size(shape)})")
         return (len(stage.crow_indices) - 1,)
-    if isinstance(stage, Mean) and len(shape) == 3:
+    if isinstance(stage, Mean):
+        if len(shape) != 3:
+            raise ValueError(f"x: expected shape (N, C, H, W), got {_text('N', *shape)}")
         return (shape[0],)
-    if isinstance(stage, Conv) and len(shape) == 3 and shape[0] == stage.geometry.channels:
-        height, width = stage.geometry.output_size(*shape[1:])
-        if min(height, width) >= stage.pool:
-            return len(stage.crow_indices) - 1, height // stage.pool, width // stage.pool
-    raise ValueError(f"stages: expected an input for {type(stage).__name__}, got {shape}")
+    check_images(stage.geometry, stage.pool, "N", *shape)
+    height, width = stage.geometry.output_size(*shape[1:])
+    return len(stage.crow_indices) - 1, height // stage.pool, width // stage.pool
+
+
+def check_images(geometry: Geometry, pool: int, *shape: int | str) -> None:
+    """Raise ValueError unless a convolution and the pooling after it can read x of this shape: (N, C, H, W)."""
+    if len(shape) != 4 or shape[1] != geometry.channels:
+        expected = f"(N, {geometry.channels}, H, W) or ({geometry.channels}, H, W)"
+        raise ValueError(f"x: expected shape {expected}, got {_text(*shape)}")
+    if min(made := geometry.output_size(*shape[2:])) < 1:
+        raise ValueError(f"x: expected an image that the kernel fits into, got {_text(*shape)} for {geometry}")
+    if min(made) < pool:
+        windows = f"that the windows of the pooling, {pool} x {pool}, fit into after the convolution"
+        raise ValueError(f"x: expected an image {windows}, got {_text(*shape)} for {geometry}")
+
+
+def _text(*shape: int | str) -> str:
+    """As a tuple shows; of a batch of any size "N" stands for it."""
+    return f"({', '.join(map(str, shape))})"
 
 
 def input_field(stage: Stage, shape: Shape) -> list[int]:

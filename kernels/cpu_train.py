@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cpu, native
 
-_RULES = ("adam", "sgd")  # Rule in csrc/train.cpp
+_RULES = ("adam", "sgd")  # Rule in csrc/update.h
 _ROWS = 96  # of a strip, at most: fewer share out better, more read their input from L1 more often
 
 
@@ -60,7 +60,7 @@ class Trainer:
         self._words = [0 if tensor is None else tensor.data_ptr() for tensors in self._kept for tensor in tensors]
 
     def _tensors(self, layer: Layer, moments: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The fields of TrainedLayer in csrc/train.cpp."""
+        """The fields of TrainedLayer in csrc/update.h."""
         strips = [self._strip(rows) for rows in (len(layer.crow_indices) - 1, layer.in_features)]
         plan = cpu.plan(layer.crow_indices, layer.col_indices, layer.in_features, strips=strips)
         return [plan, layer.values, *moments[:2], layer.bias, *moments[2:]]

@@ -228,15 +228,6 @@ class _Walk:
         return None
 
 
-FLAT = [
-    ((1,), {}),
-    ((1, -1), {}),
-    ((), {"start_dim": 1}),
-    ((1,), {"end_dim": -1}),
-    ((), {"start_dim": 1, "end_dim": -1}),
-]
-
-
 def _flattens(child: nn.Module) -> bool:
     return type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1)
 

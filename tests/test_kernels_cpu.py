@@ -229,6 +229,19 @@ def test_threads_change_no_bit(level, batch, widths, density, dtype):
             assert torch.equal(result, alone[name]), (threads, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("widths", "density"), [LIGHT, HEAVY])
+@pytest.mark.parametrize("batch", [5, 60, 128, 200, 256, 300, 384, 650])
+def test_inference_gives_the_bits_of_training(level, batch, widths, density, dtype):
+    """Its tiles of the batch may be others, with any number of threads."""
+    chain = make(batch, widths, density=density, entries=gaussian).to(dtype)
+    args = chain.x, chain.values, chain.biases, *chain.indices(), False
+    trained, _ = cpu.chain_forward(*args, True)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(cpu.chain_forward(*args, False)[0], trained)
+
+
 @pytest.mark.parametrize(("widths", "density"), [LIGHT, HEAVY])
 @pytest.mark.parametrize("batch", [5, 60, 112, 128, 300])
 def test_what_is_saved_gives_the_input_back(level, batch, widths, density):

@@ -148,7 +148,7 @@ ABI(chain, kLanes, words_of<Frozen>, words_of<FrozenLayer>);
 EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>(bytes + 64); }
 
 // Packed x -> y (batch, features), row-major, of a chain with so many values, and features of all inputs and outputs.
-EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y,
+EXPORT int64_t sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y,
                                  int64_t values, int64_t all_features) {
     const ChainMatrix to{y, features, 0};
     const auto all = [&](auto* x) {
@@ -157,6 +157,7 @@ EXPORT void sparselottery_unpack(bool is_double, const void* packed, int64_t bat
         for (int64_t i = 0; i < tiles.count; ++i) unpack_rows<T, T>(tiles.of(x, features, i), tiles, i, 0, features, to);
     };
     is_double ? all(static_cast<const double*>(packed)) : all(static_cast<const float*>(packed));
+    return DONE;
 }
 
 EXPORT int64_t sparselottery_chain_forward(const Args* args, const Layer* layers) {

@@ -1,4 +1,4 @@
-// A call on a chain of layers: filled by python_chain.cpp and for frozen nets, read by chain.cpp and
+// A call on a chain of layers: filled by python_chain.cpp, and by chain.cpp for frozen nets; read by chain.cpp and
 // chain_backward.cpp.
 //
 // Tensors are of one element type. What is packed is of fp64 or fp32, in which sums are taken; 16 bits are for what is kept.

@@ -85,11 +85,11 @@ int64_t team_of(const ChainArgs& a, const ChainLayer* layers, const BatchTiles<T
     return tiles.light && tiles.count == 1 && products <= kTiny ? 1 : a.threads;
 }
 
-// Of a whole chain: the same forward and backward.
+// Of a whole chain: in training the same forward and backward.
 template <class T>
 BatchTiles<T> tiles_of(const ChainArgs& a, const ChainLayer* layers) {
     int64_t values = 0, features = 0;
     for (int64_t l = 0; l < a.layers; ++l)
         values += layers[l].nnz, features += (l ? layers[l - 1].rows : a.features) + layers[l].rows;
-    return BatchTiles<T>(a.batch, is_light<T>(values, features));
+    return BatchTiles<T>(a.batch, is_light<T>(values, features), a.inference);
 }

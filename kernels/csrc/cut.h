@@ -56,7 +56,6 @@ inline ConvArgs by_pixels(const ConvArgs& a, int64_t size) {
     return b;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pixels of `rows` x `pitch` per phase; phase (a, b) holds image pixels (a + stride i, b + stride j).
 struct Block {

@@ -8,8 +8,6 @@
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Net {  // mirrored in cpu_net.py; its stages follow
     int64_t stages, threads, sharers, in_elements, out_elements, field_elements, scratch_elements;
     Field output;
@@ -24,7 +22,7 @@ constexpr int64_t kSlackElements = 64;  // vectors run over the end of fields
 
 // Where the share of thread `part` of `parts` begins, in rows whose entries begin at `begin`: all shares are about as large,
 // in units such that a line of the output is one thread's.
-int64_t share(const int32_t* begin, int64_t rows, int64_t part, int64_t parts, int64_t unit) {
+int64_t share_by_entries(const int32_t* begin, int64_t rows, int64_t part, int64_t parts, int64_t unit) {
     if (part == 0 || part == parts) return part ? rows : 0;
     const int64_t wanted = begin[rows] * part / parts;
     const int64_t row = std::lower_bound(begin, begin + rows + 1, wanted) - begin;
@@ -71,7 +69,7 @@ void convolution(const Stage& s, const Field& to, const float* x, float* y, floa
     if (s.by_pixels) {
         top = height / unit * part / parts * unit, bottom = height / unit * (part + 1) / parts * unit;
     } else {
-        from = share(s.begin, s.rows, part, parts, 1), until = share(s.begin, s.rows, part + 1, parts, 1);
+        from = share_by_entries(s.begin, s.rows, part, parts, 1), until = share_by_entries(s.begin, s.rows, part + 1, parts, 1);
     }
     const int64_t step = std::max<int64_t>(1, kPixels / s.width / unit) * unit;
     const int32_t* at = static_cast<const int32_t*>(s.at);
@@ -94,8 +92,8 @@ void convolution(const Stage& s, const Field& to, const float* x, float* y, floa
 template <class Index>
 void linear(const Stage& s, const float* x, float* y, int64_t part, int64_t parts) {
     const Index* columns = static_cast<const Index*>(s.at);
-    const int64_t groups = ceil_div(s.rows, kRows), until = share(s.begin, groups, part + 1, parts, kStrip / kRows);
-    for (int64_t i = share(s.begin, groups, part, parts, kStrip / kRows); i < until; ++i) {
+    const int64_t groups = ceil_div(s.rows, kRows), until = share_by_entries(s.begin, groups, part + 1, parts, kStrip / kRows);
+    for (int64_t i = share_by_entries(s.begin, groups, part, parts, kStrip / kRows); i < until; ++i) {
         Four sums[2];
         const int64_t at = kRows * int64_t(s.begin[i]);
         dots(s.values + at, columns + at, s.begin[i + 1] - s.begin[i], x, sums);

@@ -12,7 +12,7 @@ INLINE auto rows_of(T* matrix, int64_t stride) {
     return [=](int row) __attribute__((always_inline)) { return matrix + row * stride; };
 }
 
-inline int64_t padded(int64_t batch) { return (batch + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t batch) { return ceil_div(batch, kLanes) * kLanes; }
 
 template <class T>
 constexpr int64_t kWidest = kMaxGroups<T> * kLanes;
@@ -25,13 +25,16 @@ template <class T>
 bool is_light(int64_t values, int64_t features) { return values <= features * kWidest<T> / 2; }
 
 // The batch in equal tiles of at most 8 vectors, as few as there can be. If `light`, an even number of them, so that two
-// threads have as many, where a tile of all had 6 vectors or more. Packed activations are tile after tile, each
-// (features, width) and contiguous: a page then holds many features. No tile depends on the threads.
+// threads have as many, where a tile of all had 6 vectors or more. In `inference` light ones of long vectors are half as wide:
+// entries of a row lie so far apart that only half of their x stays in L1. Backward that gains nothing, as each tile has sums
+// of its own. A sample's sums are the same in tiles of 4 to 8 vectors, and no tile depends on the threads. Packed activations
+// are tile after tile, each (features, width) and contiguous: a page then holds many features.
 template <class T>
 struct BatchTiles {
-    explicit BatchTiles(int64_t batch, bool light = false)
-        : light(light), batch(batch), groups(padded(batch) / kLanes), count((groups + kMaxGroups<T> - 1) / kMaxGroups<T>) {
+    explicit BatchTiles(int64_t batch, bool light = false, bool inference = false)
+        : light(light), batch(batch), groups(padded(batch) / kLanes), count(ceil_div(groups, kMaxGroups<T>)) {
         if (light && count < groups && groups >= std::max(4, 6 * kWidth<T> / kLanes)) count += count % 2;
+        if (light && inference && VECTOR_BYTES == 64) count = std::max(count, groups / kMaxGroups<T> * 2);
     }
     int64_t begin(int64_t i) const { return groups * i / count * kLanes; }  // first column
     int64_t width(int64_t i) const { return begin(i + 1) - begin(i); }

@@ -178,7 +178,6 @@ bool is_plan(const int32_t* words, int64_t size, int64_t rows, int64_t columns, 
            h.phases >= int32_t(backward) && !std::memcmp(&h.taps, &expected, sizeof expected);
 }
 
-EXPORT const int64_t sparselottery_vector_bytes = VECTOR_BYTES;
 ABI(plan, FORWARD, sizeof(Taps) / 4, kAlike);
 
 // Builds the plan of CSR indices that the caller has validated, with Wᵀ in strips of `strip_back` and tiles of `block_back` if

@@ -13,8 +13,8 @@ int64_t sparselottery_conv_plan(int32_t, const Taps*, const int32_t*, const int3
                                 int64_t, int32_t**);
 int64_t sparselottery_quads(int32_t, const int32_t*, const int32_t*, int32_t*);
 void sparselottery_free(void* memory);
-void sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y, int64_t values,
-                          int64_t all_features);
+int64_t sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y, int64_t values,
+                             int64_t all_features);
 void sparselottery_net(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_rows(const void* net, const float* x, float* y, int64_t batch);
 void sparselottery_chain_infer(const void* net, const float* x, float* y, int64_t batch);
@@ -118,35 +118,18 @@ T from(PyObject* number) {
         return static_cast<T>(integer(number));
 }
 
-// (is_double, packed, batch, features, y, values, all_features): packed x -> y.
-PyObject* unpack(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([=] {
-        take(count, 7);
-        sparselottery_unpack(is_true(args[0]), from<const void*>(args[1]), integer(args[2]), integer(args[3]),
-                             from<void*>(args[4]), integer(args[5]), integer(args[6]));
-        return Py_NewRef(Py_None);
-    });
-}
-
-// A function of a struct of 8-byte fields, which come as a list -> its Outcome.
-template <int64_t (*F)(const void*)>
-PyObject* packed(PyObject*, PyObject* list) {
+// (the fields of a Training and its layers, 8 bytes each, as a list)
+PyObject* train(PyObject*, PyObject* list) {
     return guarded([=] {
         const Sequence numbers(list);
         std::vector<int64_t> words(numbers.size());
         for (size_t i = 0; i < words.size(); ++i) words[i] = integer(numbers[i]);
-        int64_t code;
         {
             const Unlocked unlocked;
-            code = F(words.data());
+            sparselottery_train(words.data());
         }
-        return PyLong_FromLongLong(checked(code));
+        return Py_NewRef(Py_None);
     });
-}
-
-int64_t train(const void* args) {
-    sparselottery_train(args);
-    return DONE;
 }
 
 // The words that a builder of plans leaves, as memory that goes with its last reader.
@@ -252,11 +235,11 @@ PyMethodDef methods[] = {
     {"conv", fast(conv), METH_FASTCALL, nullptr},
     {"conv_after_conv", fast(conv_after_conv), METH_FASTCALL, nullptr},
     {"conv_gradients", fast(conv_gradients), METH_FASTCALL, nullptr},
-    {"train", packed<train>, METH_O, nullptr},
+    {"train", train, METH_O, nullptr},
     {"plan", fast(Build<sparselottery_plan>::function), METH_FASTCALL, nullptr},
     {"conv_plan", fast(Build<sparselottery_conv_plan>::function), METH_FASTCALL, nullptr},
     {"quads", fast(Call<sparselottery_quads>::function), METH_FASTCALL, nullptr},
-    {"unpack", fast(unpack), METH_FASTCALL, nullptr},
+    {"unpack", fast(Call<sparselottery_unpack>::function), METH_FASTCALL, nullptr},
     {"is_pattern", fast(Call<sparselottery_is_pattern>::function), METH_FASTCALL, nullptr},
     {"compiled", fast(compiled), METH_FASTCALL, nullptr},
     {"copied", fast(copied), METH_FASTCALL, nullptr},

@@ -15,19 +15,6 @@ int64_t sparselottery_carry(const int32_t*, int64_t, int64_t, int64_t, const voi
 
 namespace {
 
-// A contiguous vector of any kind.
-struct Elements {
-    explicit Elements(PyObject* tensor) : held(Py_NewRef(tensor)) {
-        const View view(tensor);
-        if (view.dims != 1) throw Unfit();
-        size = view.shape[0], data = view.data;
-        if (size > 1 && view.strides[0] != 1) held = contiguous(tensor), data = View(held.get()).data;
-    }
-    Object held;
-    int64_t size;
-    void* data;
-};
-
 struct Indices {
     Indices(PyObject* crow_indices, PyObject* col_indices) : rows(crow_indices, INT32), columns(col_indices, INT32) {}
     const int32_t* crow() const { return static_cast<const int32_t*>(rows.data); }
@@ -94,7 +81,7 @@ PyObject* carried(PyObject*, PyObject* const* args, Py_ssize_t count) {
         const Indices ours(args[0], args[1]), theirs(args[2], args[3]);
         const Sequence tensors(args[5]), newcomers(args[6]);
         const int64_t columns = integer(args[4]), threads = integer(args[8]), survivors = ours.columns.size;
-        std::vector<Elements> from;
+        std::vector<Vector> from;
         std::vector<int64_t> bytes;
         for (int64_t i = 0; i < tensors.size(); ++i) {
             if (i ? !is_plain(tensors[i], args[7]) : !is_ordinary(tensors[i], args[7])) throw Unfit();

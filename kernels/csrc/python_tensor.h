@@ -125,16 +125,20 @@ struct Matrix {
     ChainMatrix as;
 };
 
-// A vector, contiguous.
+// A vector, contiguous, of any kind or of one.
 struct Vector {
-    Vector(PyObject* tensor, Kind kind) : held(Py_NewRef(tensor)) {
-        const View view(tensor, kind, 1);
-        size = view.shape[0], data = view.data;
-        if (size > 1 && view.strides[0] != 1) held = contiguous(tensor), data = View(held.get()).data;
-    }
+    explicit Vector(PyObject* tensor) : Vector(tensor, View(tensor)) {}
+    Vector(PyObject* tensor, Kind kind) : Vector(tensor, View(tensor, kind, 1)) {}
     Object held;
     int64_t size;
     void* data;
+
+  private:
+    Vector(PyObject* tensor, const View& view) : held(Py_NewRef(tensor)) {
+        if (view.dims != 1) throw Unfit();
+        size = view.shape[0], data = view.data;
+        if (size > 1 && view.strides[0] != 1) held = contiguous(tensor), data = View(held.get()).data;
+    }
 };
 
 inline void* address(const Object& tensor) { return View(tensor.get()).data; }
@@ -164,7 +168,7 @@ Object empty(PyObject* like, const int64_t (&sizes)[D], const int64_t (&steps)[D
 
 // As reference.leading_dim.
 inline int64_t leading_dim(int64_t batch) {
-    const int64_t groups = (batch + kLanes - 1) / kLanes;
+    const int64_t groups = ceil_div(batch, kLanes);
     return (groups + groups / 16) * kLanes;
 }
 

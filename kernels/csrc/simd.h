@@ -14,6 +14,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int kLanes = 16;  // packed activations are padded to this many columns, whatever the vector width
 
 template <class T>

@@ -24,12 +24,11 @@ struct Mapped {
 template <class T, int R>
 constexpr int kSums = R >= 4 ? 1 : R == 3 ? 2 : kUnit<T>;
 
-// Asks for the rows of y that the segment after next adds to.
+// Asks for R vectors of y, to be written soon.
 template <class T, int R>
-INLINE void expect(const T* y, int64_t ldy, const uint16_t* segment_row) {
-    const char* row = reinterpret_cast<const char*>(y + segment_row[2] * ldy);
+INLINE void expect(const T* y) {
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < R * VECTOR_BYTES; i += 64) __builtin_prefetch(row + i, 1);
+    for (int64_t i = 0; i < R * VECTOR_BYTES; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(y) + i, 1);
 }
 
 // Vectors of x that a quad keeps in registers, beside four sums for each of them: of 32 registers, or of 16.
@@ -91,7 +90,7 @@ void spmm_quads(const Schedule& s, const Bucket* b, int32_t segment, const Colum
         for (int i = 0; i < kAlike; ++i) {
             v[i] = IN_CSR ? values + s.segment_value[segment + i] : values + i * length;
             out[i] = y + s.segment_row[segment + i] * ldy;
-            expect<T, R>(y, ldy, s.segment_row + segment + i + kAlike - 2);  // of the next quad
+            expect<T, R>(y + s.segment_row[segment + kAlike + i] * ldy);  // of the next quad
         }
         quad_in_parts<T, R>(v, col, length, x, rows, out);
         values += IN_CSR ? 0 : kAlike * length;

@@ -106,26 +106,31 @@ INLINE void fused_row(const T* values, const Column* col, const int32_t* at, int
     }
 }
 
+// f(its row, the rows of the next two behind it; its length) for the segments of a tile.
+template <class F>
+INLINE void each_segment(const Schedule& s, const Tile* tile, F f) {
+    const Bucket* last = s.buckets + tile[1].bucket;
+    const uint16_t* row = s.segment_row + tile->segment;
+    for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
+        const int32_t length = b->length;
+        for (const uint16_t* const stop = row + b->count; row < stop; ++row) f(row, length);
+    }
+}
+
 // Over Wᵀ: gx[row] += Σ values * gy[col], and from the same loads gvalues (+)= <x[row], gy[col]>. Values and their gradient
 // are of this tile, in its order; or, if IN_CSR, all of W: their misses are asked for kAhead entries before.
 template <class T, int R, bool IN_CSR, class Rows>
 void fused_tile(const Schedule& s, const Tile* tile, const T* values, const T* gy, Rows rows, const T* x, int64_t ldx,
                 T* gx, int64_t ldgx, T* gvalues, bool add) {
     const int32_t* at = s.entry_value + tile->entry;
-    const Bucket* last = s.buckets + tile[1].bucket;
     const auto* col = rows.entries(s, tile);
-    int32_t segment = tile->segment;
-    for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
-        const int32_t length = b->length;
-        for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
-            const int64_t row = s.segment_row[segment];
-            expect<T, R>(gx, ldgx, s.segment_row + segment);
-            expect<T, R>(x, ldx, s.segment_row + segment);
-            fused_row<T, R, IN_CSR>(values, col, at, length, gy, rows, x + row * ldx, gx + row * ldgx, gvalues, add);
-            col += length, at += length;
-            if (!IN_CSR) values += length, gvalues += length;
-        }
-    }
+    each_segment(s, tile, [&](const uint16_t* row, int32_t length) __attribute__((always_inline)) {
+        expect<T, R>(gx + row[2] * ldgx);
+        expect<T, R>(x + row[2] * ldx);
+        fused_row<T, R, IN_CSR>(values, col, at, length, gy, rows, x + *row * ldx, gx + *row * ldgx, gvalues, add);
+        col += length, at += length;
+        if (!IN_CSR) values += length, gvalues += length;
+    });
 }
 
 // Over W: gvalues (+)= <gy[row], x[col]>, where gx is not wanted.
@@ -133,26 +138,21 @@ template <class T, int R, class Rows>
 void sddmm_tile(const Schedule& s, const Tile* tile, const T* gy, int64_t ld, const T* x, Rows rows, T* gvalues,
                 bool add) {
     constexpr int W = kWidth<T>, E = kUnit<T>;
-    const Bucket* last = s.buckets + tile[1].bucket;
     const auto* col = rows.entries(s, tile);
-    int32_t segment = tile->segment;
-    for (const Bucket* b = s.buckets + tile->bucket; b < last; ++b) {
-        const int32_t length = b->length;
-        for (const int32_t stop = segment + b->count; segment < stop; ++segment) {
-            const T* row = gy + s.segment_row[segment] * ld;
-            expect<T, R>(gy, ld, s.segment_row + segment);
-            Vec<T> mine[R];
+    each_segment(s, tile, [&](const uint16_t* row, int32_t length) __attribute__((always_inline)) {
+        const T* own = gy + *row * ld;
+        expect<T, R>(gy + row[2] * ld);
+        Vec<T> mine[R];
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) mine[r] = load<T>(row + r * W);
-            for (int32_t k = 0; k < length; k += E) {
-                Vec<T> dots[E] = {};
-                each_place<T>([&](auto J) __attribute__((always_inline)) {
-                    const auto nothing = [](int, Vec<T>&) {};
-                    if (k + J < length) dots[J] = product<T, R>(mine, x + rows(col[k + J]), nothing);
-                });
-                write_dots<T, false>(dots, length - k < E ? length - k : E, gvalues + k, nullptr, add);
-            }
-            col += length, gvalues += length;
+        for (int r = 0; r < R; ++r) mine[r] = load<T>(own + r * W);
+        for (int32_t k = 0; k < length; k += E) {
+            Vec<T> dots[E] = {};
+            each_place<T>([&](auto J) __attribute__((always_inline)) {
+                const auto nothing = [](int, Vec<T>&) {};
+                if (k + J < length) dots[J] = product<T, R>(mine, x + rows(col[k + J]), nothing);
+            });
+            write_dots<T, false>(dots, length - k < E ? length - k : E, gvalues + k, nullptr, add);
         }
-    }
+        col += length, gvalues += length;
+    });
 }
