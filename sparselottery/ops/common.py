@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -112,6 +112,19 @@ def in_torch(x: Tensor | fx.Proxy) -> bool:
         or torch._C._get_tracing_state() is not None
         or isinstance(x, fx.Proxy)
     )
+
+
+def gradients_by_torch(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], gy: Tensor
+) -> list[Tensor | None]:
+    """Of compute(*inputs), by torch's operators: None where not needed, and differentiable where grad mode says so."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # of aliases: it stops here, wherever inputs come from and whatever is shared
+        inputs = [None if each is None else each.view_as(each) for each in inputs]
+        y = compute(*inputs)
+    needed = [each for each, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, needed, gy, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
 
 
 def as_one_module(module: torch.nn.Module, x: fx.Proxy, *args: object, **kwargs: object) -> fx.Proxy:

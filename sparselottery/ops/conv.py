@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import cpu, gpu, native, reference
 from ..kernels.reference import Geometry, Norm
 from ..pattern import Pattern
-from .common import LIBRARY, Block, in_torch, operands, untraced
+from .common import LIBRARY, Block, gradients_by_torch, in_torch, operands, untraced
 
 LIBRARY.define(
     "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, Tensor plan, "
@@ -161,7 +161,12 @@ def _backward(ctx, gy, needs):
             return gradients
     x, values, bias, y, winners = kept
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, gy, (x, values, bias), needs)
+        (crow_indices, col_indices, *_), (geometry, *rest) = ctx.indices, ctx.settings
+
+        def compute(x, values, bias):
+            return reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*geometry), *rest)
+
+        return tuple(gradients_by_torch(compute, (x, values, bias), needs, gy))
     y, winners = (x.new_empty(0) if each is None else each for each in (y, winners))
     op = _gradients if untraced(gy) and untraced(x) else _CONV2D_BACKWARD
     gradients = op(gy, x, y, winners, values, *ctx.indices, *ctx.settings, *needs)
@@ -170,18 +175,6 @@ def _backward(ctx, gy, needs):
 
 def _op_backward(ctx, gy, _gwinners):
     return *_backward(ctx, gy, ctx.needs_input_grad[:3]), *[None] * 7
-
-
-def _differentiable_backward(ctx, gy, inputs, needs):
-    """The same gradients by torch ops, for create_graph=True."""
-    # aliases: the gradient stops here, wherever x comes from
-    x, values, bias = (None if t is None else t.view_as(t) for t in inputs)
-    crow_indices, col_indices, *_ = ctx.indices
-    geometry, relu, pool = ctx.settings
-    y = reference.conv(x, values, bias, crow_indices, col_indices, Geometry(*geometry), relu, pool)
-    needed = [t for t, need in zip((x, values, bias), needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, needed, gy, create_graph=True))
-    return tuple(next(grads) if need else None for need in needs)
 
 
 def _backend(x, plan, block, pool):

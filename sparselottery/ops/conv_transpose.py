@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.reference import Geometry, conv_weight, image_format
-from .common import LIBRARY, operands
+from .common import LIBRARY, gradients_by_torch, operands
 from .conv import _forward as convolve
 from .conv import _gradients as gradients
 
@@ -98,19 +98,19 @@ def _setup(ctx, inputs, output):
 def _gradients_of(ctx, gy):
     x, values, *indices = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    if torch.is_grad_enabled():  # for create_graph=True by torch's operators
-        x, values = x.view_as(x), values.view_as(values)  # the gradient stops here, wherever they come from
-        y = in_torch(x, values, *indices[:2], Geometry(*ctx.geometry), ctx.size)
-        needed = [each for each, need in zip((x, values), needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y, needed, gy, create_graph=True))
-        grads = [next(found) if need else None for need in needs]
+    if torch.is_grad_enabled():
+
+        def compute(x, values):
+            return _by_torch(x, values, *indices[:2], Geometry(*ctx.geometry), ctx.size)
+
+        grads = gradients_by_torch(compute, (x, values), needs, gy)
     else:
         grads = _OP_BACKWARD(gy, x, values, *indices, ctx.geometry, *needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     return *grads, None, None, None, None, None
 
 
-def in_torch(x, values, crow_indices, col_indices, geometry, size):
+def _by_torch(x, values, crow_indices, col_indices, geometry, size):
     """The same by torch's operators."""
     weight = conv_weight(values, crow_indices, col_indices, geometry)
     steps = (geometry.stride_h, geometry.stride_w), (geometry.dilation_h, geometry.dilation_w)

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from ..kernels import cpu, gpu, native, reference
 from ..pattern import Pattern
-from .common import LIBRARY, Block, autocast, in_torch, is_ordinary, is_wrapped, misfit, misplaced, on_gpu, untraced
+from .common import (
+    LIBRARY,
+    Block,
+    autocast,
+    gradients_by_torch,
+    in_torch,
+    is_ordinary,
+    is_wrapped,
+    misfit,
+    misplaced,
+    on_gpu,
+    untraced,
+)
 
 LIBRARY.define(
     "chain(Tensor x, Tensor[] values, Tensor?[] biases, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] plans, "
@@ -198,17 +210,15 @@ def _needed(gradients, need_x, need_values, need_biases):
 
 
 def _backward_by_torch(ctx, gy, kept, needs):
-    """The same by torch's ops: for create_graph=True, batches of gradients, and where forward was told not to save."""
-    x, _, *params = kept
-    layers, create_graph = len(params) // 2, torch.is_grad_enabled()
-    with torch.enable_grad():  # aliases: the gradient stops here, wherever x comes from and whatever is shared
-        inputs = [None if t is None else t.view_as(t) for t in (x, *params)]
-        x, *params = inputs
+    """The same: for create_graph=True, batches of gradients, and where forward was told not to save."""
+
+    def compute(x, *params):
+        layers = len(params) // 2
         args = x, params[:layers], params[layers:], *ctx.indices[:3]
-        y, _ = reference.chain_forward(*args, batch_minor=False, save=False)
-    needed = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, needed, gy, create_graph=create_graph))
-    return [next(grads) if need else None for need in needs]
+        return reference.chain_forward(*args, batch_minor=False, save=False)[0]
+
+    x, _, *params = kept
+    return gradients_by_torch(compute, (x, *params), needs, gy)
 
 
 def _setup_context(ctx, inputs, output):
