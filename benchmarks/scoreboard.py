@@ -170,7 +170,7 @@ def _lines(score: Score, folders: Sequence[Path], commit: Callable[[Path], str])
         head, rows = results.read(path)
         if found := score.measured(rows):
             ours, *theirs = found
-            link = f"results/{folder.name}/{path.name}"
+            link = f"../benchmarks/results/{folder.name}/{path.name}"
             machine = head["machine"].partition(" cores")[0].rpartition(",")[0]
             numbers = f"{' | '.join(map(_short, found))} | {min(theirs) / ours:.1f}"
             yield f"| [{machine}]({link}) | {numbers} | {head['date']} | {commit(path)} |\n"

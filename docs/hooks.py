@@ -15,3 +15,8 @@ def on_files(files: Files, config) -> Files:
             uri = path.relative_to(ROOT).as_posix().removeprefix("benchmarks/").lower()
             files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, **given) -> str:
+    """mkdocs calls it with the text of a page, whose links are those of a checkout: here the rows are in results/."""
+    return markdown.replace("../benchmarks/results/", "results/")
