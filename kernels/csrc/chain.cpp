@@ -62,7 +62,7 @@ void forward_few(const Args& a, const Layer* layers) {
                     row_of(values + begin, columns + begin, plan.crow_indices[r + 1] - begin, x, total);
                     for (int64_t n = 0; n < (hidden ? lanes : a.batch); ++n) {
                         const T y = total[n] + (bias ? T(bias[r]) : T(0));
-                        if (hidden) free[r * lanes + n] = y < 0 ? T(0) : y;
+                        if (hidden) free[r * lanes + n] = relu_of(y);
                         else static_cast<S*>(a.y.data)[n * a.y.stride + r] = S(y);
                     }
                 }

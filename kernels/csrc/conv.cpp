@@ -70,7 +70,7 @@ struct Made {
             });
         if (!a.relu) return;
         each_row([&](int64_t, T* y) {
-            for (int64_t i = 0; i < width; ++i) y[i] = y[i] < 0 ? T(0) : y[i];
+            for (int64_t i = 0; i < width; ++i) y[i] = relu_of(y[i]);
         });
     }
     const ConvArgs& a;
@@ -130,7 +130,7 @@ bool forward(const ConvArgs& a) {
                     pool_plane<T>(y, output.pitch, cut.lanes, a.windows(), a.relu, image, o, begin / a.pool, end / a.pool,
                                   a.winners);
                 else if (a.relu)
-                    for (int64_t i = 0; i < plane; ++i) y[i] = y[i] < 0 ? T(0) : y[i];
+                    for (int64_t i = 0; i < plane; ++i) y[i] = relu_of(y[i]);
             }
             Images<T> y = images<T>(a, a.y, a.y_strides, true);
             y.data += channel * y.channel;

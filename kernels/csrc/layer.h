@@ -35,7 +35,7 @@ void forward_strip(const Schedule& s, int64_t strip, const T* values, bool in_cs
         if (in_csr) spmm_tile<T, R, true>(s, tile, values, in, rows_of_x, y, width);
         else spmm_tile<T, R, false>(s, tile, values + before, in, rows_of_x, y, width);
     });
-    for (int64_t i = 0; relu && i < rows * width; ++i) y[i] = y[i] < 0 ? T(0) : y[i];
+    for (int64_t i = 0; relu && i < rows * width; ++i) y[i] = relu_of(y[i]);
 }
 
 // gx = Wᵀ gy of a strip's rows of Wᵀ, if `relu` zero where x is not positive, and where gvalues is not null the gradient of

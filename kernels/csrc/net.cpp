@@ -32,10 +32,7 @@ int64_t share_by_entries(const int32_t* begin, int64_t rows, int64_t part, int64
 void finish(const Stage& s, int64_t row, float* y, int64_t count) {
     const float scale = s.scale ? s.scale[row] : 1.0f, shift = s.shift ? s.shift[row] : 0.0f;
     if (s.relu)
-        for (int64_t i = 0; i < count; ++i) {
-            const float v = y[i] * scale + shift;
-            y[i] = v < 0 ? 0.0f : v;
-        }
+        for (int64_t i = 0; i < count; ++i) y[i] = relu_of(y[i] * scale + shift);
     else
         for (int64_t i = 0; i < count; ++i) y[i] = y[i] * scale + shift;
 }
@@ -101,7 +98,7 @@ void linear(const Stage& s, const float* x, float* y, int64_t part, int64_t part
         const int32_t* order = s.order + kRows * i;
         for (int half = 0; half < 2; ++half) {
             Four y4 = sums[half] + *reinterpret_cast<const Four*>(shift + 4 * half);
-            if (s.relu) y4 = y4 < 0 ? Four{} : y4;
+            if (s.relu) y4 = relu_of(y4);
             for (int r = 0; r < 4; ++r)
                 if (order[4 * half + r] >= 0) y[order[4 * half + r]] = y4[r];
         }

@@ -39,7 +39,7 @@ void pool_plane(T* plane, int64_t pitch, int64_t lanes, const Windows& w, bool r
                     if (v > best || v != v) best = v, which = k;
                 }
                 *winner++ = uint8_t(relu && best <= 0 ? kNobody : which);
-                *out++ = relu && best < 0 ? T(0) : best;
+                *out++ = relu ? relu_of(best) : best;
             }
         return;
     }
@@ -57,7 +57,7 @@ void pool_plane(T* plane, int64_t pitch, int64_t lanes, const Windows& w, bool r
                 }
                 if (relu) {
                     which = best <= 0 ? I{} + kNobody : which;
-                    best = best < 0 ? Vec<T>{} : best;
+                    best = relu_of(best);
                 }
                 store<T>(out + lane, best);
                 const int64_t group = image + lane / kLanes * kLanes;

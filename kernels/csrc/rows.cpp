@@ -53,7 +53,7 @@ void layer_forward(const Layer& l, const float* x, float* y, int64_t width, bool
             const float bias = l.bias ? l.bias[r + i] : 0.0f;
             for (int64_t n = 0; n < width; ++n) {
                 const float v = out[i * width + n] + bias;
-                out[i * width + n] = relu && v < 0 ? 0.0f : v;
+                out[i * width + n] = relu ? relu_of(v) : v;
             }
         }
     }

@@ -16,6 +16,12 @@
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of a number or a vector of them. NaN stays NaN, which std::max would drop.
+template <class V>
+INLINE V relu_of(V v) {
+    return v < 0 ? V{} : v;
+}
+
 constexpr int kLanes = 16;  // packed activations are padded to this many columns, whatever the vector width
 
 template <class T>
