@@ -224,7 +224,9 @@ def _input_shape(ticket: Ticket, dense: nn.Module) -> Sequence[int]:
     first = next((m for m in dense.modules() if not isinstance(m, nn.Sequential)), None)
     if isinstance(first, nn.Linear):
         return (first.in_features,)
-    raise ValueError("shape: expected that of one input, as the file does not tell it")
+    raise ValueError(
+        "shape: expected that of one input, as --shape C,H,W gives it, got none: the file does not tell it"
+    )
 
 
 @contextlib.contextmanager

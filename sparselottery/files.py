@@ -110,7 +110,10 @@ def read_safetensors(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
 def _contents(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Contents:
     if "ticket" not in metadata:
         raise ValueError(f"not a ticket: expected a metadata entry 'ticket', got {sorted(metadata)}")
-    head = loads(metadata["ticket"])
+    try:
+        head = loads(metadata["ticket"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"damaged ticket: expected JSON in its metadata: {error}") from None
     if not isinstance(head, dict):
         raise ValueError(f"not a ticket: expected a JSON object in its metadata, got {type(head).__name__}")
     version = head.get("version")

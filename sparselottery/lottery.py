@@ -6,6 +6,7 @@ The ticket is (theta_k, m).
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
@@ -96,7 +97,8 @@ def find_ticket(
             returned ("continued training", paper App. B).
         out: a folder for the run. A run that was interrupted, even killed, goes on where it stopped when called again,
             losing at most the round in flight and ending as if it had never stopped; with more `rounds`, a finished
-            one goes on too. It holds settings.json, theta.safetensors (theta_k), for each round round-00.json (its
+            one goes on too. Then the first weights are those of the folder, whatever `model` has: another model takes
+            another folder. It holds settings.json, theta.safetensors (theta_k), for each round round-00.json (its
             record) and round-00.safetensors (a Ticket: its trained weights and mask), and ticket.safetensors.
         settings: JSON-able; whatever else decides the result (learning rate, data, which net of these layers). Kept in
             the folder and in the ticket's recipe; going on in the folder of a run with other settings is refused.
@@ -105,9 +107,9 @@ def find_ticket(
     Returns the ticket: theta_k at the last mask. The trained weights are in `out`, whose files hold dense tensors only:
     a model with sparse, nested or quantised buffers or with extra state is refused there, and is fine without `out`.
     Raises ValueError or TypeError, before any training, for arguments that `prune` would refuse, `rounds < 0`,
-    `rewind_step < 0`, or an `out` of another run or with a damaged file in it; and after a training that altered the
-    masks or returned something else than the above. In the latter case `out` keeps the training, without what was
-    returned.
+    `rewind_step < 0`, a `train` that takes no start and stop though there is one, or an `out` of another run or with a
+    damaged file in it; and after a training that altered the masks or returned something else than the above. In the
+    latter case `out` keeps the training, without what was returned.
     """
     _check_count("rounds", rounds, 0)
     _check_count("rewind_step", rewind_step, 0)
@@ -116,6 +118,9 @@ def find_ticket(
     for name, given in (("retrain", retrain), ("scores", scores), ("on_round", on_round)):
         if given is not None and not callable(given):
             raise TypeError(f"{name}: expected a function or None, got {type(given).__name__}")
+    for name, given in (("train", train), ("retrain", retrain)):
+        if rewind_step and given is not None:
+            _check_takes_steps(name, given)
     found = survey(model)
     weights = prunable(model, found)
     state = dict(dense_entries(model))
@@ -250,3 +255,13 @@ def _check_count(what: str, value: int, least: int) -> None:
         raise TypeError(f"{what}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{what}: expected at least {least}, got {value}")
+
+
+def _check_takes_steps(what: str, train: Callable) -> None:
+    """Raise TypeError if it cannot be called as a training from one step to another."""
+    try:
+        inspect.signature(train).bind(object(), start=0, stop=1)
+    except TypeError as error:
+        raise TypeError(f"{what}: expected {what}(model, start, stop), as rewind_step is given: {error}") from None
+    except ValueError:  # a built-in one has no signature
+        return

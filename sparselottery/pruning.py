@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from .orders import Permuted
 from .oriented import Views, fitted, tell_of_small
 from .scores import Scores, at_random, by_given, by_magnitude
 from .survey import survey
+from .weight_decay import SparseLotteryWarning
 
 METHODS = ("magnitude", "random")
 
@@ -73,8 +75,8 @@ def prune(
         generator: for "random"; None uses torch's.
     Returns a mask for every weight that `convert` can mask, in module order, embeddings among them; of a weight that
     several layers share one. Warns (`SparseLotteryWarning`), once for a model, if these are less than nine tenths of
-    all weights of two dimensions or more, and says why; and of whole layers so small that the fraction of them rounds
-    to nothing.
+    all weights of two dimensions or more, and says why; of whole layers so small that the fraction of them rounds to
+    nothing; and of layers that had survivors and have none now.
     Raises ValueError or TypeError for a model without such layers, weights without a shape (lazy ones), without data or
     not finite, a fraction outside [0, 1), an unknown method, scope, name or pattern, a granularity that is not two
     positive ints, "rows" or "N:M", blocks of which a layer to be pruned is no more than one, "rows" of an embedding,
@@ -104,7 +106,21 @@ def prune(
         score = at_random(seen, generator) if method == "random" else by_magnitude(views.seen(weights), seen)
     found.tell(model, stacklevel=2)
     tell_of_small(chosen, seen, stacklevel=2)
-    return views.restored(prune_pools(seen, chosen, score, links_for(model, chosen)))
+    pruned = views.restored(prune_pools(seen, chosen, score, links_for(model, chosen)))
+    _tell_of_emptied(masks, pruned, stacklevel=2)
+    return pruned
+
+
+def _tell_of_emptied(before: Masks, pruned: Masks, stacklevel: int) -> None:
+    """Warn (`SparseLotteryWarning`) of masks that have no survivors any more."""
+    if emptied := [name for name, mask in pruned.items() if not mask.any() and before[name].any()]:
+        warnings.warn(
+            f"no weight is left of {', '.join(emptied)}: what comes out of such a layer no longer depends on its "
+            "input. scope='layer' prunes each layer on its own, `rates` gives single ones another fraction, and "
+            "`ignore` leaves them whole",
+            SparseLotteryWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def complete(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:

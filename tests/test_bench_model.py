@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -79,7 +81,7 @@ def test_the_shape_of_images_must_be_said(ways, tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
     path = tmp_path / "net.safetensors"
     Ticket.from_model(convert(model, prune(model, 0.8, method="random"))).save(path)
-    with pytest.raises(ValueError, match="shape: expected that of one input"):
+    with pytest.raises(ValueError, match="shape: expected that of one input, as --shape C,H,W gives it, got none: the"):
         bench_model.bench_model(path, [1])
     for wrong in ((4, 8, 8), (3, 8)):
         with pytest.raises(ValueError, match="shape, example_input: expected an input that the net takes; it says: "):
@@ -97,6 +99,23 @@ def test_command(ways, ticket, tmp_path, capsys):
         assert [row["impl"] for row in csv.DictReader(file)] == ["sparselottery", "torch", "other"] * 2
     assert (out / "plot.svg").stat().st_size > 1000
     assert main(["bench-model", str(tmp_path / "missing.safetensors")]) == 2
+
+
+def test_the_command_alone_is_without_the_chatter_of_torch(ticket, monkeypatch, capsys, caplog):
+    def chatters(model, example):
+        sys.stderr.write("AUTOTUNE addmm\n")
+        exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
+        exporter.warning("torchvision is not installed")
+        return bench_model.torch_dense(model, example)
+
+    monkeypatch.setattr(bench_model, "MAKERS", {"torch": bench_model.torch_dense, "other": chatters})
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
+    assert main(["bench-model", str(ticket), "--batch", "1", "--seconds", "0.01"]) == 0
+    assert not capsys.readouterr().err
+    assert not caplog.messages
+    bench_model.bench_model(ticket, [1], seconds=0.01)
+    assert "AUTOTUNE" in capsys.readouterr().err
+    assert caplog.messages == ["torchvision is not installed"]
 
 
 def test_a_plot_that_cannot_be_written_leaves_the_one_before(ways, ticket, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparselottery import cli, convert
+from sparselottery.cli import tables
 from sparselottery.lab import data, experiment
 from sparselottery.lab.data import ENVIRONMENT
 from sparselottery.lab.models import MODELS
@@ -145,6 +146,13 @@ def test_find_draws_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     assert all(line in fancy for line in plain)  # not wrapped to the terminal's width
 
 
+def test_what_is_said_on_a_terminal_is_shown_as_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with tables.progress("round 0", 1) as (_, say):
+        say("net:fire: 11 trainings [bold]")
+    assert "net:fire: 11 trainings [bold]" in capsys.readouterr().out
+
+
 def test_find_without_the_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
     assert "train-images-idx3-ubyte" in fails(capsys, "find", "--data", "mnist", "--out", tmp_path / "runs")
@@ -179,15 +187,36 @@ def test_find_with_data_that_the_net_does_not_take(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--fraction=1.5", "fraction"),
-        ("--rounds=0", "rounds"),
-        ("--iterations=0", "iterations"),
-        ("--batch=2000", "batch"),
-        ("--rewind-step=60", "start"),
+        ("--fraction=1.5", "fraction: expected less than 1, got 1.5"),
+        ("--rounds=0", "rounds: expected at least 1, got 0"),
+        ("--iterations=0", "iterations: expected at least 1, got 0"),
+        ("--scale=0.001", "iterations: expected at least 1, got 0"),
+        ("--batch=0", "batch: expected at least 1, got 0"),
+        ("--batch=2000", "batch: expected at most the 1257 training images, got 2000"),
+        ("--eval-every=0", "eval_every: expected at least 1, got 0"),
+        ("--lr=-1", "lr: expected at least 0, got -1.0"),
+        ("--lr=nan", "lr: expected at least 0, got nan"),
+        ("--rewind-step=60", "rewind_step: expected less than the 60 iterations, got 60"),
+        ("--granularity=999x999", "granularity: expected blocks smaller than 'fc1.weight'"),
+        ("--fc-share=9", "rates['fc1.weight']: expected a value in [0, 1), got 1.8"),
     ],
 )
 def test_find_with_a_value_that_makes_no_sense(tmp_path, capsys, option, message):
-    assert message in fails(capsys, *FIND, option, "--out", tmp_path)
+    assert cli.main([*FIND, option, "--out", str(tmp_path)]) == 2
+    said, error = capsys.readouterr()
+    assert error.startswith(f"sparselottery: {message}")
+    assert not said
+    assert not list(tmp_path.iterdir())
+
+
+def test_find_on_a_gpu_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([*FIND, "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "sparselottery: device: expected cpu, or cuda where torch sees a GPU, got 'cuda'\n",
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_find_on_a_damaged_run(tmp_path, capsys):

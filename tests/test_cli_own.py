@@ -231,6 +231,7 @@ def test_one_shot(mynet, tmp_path):
     assert not (folder_of(tmp_path) / "round-02.json").exists()
 
 
+LATE = ("plain", "same", "tensors")  # found out by a training
 MISUSES = [
     ({"train": None}, "--train: expected the function that trains NET:make"),
     ({"net": "missing"}, "--model: expected one of .*make, .* in NET, got 'missing'"),
@@ -253,6 +254,10 @@ MISUSES = [
     ({"options": ["--scale", 0.5]}, "--scale: expected with one of the paper's nets only"),
     ({"options": ["--retrain", "fine-tune"]}, "--retrain: expected one of rewind, continue"),
     ({"options": ["--fraction", 2]}, "fraction: expected"),
+    ({"options": ["--fraction", 2, "--one-shot"]}, "fraction: expected"),
+    ({"options": ["--rewind-step", -1]}, "rewind_step: expected at least 0, got -1"),
+    ({"options": ["--granularity", "99x99"]}, "granularity: expected blocks smaller than '0.weight'"),
+    ({"rounds": -1}, "rounds: expected at least 0, got -1"),
     ({"options": ["--example", "NET:text"]}, "--example: NET:text: example_input: expected a tensor, .*got str"),
     ({"options": ["--example", "NET:bad"]}, "NET:bad raised KeyError"),
     ({"options": ["--example", "NET:long"]}, "Sequential on NET:long raised RuntimeError"),
@@ -261,11 +266,14 @@ MISUSES = [
 
 
 @pytest.mark.parametrize(("use", "message"), MISUSES)
-def test_misuse(mynet, capsys, use, message):
+def test_misuse(mynet, tmp_path, capsys, use, message):
     use = {**use, "options": [str(each).replace("NET", mynet) for each in use.get("options", [])]}
     assert find(mynet, *use.pop("options"), **use) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    said, error = capsys.readouterr()
+    last = error.splitlines()[-1]
     assert re.search(f"^sparselottery: .*{message.replace('NET', mynet)}", last), last
+    assert not said or use.get("train") in LATE
+    assert not (tmp_path / "runs").exists() or use.get("train") in LATE
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_exactly_k_whole_blocks_go_and_none_returns(layers, fraction, scope, met
         assert pruned[name].data_ptr() != mask.data_ptr() or mask.numel() == 0
 
 
-@pytest.mark.filterwarnings("ignore:nothing is pruned")
+@pytest.mark.filterwarnings("ignore:nothing is pruned", "ignore:no weight is left")
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 0.9), max_size=5), st.tuples(SIDES, SIDES), st.sampled_from(["magnitude", "random"]))
 def test_pruned_again_and_again(fractions, block, method):

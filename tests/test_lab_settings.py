@@ -93,6 +93,26 @@ def test_values_that_are_not_allowed(changes):
         preset(**changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("rounds", 0, "at least 1"),
+        ("fraction", -0.1, "at least 0"),
+        ("fraction", 1.0, "less than 1"),
+        ("dropout", 1.0, "less than 1"),
+        ("lr", float("inf"), "less than inf"),
+        ("lr", float("nan"), "at least 0"),
+        ("momentum", -1.0, "at least 0"),
+        ("warmup", -1, "at least 0"),
+        ("rewind_step", -1, "at least 0"),
+        ("rewind_step", 3000, "less than the 3000 iterations"),
+    ],
+)
+def test_numbers_that_make_no_sense(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}, got {value}$"):
+        preset(**{name: value})
+
+
 def test_every_setting_is_explained():
     assert all(field.metadata["text"] for field in fields(Settings))
 

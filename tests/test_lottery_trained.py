@@ -27,6 +27,17 @@ def run(**changes):
     return find_ticket(net, **{"train": train, "rounds": 3, "fraction": 0.3, **changes})
 
 
+@pytest.mark.parametrize("name", ["train", "retrain"])
+def test_trainings_that_cannot_begin_at_a_step(name):
+    def between(model, start, stop):
+        train(model)
+
+    told = rf"{name}: expected {name}\(model, start, stop\), as rewind_step is given: got an unexpected .* 'start'"
+    with pytest.raises(TypeError, match=told):
+        run(**{"train": between, name: train, "rewind_step": 3})
+    assert run(train=between, retrain=between, rewind_step=3).density == run(retrain=train).density
+
+
 def test_training_may_not_damage_the_indices():
     def damage(model):
         model[0].col_indices[0] = 99

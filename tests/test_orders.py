@@ -164,7 +164,7 @@ def test_small_weights_have_an_order(shape):
 # pruning
 
 
-@pytest.mark.filterwarnings("ignore:nothing is pruned")
+@pytest.mark.filterwarnings("ignore:nothing is pruned", "ignore:no weight is left")
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.sampled_from([0.1, 0.2, 0.5, 0.8]), min_size=1, max_size=5),

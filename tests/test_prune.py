@@ -39,8 +39,8 @@ def test_prune_passes_its_arguments_on():
     assert survivors(prune(model, 0.5, ignore=["0.weight"])) == 96 + 18
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
-    masks = prune(model, 96 / 132, scope="global")
-    assert [survivors({name: mask}) for name, mask in masks.items()] == [0, 36]
+    masks = prune(model, 90 / 132, scope="global")
+    assert [survivors({name: mask}) for name, mask in masks.items()] == [6, 36]
 
 
 def test_prune_at_random_ignores_the_weights_and_follows_the_generator():
@@ -68,7 +68,21 @@ def test_layers_of_which_a_fraction_is_no_weight_are_told():
     prune(model, 0.2, masks)
 
 
-@pytest.mark.filterwarnings("ignore:nothing is pruned")
+def test_layers_that_are_emptied_are_told():
+    model = net()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    with pytest.warns(SparseLotteryWarning, match=r"no weight is left of 0\.weight: .* scope='layer'") as warned:
+        masks = prune(model, 96 / 132, scope="global")
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert [survivors({name: mask}) for name, mask in masks.items()] == [0, 36]
+    prune(model, 0.5, masks, scope="global")  # it was empty before
+    with pytest.warns(SparseLotteryWarning, match=r"no weight is left of 0\.weight, 3\.weight: "):
+        prune(model, 0.5, rates={"*": 0.999})
+
+
+@pytest.mark.filterwarnings("ignore:nothing is pruned", "ignore:no weight is left")
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1, exclude_max=True), max_size=6))
 def test_a_pruned_weight_never_returns(fractions):

@@ -252,12 +252,17 @@ def test_a_damaged_file_is_refused(tmp_path):
         load_sparse(tmp_path / "missing.safetensors")
 
 
-def test_wrong_inputs(tmp_path):
-    saved(conv_net(), tmp_path / "conv.safetensors")
-    saved(mlp(), tmp_path / "mlp.safetensors")
-    for name, shape in (("conv", (2, 4, 17, 15)), ("conv", (2, 3, 1, 1)), ("mlp", (2, 36)), ("mlp", (1, 36))):
-        with pytest.raises((ValueError, RuntimeError)):
-            load_sparse(tmp_path / f"{name}.safetensors")(torch.randn(shape))
+@pytest.mark.parametrize("batch", [1, 2, 20])
+def test_wrong_inputs(batch, tmp_path):
+    for name, shape, expected in (
+        ("conv net", (4, 17, 15), r"shape \(N, 3, H, W\) or \(3, H, W\), got \((N|{}), 4, 17, 15\)"),
+        ("conv net", (3, 1, 1), r"an image that the windows of the pooling, 2 x 2, .* got \((N|{}), 3, 1, 1\)"),
+        ("flat net", (4, 24, 24), r"shape \(\*, 9\), got \((N|{}), 81\)"),
+        ("one linear", (3, 36), r"shape \(\*, 40\), got \({}, 3, 36\)"),
+    ):
+        saved(NETS[name][0](), tmp_path / "net.safetensors")
+        with pytest.raises(ValueError, match=f"^x: expected {expected.format(batch)}"):
+            load_sparse(tmp_path / "net.safetensors")(torch.randn(batch, *shape))
 
 
 def test_empty_batch_and_one_sample(tmp_path):

@@ -129,10 +129,17 @@ def test_mean_and_nan_in_a_pooling():
 def test_stages_that_do_not_fit():
     pattern, _, values = sparse(3, 8, 0.5)
     linear = cpu_stages.Linear(8, pattern.crow_indices, pattern.col_indices, values, None)
-    with pytest.raises(ValueError, match="expected 8 features"):
-        cpu_net.Net([linear], (9,), 1)
-    with pytest.raises(ValueError, match="expected an input for Mean"):
-        cpu_net.Net([linear, cpu_stages.Mean()], (8,), 1)
+    geometry = Geometry(2, 2, 2, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    conv = cpu_stages.Conv(geometry, pattern.crow_indices, pattern.col_indices, values, None, None, pool=2)
+    for stages, shape, expected in (
+        ([linear], (9,), r"shape \(\*, 8\), got \(N, 9\)"),
+        ([linear, cpu_stages.Mean()], (8,), r"shape \(N, C, H, W\), got \(N, 3\)"),
+        ([linear, conv], (8,), r"shape \(N, 2, H, W\) or \(2, H, W\), got \(N, 3\)"),
+        ([conv], (2, 1, 9), r"an image that the kernel fits into, got \(N, 2, 1, 9\) for"),
+        ([conv], (2, 2, 9), r"an image that the windows of the pooling, 2 x 2, fit into .*, got \(N, 2, 2, 9\) for"),
+    ):
+        with pytest.raises(ValueError, match=f"^x: expected {expected}"):
+            cpu_net.Net(stages, shape, 1)
 
 
 def test_a_plan_for_inference_alone_is_smaller():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import io
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -57,8 +60,22 @@ def bench_net(args: argparse.Namespace) -> None:
     example = load_example(args.example) if args.example else None
     if example is not None:
         check_example(Ticket.load(args.file).apply(model), example, args.example)
-    rows = bench_model(args.file, args.batch, args.shape, args.seconds, model=model, example_input=example)
+    with _without_chatter():
+        rows = bench_model(args.file, args.batch, args.shape, args.seconds, model=model, example_input=example)
     print(f"{args.file}: float32, {torch.get_num_threads()} threads; speedup: that of sparselottery over the row")
     print_rows(rows)
     for path in write_bench(rows, args.out) if args.out else ():
         print(f"-> {path}")
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Without what Inductor writes to stderr of all it has timed, and the exporter's log of a missing torchvision."""
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        exporter.setLevel(level)

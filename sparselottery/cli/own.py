@@ -6,12 +6,13 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from ..lab.executions import settle
-from ..lab.settings import Settings
+from ..lab.settings import Settings, check
 from ..lottery import find_ticket
 from ..random_state import random_state_kept, seed_all
 from .options import given
@@ -57,20 +58,26 @@ def _find_own(args: argparse.Namespace, settings: dict[str, Any], pruning: dict[
     rounds, out = pruning.pop("rounds"), args.out / _name(settings, pruning)
     before = trainings(out, rounds + 1)
     args.kept = lambda: kept(trainings(out, rounds + 1), rounds + 1, out)
-    print(f"{args.model}: {rounds + 1} trainings by {args.train}, into {out}")
     columns: Columns = ()
-
-    def trained(model: nn.Module, **steps: Any) -> dict[str, Any]:
-        if example is not None:
-            with blamed(f"{args.model} on {args.example}"):
-                settle(model, example, out / "executions")
-        with blamed(args.train):
-            return train(model, **steps)
 
     with progress(f"round 0 of {rounds}", rounds + 1) as (update, say):
 
+        @cache
+        def begin() -> None:
+            """The head, once: when nothing is refused any more."""
+            say(f"{args.model}: {rounds + 1} trainings by {args.train}, into {out}")
+
+        def trained(model: nn.Module, **steps: Any) -> dict[str, Any]:
+            begin()
+            if example is not None:
+                with blamed(f"{args.model} on {args.example}"):
+                    settle(model, example, out / "executions")
+            with blamed(args.train):
+                return train(model, **steps)
+
         def on_round(record: dict[str, Any]) -> None:
             nonlocal columns
+            begin()
             if not columns:
                 columns = _columns(record)
                 say(header(columns))
@@ -120,6 +127,7 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]
         raise ValueError(f"--train: expected the function that trains {args.model}, as MODULE:NAME, got none")
     if (retrain := chosen.get("retrain", "rewind")) not in RETRAIN:
         raise ValueError(f"--retrain: expected one of {', '.join(RETRAIN)} for a net of your own, got {retrain!r}")
+    check({name: value for name, value in chosen.items() if name not in ("model", "rounds")})
     rounds, fraction = chosen.get("rounds", DEFAULT_ROUNDS), chosen.get("fraction", 0.2)
     if chosen.get("one_shot"):
         rounds, fraction = 1, 1 - (1 - fraction) ** rounds

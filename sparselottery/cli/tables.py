@@ -77,4 +77,4 @@ def bars() -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
                 drawing.refresh()
                 drawn = perf_counter()
 
-        yield update, partial(drawing.console.print, markup=False, highlight=False, soft_wrap=True)
+        yield update, partial(drawing.console.print, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -62,9 +62,10 @@ def run(
     ``data``: what `data.load` gives for ``settings.data``; its shape, classes and note are kept with the settings.
     Each round's record holds what `train` returns, ``sparse_ms`` and ``dense_ms`` of a training step on our kernels and
     on w * mask, ``sparse_bytes`` and ``dense_bytes`` of the weights, and ``executions`` of its layers where they were
-    measured. Raises ValueError for a device that is not there, `Paused` when ``pause`` is due: the same call goes on.
+    measured. Raises ValueError, before anything is written, for a device that is not there, a batch of more images than
+    there are and what `find_ticket` refuses, and `Paused` when ``pause`` is due: the same call goes on.
     """
-    _check_device(settings)
+    _check(settings, data)
     data = data.to(settings.device)
 
     def measured(model: nn.Module, recipe: dict, start: int = 0, stop: int | None = None) -> dict:
@@ -120,7 +121,7 @@ def compare(
     not trained holds one evaluation, at iteration 0, and None for the times of training. Raises FileNotFoundError if
     the ladder has not finished the round, ValueError for a device that is not there, `Paused` when ``pause`` is due.
     """
-    _check_device(settings)
+    _check(settings, data)
     chosen, data, generator = CONTROLS[control], data.to(settings.device), torch.Generator().manual_seed(seed)
     here = Round(
         number=number,
@@ -159,9 +160,12 @@ def _settle(model: nn.Module, settings: Settings, data: data_sets.Dataset, ladde
     return {"executions": settle(model, data.train_x[: settings.batch], ladder / "executions")}
 
 
-def _check_device(settings: Settings) -> None:
+def _check(settings: Settings, data: data_sets.Dataset) -> None:
+    """Raise ValueError for settings that this machine or these data do not allow."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected cpu, or cuda where torch sees a GPU, got 'cuda'")
+    if settings.batch > (images := len(data.train_x)):
+        raise ValueError(f"batch: expected at most the {images} training images, got {settings.batch}")
 
 
 def _recipe(settings: Settings) -> dict:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 from ..pattern import BLOCKS
@@ -16,10 +19,16 @@ RETRAIN = ("rewind", "continue", "fine-tune")
 PRUNE_LAYERS = ("all", "conv", "fc")
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+def setting(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    least: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
     """A field of a settings dataclass: its metadata are the line that explains it and, if not everything is, what is
     allowed."""
-    return field(default=default, metadata={"text": text, "choices": choices})
+    return field(default=default, metadata={"text": text, "choices": choices, "least": least, "below": below})
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,14 @@ class Settings:
     """
 
     data: str = setting(MISSING, "what to train on", data_sets.NAMES)
-    rounds: int = setting(MISSING, "prunings")
-    iterations: int = setting(MISSING, "of each training")
-    eval_every: int = setting(MISSING, "iterations between evaluations")
-    fraction: float = setting(0.2, "of the survivors, pruned per round in layers whose share is 1")
-    batch: int = setting(60, "images per iteration")
-    lr: float = setting(1.2e-3, "learning rate")
+    rounds: int = setting(MISSING, "prunings", least=1)
+    iterations: int = setting(MISSING, "of each training", least=1)
+    eval_every: int = setting(MISSING, "iterations between evaluations", least=1)
+    fraction: float = setting(0.2, "of the survivors, pruned per round in layers whose share is 1", least=0, below=1)
+    batch: int = setting(60, "images per iteration", least=1)
+    lr: float = setting(1.2e-3, "learning rate", least=0)
     seed: int = setting(0, "of the first weights and the data order")
-    rewind_step: int = setting(0, "the survivors, or the schedule, go back to this iteration")
+    rewind_step: int = setting(0, "the survivors, or the schedule, go back to this iteration", least=0)
     one_shot: bool = setting(False, "prune once, to where all rounds would lead")
     retrain: str = setting(
         "rewind",
@@ -47,17 +56,17 @@ class Settings:
     )
     model: str = setting("lenet-300-100", "the net", tuple(MODELS))
     optimizer: str = setting("adam", "of the training", ("adam", "sgd"))
-    momentum: float = setting(0.9, "of sgd")
-    weight_decay: float = setting(0.0, "of all parameters")
-    dropout: float = setting(0.0, "share of the units dropped in training (Conv nets)")
+    momentum: float = setting(0.9, "of sgd", least=0)
+    weight_decay: float = setting(0.0, "of all parameters", least=0)
+    dropout: float = setting(0.0, "share of the units dropped in training (Conv nets)", least=0, below=1)
     drops: tuple[float, ...] = setting((), "after these shares of the iterations the learning rate falls to a tenth")
-    warmup: int = setting(0, "iterations until the learning rate is reached")
+    warmup: int = setting(0, "iterations until the learning rate is reached", least=0)
     augment: bool = setting(False, "flip and crop the training images")
     scope: str = setting("layer", "who competes: the weights of a layer, or of all layers", ("layer", "global"))
     prune_layers: str = setting("all", "prune convolutions only, or linear layers only", PRUNE_LAYERS)
-    conv_share: float = setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole")
-    fc_share: float = setting(1.0, "of the fraction, in linear layers")
-    output_share: float = setting(0.5, "of the fraction, in the output layer (paper App. G.4)")
+    conv_share: float = setting(1.0, "of the fraction, in convolutions; 1x1 shortcuts stay whole", least=0)
+    fc_share: float = setting(1.0, "of the fraction, in linear layers", least=0)
+    output_share: float = setting(0.5, "of the fraction, in the output layer (paper App. G.4)", least=0)
     granularity: tuple[int, int] | str = setting(
         (1, 1),
         "blocks of rows (filters) x columns (channels at one tap) that are pruned whole, or rows, whole units; not of "
@@ -82,12 +91,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{each.name}: expected one of {', '.join(choices)}, got {value!r}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        check(vars(self))
+        if self.rewind_step >= self.iterations:
+            raise ValueError(
+                f"rewind_step: expected less than the {self.iterations} iterations, got {self.rewind_step}"
+            )
         if self.permute and (self.granularity == "rows" or tuple(self.granularity) == (1, 1)):
             got = "rows" if self.granularity == "rows" else "1x1"
             raise ValueError(f"permute: expected a granularity with blocks, got {got}")
@@ -127,6 +135,18 @@ class Settings:
             return ""
         whose = "the preset's" if self.data == "digits" else "the paper's"
         return f"scale {self.iterations / full:.3g}: {self.iterations:,} of {whose} {full:,} iterations"
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value of a field of `Settings` that is not allowed, whatever the others are."""
+    for each in (each for each in fields(Settings) if each.name in values):
+        value, allowed = values[each.name], each.metadata
+        if allowed["choices"] and value not in allowed["choices"]:
+            raise ValueError(f"{each.name}: expected one of {', '.join(allowed['choices'])}, got {value!r}")
+        if isinstance(value, Real) and not value >= allowed["least"]:
+            raise ValueError(f"{each.name}: expected at least {allowed['least']}, got {value}")
+        if isinstance(value, Real) and not value < allowed["below"]:
+            raise ValueError(f"{each.name}: expected less than {allowed['below']}, got {value}")
 
 
 # Paper Fig. 2, which leaves the number of rounds open: these end with 1 to 4 % of the weights.

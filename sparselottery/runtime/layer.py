@@ -118,8 +118,8 @@ class FrozenLayer(WeightedLayer):
         if not self.is_native or not runs_native(input) or input.dim() == 0:
             return self._made("masked", self._masked)(input, *args, **kwargs)
         if self.geometry is None:
-            rows = input.reshape(-1, input.shape[-1]).contiguous()
-            return chain_of([self], self._made, *rows.shape)(rows).view(*input.shape[:-1], -1)
+            packed = chain_of([self], self._made, input.shape)
+            return packed(input.reshape(-1, self.in_features).contiguous()).view(*input.shape[:-1], -1)
         return self._made("masked", self._masked)(input) if input.dim() != 4 else self.convolve(input)
 
     def _in_torch(self, x: Tensor | fx.Proxy, *args: Any, **kwargs: Any) -> Tensor | fx.Proxy:
@@ -157,9 +157,7 @@ class FrozenLayer(WeightedLayer):
 
     def convolve(self, x: Tensor, relu: bool = False, pool: int = 1, norm: nn.BatchNorm2d | None = None) -> Tensor:
         """max_pool?(relu?(norm?(layer(x)))), each weight read once for many images."""
-        channels, (height, width) = self.geometry.channels, self.geometry.output_size(*x.shape[2:])
-        if x.shape[1] != channels or min(height, width) < pool:
-            raise ValueError(f"x: expected images of {channels} channels that the kernel fits, got {tuple(x.shape)}")
+        cpu_stages.check_images(self.geometry, pool, *x.shape)
         indices = self.crow_indices, self.col_indices
         plan = self._made("plan", lambda: cpu.conv_plan(*self._validated(), self.geometry, backward=False))
         statistics = norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
@@ -223,17 +221,15 @@ def _replaced(tensor: Tensor | None, by: Any) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def chain_of(
-    layers: list[FrozenLayer], made: Cache, batch: int, features: int
-) -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
-    """The packed chain for x (batch, features): sparse dot products for one sample, for more of them lanes.
+def chain_of(layers: list[FrozenLayer], made: Cache, shape: torch.Size) -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
+    """The packed chain for x of a shape (*, features): sparse dot products for one sample, for more of them lanes.
 
     Threads that share out samples stay in their own caches, as do torch's own operations before and after; those that
     share out weights move each activation between cores, which takes many weights to pay.
     """
-    threads, last = torch.get_num_threads(), len(layers) - 1
-    if features != layers[0].in_features:
-        raise ValueError(f"x: expected {layers[0].in_features} features, got {features}")
+    threads, last, features = torch.get_num_threads(), len(layers) - 1, layers[0].in_features
+    if shape[-1] != features:
+        raise ValueError(f"x: expected shape (*, {features}), got {tuple(shape)}")
 
     def pack() -> cpu_net.Net | cpu_net.Rows | cpu_net.Chain:
         stages = [layer.stage(relu=i < last) for i, layer in enumerate(layers)]
@@ -242,7 +238,7 @@ def chain_of(
         return kind(together(stages), threads)
 
     few = max(len(layer.values) for layer in layers) <= FEW_WEIGHTS
-    kind = cpu_net.Net if batch == 1 else cpu_net.Rows if few else cpu_net.Chain
+    kind = cpu_net.Net if shape.numel() == features else cpu_net.Rows if few else cpu_net.Chain
     return made((kind, threads), pack)
 
 

@@ -41,7 +41,7 @@ class Run:
     def _pick(self, x: Tensor) -> cpu_net.Net | cpu_net.Chain | None:
         shape, threads = tuple(x.shape[1:]), torch.get_num_threads()
         if self._chain:
-            return chain_of(self._chain, self._made, *x.shape)
+            return chain_of(self._chain, self._made, x.shape)
         if len(x) >= FEW_IMAGES:
             return None
         return self._made((shape, threads), lambda: cpu_net.Net(list(map(_stage, self.steps)), shape, threads))
