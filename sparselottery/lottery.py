@@ -23,7 +23,7 @@ from .masks import Granularity, Masks, Score, check_blocks, pools, prune_pools
 from .n_of_m import NofM
 from .nn.indices import Seen
 from .oriented import Views, fitted, tell_of_small
-from .pruning import complete, links_for
+from .pruning import complete, links_for, tell_of_emptied
 from .random_state import random_state_kept, seed_all
 from .runs import RunFolder
 from .scores import Scores, by_given, by_magnitude_of_survivors
@@ -183,10 +183,11 @@ def find_ticket(
                 weights = theta.weights if reset else Ticket.from_contents(trained).weights
                 score = _score(scores, model, trained, masks, views)
                 del done, trained  # a model's bytes or two
-                masks = views.restored(prune_pools(views.seen(masks), chosen, score, linked))
+                before, masks = masks, views.restored(prune_pools(views.seen(masks), chosen, score, linked))
+                tell_of_emptied(before, masks, stacklevel=2)
                 # Read at the masks only: nothing need be set to zero.
                 start = Ticket.of_parts(weights, masks, recipe, theta.architecture)
-                del weights, score
+                del weights, score, before
             elif rounds == 0:
                 masks = {name: mask.cpu() for name, mask in Ticket.from_contents(trained).masks.items()}
         finally:

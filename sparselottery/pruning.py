@@ -107,11 +107,11 @@ def prune(
     found.tell(model, stacklevel=2)
     tell_of_small(chosen, seen, stacklevel=2)
     pruned = views.restored(prune_pools(seen, chosen, score, links_for(model, chosen)))
-    _tell_of_emptied(masks, pruned, stacklevel=2)
+    tell_of_emptied(masks, pruned, stacklevel=2)
     return pruned
 
 
-def _tell_of_emptied(before: Masks, pruned: Masks, stacklevel: int) -> None:
+def tell_of_emptied(before: Masks, pruned: Masks, stacklevel: int) -> None:
     """Warn (`SparseLotteryWarning`) of masks that have no survivors any more."""
     if emptied := [name for name, mask in pruned.items() if not mask.any() and before[name].any()]:
         warnings.warn(

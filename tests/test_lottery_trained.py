@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparselottery import find_ticket
+from sparselottery import SparseLotteryWarning, find_ticket
 
 
 def train(model):
@@ -92,3 +92,14 @@ def test_a_round_that_cannot_be_pruned_is_still_reported():
     with pytest.raises(ValueError, match="expected finite weights, got 1"):
         run(train=diverging, on_round=records.append)
     assert [record["round"] for record in records] == [0]
+
+
+def test_a_layer_that_is_emptied_is_told():
+    def shrinking(model):
+        with torch.no_grad():
+            model[0].values.mul_(1e-3)
+
+    with pytest.warns(SparseLotteryWarning, match=r"no weight is left of 0\.weight: ") as warned:
+        ticket = run(train=shrinking, rounds=2, fraction=0.75, scope="global")
+    assert [warning.filename for warning in warned] == [__file__]
+    assert not ticket.masks["0.weight"].any()

@@ -32,7 +32,7 @@ Moves = Callable[[nn.Module, torch.optim.Optimizer], MaskUpdater]
 # In a batch of an evaluation. Where outputs of convolutions exceed 32 MB, as Conv-2's of 128 images, their pages are
 # new at every batch on the CPU, and it takes up to 1.8 times as long. A GPU waits for launches in small ones; Conv-2's
 # widest output of 2500 images has 655 MB.
-EVALUATED_VECTORS, EVALUATED_IMAGES, EVALUATED_ON_GPU = 2000, 64, 2500
+EVALUATED_VECTORS, EVALUATED_IMAGES, EVALUATED_ON_GPU = 2500, 64, 2500
 
 
 def train(
