@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+import warnings
 from pathlib import Path
 from time import perf_counter
 
@@ -106,14 +107,17 @@ def test_the_command_alone_is_without_the_chatter_of_torch(ticket, monkeypatch, 
         sys.stderr.write("AUTOTUNE addmm\n")
         exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
         exporter.warning("torchvision is not installed")
+        warnings.warn("of the model", UserWarning, stacklevel=1)
         return bench_model.torch_dense(model, example)
 
     monkeypatch.setattr(bench_model, "MAKERS", {"torch": bench_model.torch_dense, "other": chatters})
     monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
-    assert main(["bench-model", str(ticket), "--batch", "1", "--seconds", "0.01"]) == 0
+    with pytest.warns(UserWarning, match="of the model"):
+        assert main(["bench-model", str(ticket), "--batch", "1", "--seconds", "0.01"]) == 0
     assert not capsys.readouterr().err
     assert not caplog.messages
-    bench_model.bench_model(ticket, [1], seconds=0.01)
+    with pytest.warns(UserWarning, match="of the model"):
+        bench_model.bench_model(ticket, [1], seconds=0.01)
     assert "AUTOTUNE" in capsys.readouterr().err
     assert caplog.messages == ["torchvision is not installed"]
 

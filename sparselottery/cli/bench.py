@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -70,12 +71,17 @@ def bench_net(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Without what Inductor writes to stderr of all it has timed, and the exporter's log of a missing torchvision."""
+    """Without what Inductor writes to stderr of all it has timed, and the exporter's log of a missing torchvision.
+
+    Warnings come afterwards.
+    """
     exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings(record=True) as told:
             yield
     finally:
         exporter.setLevel(level)
+        for each in told:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -99,30 +98,19 @@ def _find(args: argparse.Namespace) -> None:
     before = trainings(out, rounds + 1)
     args.kept = lambda: kept(trainings(out, rounds + 1), rounds + 1, out)
     images = data.load(settings.data)
-    with progress(f"round 0 of {rounds}", settings.iterations) as (update, say):
+    trained = f"{rounds + 1} trainings of {settings.iterations} iterations"
+    notes = [f"note: {note}" for note in (settings.scale, images.note) if note]
+    head = [f"{settings.data}: {settings.model}, {trained}, into {out}", *notes, header(ROUND_COLUMNS)]
+    with progress(f"round 0 of {rounds}", settings.iterations, head) as (update, say):
         whole_ms = None
-
-        @cache
-        def begin() -> None:
-            """The head, once: when nothing is refused any more."""
-            say(f"{settings.data}: {settings.model}, {rounds + 1} trainings of {settings.iterations} iterations, "
-                f"into {out}")  # fmt: skip
-            for note in filter(None, (settings.scale, images.note)):
-                say(f"note: {note}")
-            say(header(ROUND_COLUMNS))
-
-        def on_eval(iteration: int) -> None:
-            begin()
-            update(completed=iteration)
 
         def on_round(record: dict) -> None:
             nonlocal whole_ms
-            begin()
             whole_ms = whole_ms or record["sparse_ms"]
             say(row(ROUND_COLUMNS, record | {"whole_ms": whole_ms}))
             update(completed=0, description=f"round {min(record['round'] + 1, rounds)} of {rounds}")
 
-        ticket = run(settings, images, out, on_round, on_eval)
+        ticket = run(settings, images, out, on_round, on_eval=lambda iteration: update(completed=iteration))
     if before == rounds + 1:
         print("nothing was trained: the run was finished before")
     print(SPEED_NOTE)

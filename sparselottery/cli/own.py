@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -60,15 +59,11 @@ def _find_own(args: argparse.Namespace, settings: dict[str, Any], pruning: dict[
     args.kept = lambda: kept(trainings(out, rounds + 1), rounds + 1, out)
     columns: Columns = ()
 
-    with progress(f"round 0 of {rounds}", rounds + 1) as (update, say):
-
-        @cache
-        def begin() -> None:
-            """The head, once: when nothing is refused any more."""
-            say(f"{args.model}: {rounds + 1} trainings by {args.train}, into {out}")
+    head = [f"{args.model}: {rounds + 1} trainings by {args.train}, into {out}"]
+    with progress(f"round 0 of {rounds}", rounds + 1, head) as (update, say):
 
         def trained(model: nn.Module, **steps: Any) -> dict[str, Any]:
-            begin()
+            update()
             if example is not None:
                 with blamed(f"{args.model} on {args.example}"):
                     settle(model, example, out / "executions")
@@ -77,7 +72,6 @@ def _find_own(args: argparse.Namespace, settings: dict[str, Any], pruning: dict[
 
         def on_round(record: dict[str, Any]) -> None:
             nonlocal columns
-            begin()
             if not columns:
                 columns = _columns(record)
                 say(header(columns))

@@ -43,14 +43,24 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
+def progress(
+    description: str, total: int, head: Iterable[str] = ()
+) -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
     """A bar on a terminal, nothing elsewhere.
 
-    Yields ``update(completed=..., description=...)`` and ``say(line)``, which prints above the bar.
+    Yields ``update(completed=..., description=...)`` and ``say(line)``, which prints above the bar. The lines of
+    ``head`` come before what the first of these calls does: what is refused until then has said nothing.
     """
+    head = iter(head)  # of which nothing is left for the second call
     with bars() as (update, say):
+
+        def after_head(call: Callable[..., None], *arguments: object, **changes: object) -> None:
+            for line in head:
+                say(line)
+            call(*arguments, **changes)
+
         update(description, description=description, total=total)
-        yield partial(update, description), say
+        yield partial(after_head, update, description), partial(after_head, say)
 
 
 @contextmanager
