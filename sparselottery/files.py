@@ -112,7 +112,7 @@ def _contents(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Conten
         raise ValueError(f"not a ticket: expected a metadata entry 'ticket', got {sorted(metadata)}")
     try:
         head = loads(metadata["ticket"])
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"damaged ticket: expected JSON in its metadata: {error}") from None
     if not isinstance(head, dict):
         raise ValueError(f"not a ticket: expected a JSON object in its metadata, got {type(head).__name__}")

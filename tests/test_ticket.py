@@ -195,7 +195,8 @@ def test_foreign_files(tmp_path):
     save_file({"weight": torch.ones(2)}, path, {"ticket": json.dumps({"version": 3})})
     with pytest.raises(ValueError, match="expected a ticket of version 1 to 2, got 3"):
         Ticket.load(path)
-    for metadata, told in {"{1}": "damaged ticket: expected JSON", "[]": "not a ticket", "null": "not a"}.items():
+    damaged, foreign = "damaged ticket: expected JSON", "not a ticket: expected a JSON object"
+    for metadata, told in {"no json": damaged, "{1}": damaged, "[]": foreign, "null": foreign}.items():
         save_file({"weight": torch.ones(2)}, path, {"ticket": metadata})
         with pytest.raises(ValueError, match=rf"x\.safetensors: {told}"):
             Ticket.load(path)
