@@ -114,3 +114,11 @@ def test_a_level_that_is_asked_for_must_compile(sdist, tmp_path):
     missing = str(tmp_path / "no-such-compiler")
     with pytest.raises(AssertionError, match="no-such-compiler"):
         wheel_of(sdist, tmp_path, CC=missing, CXX=missing, SPARSELOTTERY_LEVELS="all")
+
+
+def test_a_script_beside_a_clone_imports_the_library(tmp_path):
+    """The clone's folder has the package's name, and a script finds its neighbours first."""
+    (tmp_path / "sparselottery").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("from sparselottery import prune")
+    run(script, cwd=tmp_path, PYTHONPATH="")
