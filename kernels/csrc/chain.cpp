@@ -149,7 +149,7 @@ EXPORT void* sparselottery_workspace(int64_t bytes) { return workspace.get<char>
 
 // Packed x -> y (batch, features), row-major, of a chain with so many values, and features of all inputs and outputs.
 EXPORT int64_t sparselottery_unpack(bool is_double, const void* packed, int64_t batch, int64_t features, void* y,
-                                 int64_t values, int64_t all_features) {
+                                    int64_t values, int64_t all_features) {
     const ChainMatrix to{y, features, 0};
     const auto all = [&](auto* x) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;

@@ -56,7 +56,6 @@ inline ConvArgs by_pixels(const ConvArgs& a, int64_t size) {
     return b;
 }
 
-
 // Pixels of `rows` x `pitch` per phase; phase (a, b) holds image pixels (a + stride i, b + stride j).
 struct Block {
     int64_t rows, pitch, stride[2], lanes;

@@ -66,7 +66,8 @@ void convolution(const Stage& s, const Field& to, const float* x, float* y, floa
     if (s.by_pixels) {
         top = height / unit * part / parts * unit, bottom = height / unit * (part + 1) / parts * unit;
     } else {
-        from = share_by_entries(s.begin, s.rows, part, parts, 1), until = share_by_entries(s.begin, s.rows, part + 1, parts, 1);
+        from = share_by_entries(s.begin, s.rows, part, parts, 1);
+        until = share_by_entries(s.begin, s.rows, part + 1, parts, 1);
     }
     const int64_t step = std::max<int64_t>(1, kPixels / s.width / unit) * unit;
     const int32_t* at = static_cast<const int32_t*>(s.at);
@@ -89,8 +90,9 @@ void convolution(const Stage& s, const Field& to, const float* x, float* y, floa
 template <class Index>
 void linear(const Stage& s, const float* x, float* y, int64_t part, int64_t parts) {
     const Index* columns = static_cast<const Index*>(s.at);
-    const int64_t groups = ceil_div(s.rows, kRows), until = share_by_entries(s.begin, groups, part + 1, parts, kStrip / kRows);
-    for (int64_t i = share_by_entries(s.begin, groups, part, parts, kStrip / kRows); i < until; ++i) {
+    const int64_t groups = ceil_div(s.rows, kRows), unit = kStrip / kRows;
+    const int64_t until = share_by_entries(s.begin, groups, part + 1, parts, unit);
+    for (int64_t i = share_by_entries(s.begin, groups, part, parts, unit); i < until; ++i) {
         Four sums[2];
         const int64_t at = kRows * int64_t(s.begin[i]);
         dots(s.values + at, columns + at, s.begin[i + 1] - s.begin[i], x, sums);

@@ -25,10 +25,14 @@ template <class T>
 bool is_light(int64_t values, int64_t features) { return values <= features * kWidest<T> / 2; }
 
 // The batch in equal tiles of at most 8 vectors, as few as there can be. If `light`, an even number of them, so that two
-// threads have as many, where a tile of all had 6 vectors or more. In `inference` light ones of long vectors are half as wide:
-// entries of a row lie so far apart that only half of their x stays in L1. Backward that gains nothing, as each tile has sums
-// of its own. A sample's sums are the same in tiles of 4 to 8 vectors, and no tile depends on the threads. Packed activations
-// are tile after tile, each (features, width) and contiguous: a page then holds many features.
+// threads have as many, where a tile of all had 6 vectors or more.
+//
+// In `inference` such tiles of long vectors are half as wide, from 16 groups on. Where values are few, the entries of a segment
+// span many columns, whose x of 8 vectors is more than L1 holds. Training gains nothing by it: backward, each tile has sums of
+// its own. A sample's sums are the same in tiles of 4 to 8 vectors.
+//
+// No tile depends on the threads. Packed activations are tile after tile, each (features, width) and contiguous: a page then
+// holds many features.
 template <class T>
 struct BatchTiles {
     explicit BatchTiles(int64_t batch, bool light = false, bool inference = false)
